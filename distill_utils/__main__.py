@@ -1,0 +1,86 @@
+"""Command line: `python -m distill_utils report 03`, `... report --all`, `... teachers`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+
+from distill_utils import batch
+from distill_utils.artifacts import InputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all bad input here."""
+
+    def error(self, message: str):
+        self.exit(batch.BAD_INPUT, f"{message}: see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the two commands."""
+    parser = OneLineParser(prog="python -m distill_utils", description="Run notebooks in batch and make their reports.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="report|teachers")
+    report = commands.add_parser(
+        "report",
+        help="execute notebooks and write reports/",
+        description="Execute notebooks and write one HTML page each, reports/index.html and reports/results.csv.\n"
+        "The default profile (demo) writes reports/NOTEBOOK.html, another one reports/PROFILE/NOTEBOOK.html.",
+        epilog=batch.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("notebook", nargs="*", help="number (03), stem (03_kd_pl_sft) or path")
+    report.add_argument("--all", action="store_true", help="every notebook that the profile speaks of")
+    report.add_argument("--profile", default=batch.DEFAULT_PROFILE, metavar="NAME", help="notebooks/profiles/NAME.yaml")
+    report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
+    report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
+    report.add_argument("--notebooks", type=Path, metavar="FOLDER", help="instead of notebooks/ (or DISTILL_NOTEBOOKS)")
+    report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
+    commands.add_parser("teachers", help="train the embedded teachers from nothing")
+    return parser
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Check what was asked, then run it."""
+    folder = Path(arguments.notebooks or os.environ.get("DISTILL_NOTEBOOKS") or batch.NOTEBOOKS).resolve()
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}: give --notebooks a folder of notebooks")
+    if arguments.list:
+        print(batch.list_notebooks(folder))
+        return batch.OK
+    if arguments.all and arguments.notebook:
+        raise InputError(f"--all and {arguments.notebook[0]!r} exclude each other: leave one out")
+    plans = batch.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
+    return batch.run_reports(plans, arguments.output)
+
+
+def teachers(arguments: argparse.Namespace) -> int:
+    """Train the embedded teachers."""
+    from distill_utils import teachers as embedded
+
+    print(f"wrote {embedded.build().name}")
+    return batch.OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return {"report": report, "teachers": teachers}[arguments.command](arguments)
+    except InputError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return batch.BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("no space left on the disk: free some, or set DISTILL_RUNS to a folder on another disk", file=sys.stderr)
+        return batch.BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; a run that was cut off continues where it was", file=sys.stderr)
+        return batch.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Run folders: hash, atomic write, lock, reuse, progress, provenance and the machine's facts.
+
+Not here: what is computed. A run folder knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES_NAMED = ("torch", "transformers", "datasets", "tokenizers", "ctranslate2", "rouge-score", "numpy", "papermill")
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names the value and the mend; the runner exits with code 2."""
+
+
+def runs_dir() -> Path:
+    """Return the folder of all runs: the environment variable DISTILL_RUNS, else `runs/` in the repository."""
+    folder = Path(os.environ.get("DISTILL_RUNS") or REPOSITORY / "runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def config_hash(settings: object) -> str:
+    """Return 10 hex digits that depend on every value of a JSON-serialisable object and on nothing else."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def file_hash(path: Path) -> str:
+    """Return 10 hex digits of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def disk_space_named(path: Path):
+    """Turn "no space left" into one line that names the file and the mend."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors wraps the system's error in a class of its own, and only the text is left of it.
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in codes and not any(os.strerror(code) in str(error) for code in codes):
+            raise
+        raise InputError(
+            f"no space left while writing {path.name}: free some disk or set DISTILL_RUNS to a folder on another disk"
+        ) from error
+
+
+def write_atomic(path: Path | str, data: str | bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk_space_named(path):
+            with open(temporary, "wb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write an object as indented JSON, atomically; NaN is refused so that every reader can parse the file."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str):
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def folder_atomic(folder: Path | str):
+    """Yield a temporary folder that replaces `folder` when the block ends without an error."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with disk_space_named(folder):
+            yield temporary
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)  # left by a process of the same id that was killed right here
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+@contextlib.contextmanager
+def lock(folder: Path | str):
+    """Hold a run folder for this process; the lock of a dead process is free at once.
+
+    Raises InputError when a live process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    import fcntl  # Linux and macOS
+
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise InputError(
+                f"run folder {folder.name} is in use by process {holder}: wait for it, stop it, or change a parameter"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bool = False) -> Path:
+    """Return the run folder that holds what `settings` determine, building it when it is missing.
+
+    The folder is runs/<name>-<hash of settings>. A folder with results.json is complete and reused. Otherwise
+    `build(folder)` runs under a lock, may continue from its own partial files, and returns the results, which are
+    written last.
+    """
+    folder = runs_dir() / f"{name}-{config_hash(settings)}"
+    if (folder / "results.json").exists():
+        if not quiet:
+            print(f"reusing runs/{folder.name}", flush=True)
+        return folder
+    with lock(folder):
+        if (folder / "results.json").exists():  # another process finished it while we waited
+            return folder
+        print(f"building runs/{folder.name}", flush=True)
+        write_json(folder / "config.json", settings)
+        start = time.time()
+        results = build(folder)
+        write_json(
+            folder / "results.json",
+            {**results, "build_seconds": round(time.time() - start, 2), "provenance": provenance()},
+        )
+    return folder
+
+
+def notebook_folder(name: str, parameters: dict) -> Path:
+    """Return the run folder of one notebook execution (the runner names it through DISTILL_NOTEBOOK_RUN)."""
+    named = os.environ.get("DISTILL_NOTEBOOK_RUN")
+    folder = Path(named) if named else runs_dir() / f"{name}-{config_hash(parameters)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_notebook_results(
+    folder: Path, notebook: str, parameters: dict, rows: list[dict], headline: str, **extra: object
+) -> None:
+    """Write results.json of a notebook: its completion marker, so call it in the last executed cell."""
+    write_json(
+        folder / "results.json",
+        {
+            "notebook": notebook,
+            "parameters": parameters,
+            "headline": headline,
+            "rows": rows,
+            **extra,
+            "provenance": provenance(),
+        },
+    )
+    print(f"wrote runs/{folder.name}/results.json")
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+_progress: dict[str, tuple[float, float, int, str]] = {}
+
+
+def report_progress(folder: Path, stage: str, step: int, total: int, unit: str = "steps", **extra: object) -> None:
+    """Write progress.json in a run folder, at most once a second and always at the end of a stage.
+
+    Rate is units a second since the stage began in this process; `seconds_left` follows from it.
+    """
+    now = time.monotonic()
+    start, last, first_step, last_stage = _progress.get(str(folder), (now, 0.0, step, ""))
+    if stage != last_stage:
+        start, last, first_step = now, 0.0, step
+    if step < total and now - last < 1.0:
+        return
+    _progress[str(folder)] = (start, now, first_step, stage)
+    rate = (step - first_step) / (now - start) if now > start else 0.0
+    row = {
+        "stage": stage,
+        "step": step,
+        "total": total,
+        "unit": unit,
+        "rate": round(rate, 3),
+        "seconds_left": round((total - step) / rate) if rate > 0 else None,
+        "time": time.time(),
+        "pid": os.getpid(),
+        **extra,
+    }
+    # Progress is a courtesy: it must never stop a run, so no fsync and no error.
+    with contextlib.suppress(OSError):
+        temporary = folder / f".progress.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(row))
+        os.replace(temporary, folder / "progress.json")
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+
+def provenance() -> dict:
+    """Return what a reader needs to judge or repeat a result; no paths, names of users or environment values."""
+    import torch
+
+    return {
+        **git_state(),
+        "packages": {name: _version(name) for name in PACKAGES_NAMED},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def git_state() -> dict:
+    """Return the repository's commit and whether tracked files differ from it (None outside a checkout)."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """Return the processor's marketing name where the system tells it."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def device():
+    """Return the device to compute on: CUDA when torch sees one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast_dtype(on=None):
+    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32)."""
+    import torch
+
+    on = on or device()
+    if on.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            return torch.bfloat16
+    return None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; atomic GPU kernels may still differ in the last bits."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def free_memory() -> None:
+    """Drop what the last traceback holds, collect, and empty the device's cache."""
+    import torch
+
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

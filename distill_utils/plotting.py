@@ -1,0 +1,548 @@
+"""One look for every figure and table: colours, captions, alternative texts.
+
+Not here: computing what is drawn. A `plot_*` function takes plain rows, returns its Axes and never shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out, too pale on white.
+METHOD_COLORS = {
+    "teacher": "#6b6b6b",
+    "sft": "#0072b2",
+    "kd": "#d55e00",
+    "pl": "#009e73",
+    "pl_kl": "#cc79a7",
+    "miniend": "#56b4e9",
+    "reference": "#1c2127",
+}
+BASELINE_COLOR = "#b0b0b0"
+METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "miniend": "MiniEnD"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FIGURE_SIZE = (6.5, 3.5)  # inches
+MANY_MARKS = 2000  # above this an SVG grows past a PNG at 150 dpi
+DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
+HEADINGS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "parameters_m": "parameters (M)",
+    "latency_ms": "latency (ms)",
+    "ms_per_token": "ms/token",
+    "throughput": "summaries/s",
+    "speedup": "speed-up",
+}
+AXIS_LABELS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "ms_per_token": "time per generated token (ms)",
+    "latency_ms": "latency of one summary (ms)",
+    "throughput": "summaries per second",
+    "parameters_m": "parameters (millions)",
+    "words": "words per summary",
+    "speedup": "speed-up over the teacher",
+    "loss": "loss",
+    "ce_loss": "cross-entropy (nats per token)",
+    "kl_loss": "KL from teacher (nats per token)",
+    "hidden_loss": "hidden-state error",
+}
+
+
+def use_style() -> None:
+    """Set the style of all figures: white, light grid, no frame at the top and right."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        font_scale=0.85,
+        rc={
+            "figure.figsize": FIGURE_SIZE,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#8b949e",
+            "axes.linewidth": 0.8,
+            "axes.labelcolor": "#373e47",
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e8ebee",
+            "grid.linewidth": 0.8,
+            "xtick.color": "#586069",
+            "ytick.color": "#586069",
+            "xtick.major.size": 3,
+            "ytick.major.size": 3,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "distill",  # the same figure gives the same bytes
+        },
+    )
+    sns.set_palette(list(METHOD_COLORS.values()))
+
+
+def method_color(method: str) -> str:
+    """Return the colour of a method in every figure; what is not a method is a light grey baseline."""
+    return METHOD_COLORS.get(method, BASELINE_COLOR)
+
+
+def method_label(method: str, student: str | None = None) -> str:
+    """Return the name of a method for readers, with the student's shape."""
+    name = METHOD_LABELS.get(method, str(method).replace("_", " "))
+    return f"{name} {student}" if student else name
+
+
+# ------------------------------------------------------------------------------------------------------------ showing
+
+
+def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
+    """Display a figure with its alternative text and a caption below, and close it.
+
+    Few marks become SVG, many a PNG at 150 dpi. `alt` says in a sentence what the pattern is, `caption` what is
+    drawn, of how many, and what the intervals mean. Raises ValueError when one is empty.
+    """
+    from IPython.display import HTML, display
+
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"alt {alt!r} and caption {caption!r} must both say something about the figure")
+    figure = figure_or_axes if isinstance(figure_or_axes, Figure) else figure_or_axes.get_figure()
+    buffer = io.BytesIO()
+    if count_marks(figure) > MANY_MARKS:
+        mime, options = "image/png", {"format": "png", "dpi": 150}
+        size = {"width": round(figure.get_figwidth() * 96)}
+    else:
+        mime, options, size = "image/svg+xml", {"format": "svg", "metadata": {"Date": None, "Creator": None}}, {}
+    figure.savefig(buffer, bbox_inches="tight", pad_inches=0.05, **options)
+    plt.close(figure)
+    data: bytes | str = buffer.getvalue()
+    data = data if mime == "image/png" else data.decode()
+    display({mime: data, "text/plain": alt}, metadata={mime: {"alt": alt, **size}}, raw=True)
+    display(HTML(f'<div class="figcaption">{escape(caption)}</div>'))
+
+
+def count_marks(figure: Figure) -> int:
+    """Count what a vector file would hold: points of lines and scatters, bars, cells of images."""
+    marks = 0
+    for ax in figure.axes:
+        marks += sum(len(line.get_xdata()) for line in ax.lines) + len(ax.patches) + len(ax.texts)
+        marks += sum(max(len(c.get_offsets()), len(c.get_paths())) for c in ax.collections)
+        marks += sum(int(math.prod(image.get_array().shape[:2])) for image in ax.images)
+    return marks
+
+
+def show_table(
+    frame: pd.DataFrame | pd.io.formats.style.Styler,
+    caption: str,
+    best_high: Sequence[str] = (),
+    best_low: Sequence[str] = (),
+    decimals: Mapping[str, int] | None = None,
+    best_among: Sequence[str] = (),
+) -> None:
+    """Display a table: first column as row heading, numbers right-aligned with fixed decimals, all text escaped.
+
+    The best value is bold in the columns of `best_high` (highest) and `best_low` (lowest), sought among all rows or
+    those whose heading is in `best_among` (the students). `decimals` overrides a column's usual number of decimals.
+    Names of results keys get readable headings. A Styler is shown as it is, with the caption.
+    """
+    from IPython.display import HTML, display
+
+    styler = frame
+    if isinstance(frame, pd.DataFrame):
+        styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
+    styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
+    # Same table, same bytes: the id is derived, not drawn.
+    styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
+    display(HTML(styler.to_html()))
+
+
+def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int], best_among):
+    for name in (*best_high, *best_low, *decimals):
+        if name not in frame.columns:
+            raise ValueError(f"no column {name!r}; columns are {list(frame.columns)}")
+    heading = escape(str(frame.columns[0]).replace("_", " "))  # pandas does not escape this one
+    table = frame.set_index(frame.columns[0])
+    # The name of the row headings goes where pandas writes the columns' name: one header row, no empty corner.
+    table = table.rename_axis(index=None, columns=heading)
+    if not table.index.is_unique or not table.columns.is_unique:
+        raise ValueError(f"the first column {heading!r} must be unique to serve as row heading")
+    digits = {}
+    for name in table.columns:
+        if pd.api.types.is_float_dtype(table[name]):
+            digits[name] = decimals.get(name, _usual_decimals(str(name)))
+    styler = table.style.format(escape="html", na_rep="–")
+    for name, count in digits.items():
+        styler = styler.format(f"{{:.{count}f}}", subset=[name], na_rep="–")
+    styler = styler.format_index(escape="html", axis=0)
+    styler = styler.format_index(lambda name: escape(HEADINGS.get(name, str(name).replace("_", " "))), axis=1)
+    text = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
+    if text:
+        left = [{"selector": "", "props": [("text-align", "left")]}]
+        styler = styler.set_table_styles({name: left for name in text}, overwrite=False)
+    competing = table.index.isin(list(best_among)) if best_among else [True] * len(table)
+    for names, extreme in ((best_high, "max"), (best_low, "min")):
+        for name in names:
+            # Ties as printed are all best: compare what the reader sees.
+            rounded = pd.to_numeric(table[name]).round(digits.get(name, 0)).where(competing)
+            best = rounded == getattr(rounded, extreme)()
+            styler = styler.apply(lambda _, best=best: ["font-weight: bold" if b else "" for b in best], subset=[name])
+    return styler
+
+
+def _usual_decimals(column: str) -> int:
+    name = column.lower().replace("-", "").replace(" ", "_")
+    return next((count for part, count in DECIMALS.items() if part in name), 2)
+
+
+def show_samples(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[str], caption: str = "", clip: int = 400
+) -> None:
+    """Display texts side by side, one row a document; escaped, clipped after `clip` characters."""
+    from IPython.display import HTML, display
+
+    head = "".join(f'<th scope="col">{escape(method_label(str(name)))}</th>' for name in columns)
+    body = ""
+    for row in rows:
+        texts = [str(row.get(name, "")) for name in columns]
+        texts = [text if len(text) <= clip else text[:clip].rstrip() + " …" for text in texts]
+        body += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    # Jupyter right-aligns table cells by default.
+    style = "<style>table.samples td, table.samples th { text-align: left !important; vertical-align: top; }</style>"
+    table = f'<table class="samples">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    display(HTML(style + table))
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def new_axes(ax: Axes | None = None) -> Axes:
+    """Return `ax`, or the axes of a new figure of the one size."""
+    return plt.subplots(figsize=FIGURE_SIZE, layout="constrained")[1] if ax is None else ax
+
+
+def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss", ax: Axes | None = None) -> Axes:
+    """Plot one quantity of training histories over the steps.
+
+    `histories` maps a run's name ("kd", "kd 6-3") to history rows with "step" and `key`; rows without it are skipped.
+    The first word is the method and gives the colour; runs of one method differ by dashes. Up to four runs are
+    named at their line's end, more in a legend.
+    """
+    ax = new_axes(ax)
+    ends: list[tuple[float, float, str, str]] = []
+    dashes: dict[str, int] = {}
+    for name, history in histories.items():
+        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+        if not points:
+            continue
+        method, _, rest = name.partition(" ")
+        style = ("-", "--", ":", "-.")[dashes.get(method, 0) % 4]
+        dashes[method] = dashes.get(method, 0) + 1
+        steps, values = zip(*points, strict=True)
+        label, color = method_label(method, rest), method_color(method)
+        ax.plot(steps, values, style, color=color, lw=1.5, label=label, marker="o" if len(points) == 1 else None)
+        ends.append((steps[-1], values[-1], label, color))
+    ax.set(xlabel="optimizer step", ylabel=AXIS_LABELS.get(key, key.replace("_", " ")))
+    if len(ends) > 4:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2)
+    elif ends:
+        right = max(x for x, *_ in ends)
+        _label_right(ax, [(y, label, color) for _, y, label, color in ends], at=right)
+    return ax
+
+
+def _label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float | None = None) -> None:
+    """Write (value, text, colour) labels at x = `at`, else at the right edge, pushed apart where they would touch."""
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.07  # one line of text in a figure of the one size
+    labels = sorted(labels)
+    places = _spread([value for value, *_ in labels], gap)
+    for (_, text, color), y in zip(labels, places, strict=True):
+        if at is None:
+            ax.text(1.01, y, text, transform=ax.get_yaxis_transform(), va="center", color=color)
+        else:
+            ax.annotate(
+                text, (at, y), (6, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
+            )
+    ax.set_ylim(low, high)
+
+
+def plot_quality_speed(
+    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None
+) -> Axes:
+    """Plot quality against speed, one point a row, intervals as error bars, the teacher's as a band.
+
+    Rows are results rows: method, student, `x`, `y`, `y`_low, `y`_high. Colour is the method, marker the student's
+    shape. Rows without `x` (lead words, object name) are dotted lines, the teacher is a point in its band. Points of
+    nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
+    """
+    ax = new_axes(ax)
+    rows = [row for row in rows if _is_number(row.get(y))]
+    students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
+    shapes = {student: MARKERS[i % len(MARKERS)] for i, student in enumerate(students)}
+    points, lines = [], []
+    placed = _apart([row[x] if _is_number(row.get(x)) else None for row in rows])
+    for row, at in zip(rows, placed, strict=True):
+        method, value = row.get("method", ""), row[y]
+        color, low, high = method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
+        has_interval = _is_number(low) and _is_number(high)
+        if method == "teacher":
+            if has_interval:
+                ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
+            ax.axhline(value, color=color, lw=0.9)
+        elif at is None:
+            ax.axhline(value, color=color, lw=1.2, ls=":")
+        elif has_interval:
+            bar = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(at, value, yerr=bar, color=color, lw=1.1, capsize=2, zorder=3)
+        is_line = method == "teacher" or at is None
+        if is_line:
+            lines.append((value, method_label(method), "#6b6b6b"))
+        if at is not None:
+            marker = "*" if method == "teacher" else shapes.get(row.get("student"), "o")
+            ax.plot(at, value, marker, color=color, ms=11 if marker == "*" else 7, mec="white", mew=0.8, zorder=4)
+        if not is_line:
+            points.append((at, value, method_label(method, row.get("student")), color))
+    ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
+    ax.margins(x=0.14, y=0.1)
+    ax.autoscale_view()
+    if all(at is None or at >= 0 for at in placed):
+        ax.set_xlim(left=max(ax.get_xlim()[0], 0))
+    _label_right(ax, lines)
+    _label_points(ax, points)
+    return ax
+
+
+def _apart(values: Sequence[float | None], close: float = 0.03, step: float = 0.022) -> list[float | None]:
+    """Move values that lie within `close` of the whole range apart by `step` of it, keeping each group's middle."""
+    known = sorted((value, i) for i, value in enumerate(values) if value is not None)
+    spread = (known[-1][0] - known[0][0]) if known else 0
+    moved = list(values)
+    groups: list[list[tuple[float, int]]] = []
+    for value, i in known:
+        if groups and spread and value - groups[-1][-1][0] <= close * spread:
+            groups[-1].append((value, i))
+        else:
+            groups.append([(value, i)])
+    for group in groups:
+        middle = sum(value for value, _ in group) / len(group)
+        for rank, i in enumerate(sorted(i for _, i in group)):  # in the order of the rows, the same in every group
+            if len(group) > 1:
+                moved[i] = middle + (rank - (len(group) - 1) / 2) * step * spread
+    return moved
+
+
+def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the names of points beside them: one column of text for each group of neighbours, in their order."""
+    figure = ax.get_figure()
+    figure.draw_without_rendering()  # places need the final layout
+    renderer = figure.canvas.get_renderer()
+    unit = figure.dpi / 72
+    line = 11.5 * unit
+    inside = ax.get_window_extent(renderer)
+    box = mpl.transforms.Bbox.from_bounds
+    placed = [(*ax.transData.transform((px, py)), text, color) for px, py, text, color in points]
+    groups: list[list[tuple[float, float, str, str]]] = []
+    for point in sorted(placed):
+        if groups and point[0] - groups[-1][-1][0] < 20 * unit:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    bars = [bar.get_window_extent(renderer) for container in ax.containers for bar in container.lines[2]]
+    marks = [box(cx - 5 * unit, cy - 5 * unit, 10 * unit, 10 * unit) for cx, cy, *_ in placed]
+    taken = [*marks, *(bar.padded(1.5 * unit) for bar in bars)]
+    for group in groups:
+        group.sort(key=lambda point: point[1])
+        places = _spread([point[1] for point in group], line)
+        columns = []
+        for side, edge in (
+            ("left", max(p[0] for p in group) + 9 * unit),
+            ("right", min(p[0] for p in group) - 9 * unit),
+        ):
+            texts = [
+                ax.text(
+                    *ax.transData.inverted().transform((edge, cy)), name, color=color, ha=side, va="center", zorder=5
+                )
+                for (_, _, name, color), cy in zip(group, places, strict=True)
+            ]
+            boxes = [text.get_window_extent(renderer) for text in texts]
+            cost = sum(_overlap(one, other) for one in boxes for other in taken)
+            cost += sum(one.width * one.height - _overlap(one, inside) for one in boxes)
+            columns.append((cost, side != "left", texts, boxes))
+        columns.sort(key=lambda column: column[:2])
+        for text in columns[1][2]:
+            text.remove()
+        taken += columns[0][3]
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move sorted values apart to at least `gap`; those that touch share one block around their mean."""
+    blocks = [[value, 1] for value in values]
+    position = 0
+    while position + 1 < len(blocks):
+        (one, n), (two, m) = blocks[position], blocks[position + 1]
+        if two - one < gap * (n + m) / 2:
+            blocks[position : position + 2] = [[(one * n + two * m) / (n + m), n + m]]
+            position = max(position - 1, 0)
+        else:
+            position += 1
+    return [centre + gap * (i - (count - 1) / 2) for centre, count in blocks for i in range(count)]
+
+
+def _overlap(one, other) -> float:
+    """Area that two boxes share, in square pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(width, 0) * max(height, 0)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def plot_lengths(
+    lengths: Mapping[str, Sequence[int]],
+    limits: Mapping[str, int] | None = None,
+    unit: str = "tokens",
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot cumulative distributions of lengths on a log axis, with truncation limits as dashed lines.
+
+    `lengths` maps a name ("source", "reference", "kd") to lengths in `unit`; `limits` maps some of the names to the
+    length they are cut at. Where a curve meets its dashed line stands the share that is left whole.
+    """
+    ax = new_axes(ax)
+    others = iter(("#0072b2", "#d55e00", "#009e73", "#cc79a7"))
+    limits = limits or {}
+    for name, values in lengths.items():
+        color = METHOD_COLORS.get(name.split()[0]) or next(others)
+        ordered = sorted(values)
+        shares = [k / 200 for k in range(201)]  # 201 quantiles draw any number of documents
+        at = [max(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 1) for share in shares]
+        ax.plot(at, [100 * share for share in shares], color=color, label=method_label(name))
+        if name in limits:
+            whole = 100 * sum(value <= limits[name] for value in ordered) / len(ordered)
+            ax.axvline(limits[name], color=color, ls="--", lw=1.1)
+            note = f"{limits[name]} ({whole:.0f} % whole)"
+            ax.annotate(note, (limits[name], 101), (0, 4), textcoords="offset points", color=color, ha="center")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set(xlabel=f"length ({unit}, log scale)", ylabel="documents up to this length (%)", ylim=(0, 101))
+    ax.legend(loc="upper left")
+    return ax
+
+
+def plot_abstractiveness(diagnostics: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
+    """Plot the share of novel n-grams (not in the source) as grouped bars.
+
+    `diagnostics` maps a name ("reference", "teacher", "kd 6-3") to a row of `evaluation.text_diagnostics`, of which the
+    keys `novel_<n>...` are drawn: shares from 0 to 1.
+    """
+    ax = new_axes(ax)
+    keys = sorted({key for row in diagnostics.values() for key in row if key.startswith("novel_")})
+    if not keys:
+        raise ValueError("no key novel_<n>... in any row: pass text_diagnostics of each system")
+    width = 0.8 / len(diagnostics)
+    shades: dict[str, int] = {}
+    for i, (name, row) in enumerate(diagnostics.items()):
+        method = name.split()[0]
+        shades[method] = shades.get(method, 0) + 1
+        offsets = [k - 0.4 + width * (i + 0.5) for k in range(len(keys))]
+        label = method_label(method, " ".join(name.split()[1:]))
+        alpha = 1 / shades[method] ** 0.7  # a second student of one method is a lighter bar
+        values = [100 * row[key] if _is_number(row.get(key)) else math.nan for key in keys]
+        ax.bar(offsets, values, width * 0.92, color=method_color(method), alpha=alpha, label=label)
+    ax.set_xticks(range(len(keys)), [f"{''.join(filter(str.isdigit, key))}-grams" for key in keys])
+    ax.set(ylabel="not in the source (%)", ylim=(0, None))
+    ax.grid(False, axis="x")
+    ax.tick_params(axis="x", length=0)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None) -> Axes:
+    """Plot coverage (share of words inside copied fragments) against density (mean squared length of fragments).
+
+    `pairs` maps a name to (coverage, density), one value a document.
+    """
+    ax = new_axes(ax)
+    for i, (name, (coverage, density)) in enumerate(pairs.items()):
+        color = method_color(name.split()[0])
+        options = {"s": 10, "lw": 0, "marker": "o"} if i % 2 == 0 else {"s": 12, "lw": 0.8, "marker": "x"}
+        ax.scatter(coverage, density, color=color, alpha=0.4, label=method_label(name), **options)
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set(
+        xlabel="coverage: share of words copied", ylabel="density: squared length of copied runs", xlim=(-0.02, 1.02)
+    )
+    if len(pairs) > 1:
+        legend = ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
+    return ax
+
+
+def plot_intervals(
+    rows: Sequence[Mapping],
+    metrics: Sequence[str] = ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot mean and interval of every row, one group a metric, the teacher's interval as a band behind its group.
+
+    Rows are results rows: method, <metric>, <metric>_low, <metric>_high. Names stand beside the first group.
+    """
+    ax = new_axes(ax)
+    step = 0.72 / len(rows)
+    for i, metric in enumerate(metrics):
+        for k, row in enumerate(rows):
+            at, low, high = i + step * (k - (len(rows) - 1) / 2), row[f"{metric}_low"], row[f"{metric}_high"]
+            is_teacher, marker = row["method"] == "teacher", "*" if row["method"] == "teacher" else MARKERS[k]
+            color = method_color("teacher") if is_teacher else "#8b949e"
+            if is_teacher:
+                ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
+            ax.plot([low, high], [at, at], color=color, lw=1.6, zorder=3)
+            ax.plot(row[metric], at, marker, color=color, ms=11 if is_teacher else 6, mec="white", mew=0.8, zorder=4)
+            if i == 0:
+                text = method_label(row["method"], row.get("student"))
+                ax.annotate(text, (high, at), (5, 0), textcoords="offset points", va="center", color="#586069")
+    ax.set_yticks(range(len(metrics)), [HEADINGS.get(metric, metric) for metric in metrics])
+    ax.set_ylim(len(metrics) - 0.45, -0.55)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("F1 × 100")
+    return ax
+
+
+def plot_beams(
+    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", method: str = "teacher", ax: Axes | None = None
+) -> Axes:
+    """Plot one model's quality against its speed for several numbers of beams, joined in their order.
+
+    Rows have `num_beams`, `x`, `y`, `y`_low and `y`_high; the line has the method's colour.
+    """
+    ax = new_axes(ax)
+    rows, color = sorted(rows, key=lambda row: row["num_beams"]), method_color(method)
+    values = [row[y] for row in rows]
+    bars = [[max(row[y] - row[f"{y}_low"], 0) for row in rows], [max(row[f"{y}_high"] - row[y], 0) for row in rows]]
+    at = [row[x] for row in rows]
+    ax.errorbar(at, values, yerr=bars, color=color, lw=1.2, marker="o", ms=7, mec="white", capsize=2)
+    for row in rows:
+        text = f"{row['num_beams']} beam{'s' if row['num_beams'] > 1 else ''}"
+        ax.annotate(text, (row[x], row[y]), (6, 6), textcoords="offset points", color=color)
+    ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
+    ax.set_xlim(0, 1.15 * max(at))
+    return ax

@@ -1,0 +1,62 @@
+"""What the machine can do at most and what a pass needs: measured and counted floating-point operations.
+
+Not here: the speed of a whole model on documents (evaluation.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from distill_utils import artifacts
+
+CPU_SIZE, CUDA_SIZE = 1024, 8192  # rows of the square matrices: large enough to be bound by arithmetic, not by memory
+
+
+def run_times(run: Callable[[], object], repeats: int, device: torch.device | None = None) -> list[float]:
+    """Return the seconds of each of `repeats` calls, after one call that is not counted."""
+    on_cuda = (device or artifacts.device()).type == "cuda"
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if on_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def matmul_ceiling(size: int = 0, repeats: int = 8) -> dict[str, float | None]:
+    """Return the GFLOP/s (1e9) that a square matrix product reaches here: `float32` and `bfloat16`.
+
+    The best of `repeats`, for other load only slows. `bfloat16` is None where the machine has none of its own.
+    """
+    device = artifacts.device()
+    size = size or (CUDA_SIZE if device.type == "cuda" else CPU_SIZE)
+    ceiling: dict[str, float | None] = dict.fromkeys(("float32", "bfloat16"))
+    for name, dtype in (("float32", torch.float32), ("bfloat16", artifacts.autocast_dtype(device))):
+        if dtype is not None:
+            left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+            ceiling[name] = 2 * size**3 / min(run_times(lambda a=left, b=right: a @ b, repeats, device)) / 1e9
+    return ceiling
+
+
+def encoder_flops(num_parameters: int, num_layers: int, width: int, num_tokens: int) -> float:
+    """Return the floating-point operations of one encoder pass over one document of `num_tokens` tokens.
+
+    Two for each weight (embeddings excepted) and token, four for each pair of tokens, layer and unit of width: scores
+    and weighted sum. Norms, activations and softmax are left out.
+    """
+    return 2.0 * num_parameters * num_tokens + 4.0 * num_layers * width * num_tokens**2
+
+
+def encoder_speed(model, num_parameters: int, num_layers: int, num_tokens: int, batch_size: int) -> dict[str, float]:
+    """Time the encoder on documents of one length: `batch_size`, `ms` a pass (median of five), `gflops` a second."""
+    ids = torch.full((batch_size, num_tokens), model.config.eos_token_id, device=model.device)
+    with torch.inference_mode():
+        seconds = statistics.median(run_times(lambda: model.get_encoder()(ids, torch.ones_like(ids)), 5, model.device))
+    flops = batch_size * encoder_flops(num_parameters, num_layers, model.config.hidden_size, num_tokens)
+    return {"batch_size": batch_size, "ms": 1000 * seconds, "gflops": flops / seconds / 1e9}

@@ -1,0 +1,369 @@
+"""Students cut from a teacher: which layers to keep, the copy itself, loading, saving, freezing and counting.
+
+Not here: what a student learns (objectives.py) and how (training.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_utils.artifacts import InputError, folder_atomic
+
+ASSETS = Path(__file__).parent / "assets"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "source.spm")
+FAMILIES = ("bart", "mbart", "pegasus", "marian", "t5")  # config.model_type; T5 v1.1 and Flan-T5 are "t5"
+
+# Layers to copy, {teacher depth: {student depth: ids}}: Shleifer & Rush (2020), the tables of their released code.
+LAYERS_TO_COPY = {
+    6: {1: [0], 2: [0, 5], 3: [0, 2, 5], 4: [0, 1, 3, 5]},
+    12: {
+        1: [0],
+        2: [0, 6],
+        3: [0, 6, 11],
+        4: [0, 4, 8, 11],
+        6: [0, 2, 4, 7, 9, 11],
+        9: [0, 1, 2, 4, 5, 7, 9, 10, 11],
+    },
+    16: {
+        1: [0],
+        2: [0, 15],
+        3: [0, 8, 15],
+        4: [0, 5, 10, 15],
+        6: [0, 3, 6, 9, 12, 15],
+        8: [0, 2, 4, 6, 8, 10, 12, 15],
+        9: [0, 1, 3, 5, 7, 9, 11, 13, 15],
+        12: [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15],
+    },
+}
+# Layers to imitate: the end of the block of teacher layers that a student layer replaces. Same source.
+LAYERS_TO_SUPERVISE = {
+    6: {1: [5], 2: [3, 5], 3: [1, 4, 5], 4: [1, 2, 4, 5]},
+    12: {1: [11], 2: [5, 11], 3: [3, 7, 11], 6: [1, 3, 5, 8, 10, 11]},
+    16: {1: [15], 4: [4, 9, 12, 15], 8: [1, 3, 5, 7, 9, 11, 13, 15]},
+}
+
+
+# ----------------------------------------------------------------------------------------------------- layers to keep
+
+
+def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
+    """Return the teacher layers to copy: the published table for 6, 12 and 16 layers, else evenly spaced ids.
+
+    Computed ids always keep the first and the last layer; a single layer is the first one, which the original's logs
+    favour over the last. Raises InputError when the depth is impossible.
+    """
+    _check_depth("student_layers", student_layers, teacher_layers)
+    published = LAYERS_TO_COPY.get(teacher_layers, {}).get(student_layers)
+    if published:
+        return list(published)
+    if student_layers == 1:
+        return [0]
+    step = (teacher_layers - 1) / (student_layers - 1)
+    return [int(i * step + 0.5) for i in range(student_layers)]
+
+
+def supervision_map(teacher_layers: int, student_layers: int) -> list[int]:
+    """Return the teacher layers whose outputs the student's layers should imitate, the last one always among them.
+
+    A student layer stands for a block of teacher layers, so its output belongs to the block's *end*, whereas
+    `layer_map` names the layer it was copied from. Published tables for 6, 12 and 16 layers, else the ends of equal
+    blocks. Raises InputError when the depth is impossible.
+    """
+    _check_depth("student_layers", student_layers, teacher_layers)
+    published = LAYERS_TO_SUPERVISE.get(teacher_layers, {}).get(student_layers)
+    if published:
+        return list(published)
+    return [int((i + 1) * teacher_layers / student_layers + 0.5) - 1 for i in range(student_layers)]
+
+
+def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= teacher_layers:
+        raise InputError(f"{name} is {layers!r}: the teacher has {teacher_layers} layers, give 1 to {teacher_layers}")
+
+
+def _check_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if not whole or len(set(ids)) != len(ids) or not all(0 <= i < teacher_layers for i in ids) or len(ids) != layers:
+        raise InputError(f"{name} is {list(ids)}: give {layers} different ids from 0 to {teacher_layers - 1}")
+    return list(ids)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cut
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the encoder's layers, whatever the family calls them."""
+    encoder = model.get_encoder()
+    return encoder.block if hasattr(encoder, "block") else encoder.layers
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder's layers, whatever the family calls them."""
+    decoder = model.get_decoder()
+    return decoder.block if hasattr(decoder, "block") else decoder.layers
+
+
+def init_student(
+    teacher: PreTrainedModel,
+    encoder_layers: int,
+    decoder_layers: int,
+    encoder_layer_ids: Sequence[int] | None = None,
+    decoder_layer_ids: Sequence[int] | None = None,
+) -> tuple[PreTrainedModel, list[int], list[int]]:
+    """Return a student made of some of the teacher's layers, and the encoder and decoder layer ids it kept.
+
+    All but the dropped layers is copied: embeddings, norms, head, weights' dtypes and device, generation settings.
+    The student is in eval mode, all of it trainable, and shares no memory with the teacher, which stays as it was. The
+    ids are kept in `config.student_init`. Shleifer & Rush (2020), "shrink and fine-tune".
+
+    Raises InputError for another family, impossible depths or ids, or when weights are missing or left over.
+    """
+    if teacher.config.model_type not in FAMILIES:
+        raise InputError(f"teacher is a {teacher.config.model_type} model: give one of {', '.join(FAMILIES)}")
+    stacks = {"encoder": (encoder_layers, encoder_layer_ids), "decoder": (decoder_layers, decoder_layer_ids)}
+    teacher_stacks, kept, config = _stacks(teacher), {}, copy.deepcopy(teacher.config)
+    for stack, (layers, ids) in stacks.items():
+        _, teacher_layers = teacher_stacks[stack]
+        _check_depth(f"{stack}_layers", layers, teacher_layers)
+        ids = layer_map(teacher_layers, layers) if ids is None else ids
+        kept[stack] = _check_ids(f"{stack}_layer_ids", ids, layers, teacher_layers)
+    _set_depths(config, encoder_layers, decoder_layers)
+    config.student_init = {
+        "encoder_layer_ids": kept["encoder"],
+        "decoder_layer_ids": kept["decoder"],
+        "teacher_encoder_layers": teacher_stacks["encoder"][1],
+        "teacher_decoder_layers": teacher_stacks["decoder"][1],
+    }
+    config._name_or_path = ""  # the student is not its teacher, and the teacher's may be a home path
+
+    # A fresh model numbers its layers anew for the attention cache; slicing the teacher's lists would keep old numbers.
+    # On the meta device it costs no memory and no initialization.
+    with torch.device("meta"):
+        student = type(teacher)(config)
+    _copy_weights(student, teacher, {teacher_stacks[stack][0]: ids for stack, ids in kept.items()})
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval(), kept["encoder"], kept["decoder"]
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
+    """Return {"encoder": (name of its layer list, depth), "decoder": ...} as found in the module, not in the config."""
+    names = {id(module): name for name, module in model.named_modules()}
+    lists = {"encoder": encoder_layers(model), "decoder": decoder_layers(model)}
+    return {stack: (names[id(layers)], len(layers)) for stack, layers in lists.items()}
+
+
+def _set_depths(config, encoder_layers: int, decoder_layers: int) -> None:
+    if config.model_type == "t5":
+        config.num_layers, config.num_decoder_layers = encoder_layers, decoder_layers
+        _size_t5_cache(config)
+    else:
+        config.encoder_layers, config.decoder_layers = encoder_layers, decoder_layers
+        # LayerDrop may skip a whole one-layer decoder, and hidden states of skipped layers cannot be matched.
+        config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+
+
+def _size_t5_cache(config) -> None:
+    # `generate` sizes T5's cache by the *encoder's* depth, too small for a deeper decoder (IndexError). It looks for a
+    # field `decoder_layers` first, which T5 lacks, so naming the depth there as well mends it, also after a reload.
+    config.decoder_layers = config.num_decoder_layers
+
+
+def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, kept: dict[str, list[int]]) -> None:
+    """Fill a student on the meta device; `kept` maps the name of a layer list to the teacher's layers it takes."""
+    weights, copies, state, used = teacher.state_dict(keep_vars=True), {}, {}, set()
+    trainable = {name: weight.requires_grad for name, weight in student.state_dict(keep_vars=True).items()}
+    for name in trainable:
+        source = _source_name(name, kept)
+        if source not in weights:
+            raise InputError(f"teacher lacks the weight {source}: load it again from complete files")
+        weight = weights[source]
+        if id(weight) not in copies:  # weights tied in the teacher, and only those, are one object in the student too:
+            clone = weight.detach().clone()  # T5 v1.1 says "tied" in its config while its head is not
+            is_parameter = isinstance(weight, nn.Parameter)
+            copies[id(weight)] = nn.Parameter(clone, requires_grad=trainable[name]) if is_parameter else clone
+        state[name] = copies[id(weight)]
+        used.add(source)
+    left = [name for name in weights if name not in used and not name.startswith(tuple(f"{stack}." for stack in kept))]
+    if left:
+        raise InputError(f"teacher has a weight {left[0]} that a {student.config.model_type} student has no place for")
+    student.load_state_dict(state, strict=True, assign=True)
+
+
+def _source_name(name: str, kept: dict[str, list[int]]) -> str:
+    for stack, ids in kept.items():
+        if name.startswith(f"{stack}."):
+            index, rest = name.removeprefix(f"{stack}.").split(".", 1)
+            # T5 keeps the position bias of all layers in block 0; the student's block 0 needs it wherever it came from.
+            return f"{stack}.{0 if 'relative_attention_bias' in rest else ids[int(index)]}.{rest}"
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------- load and save
+
+
+def load_model(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model in eval mode and its tokenizer, by shipped name ("pydocs-bart"), local folder or hub name.
+
+    Only safetensors are read and no code from outside is run. Raises InputError for an unknown name, a folder without
+    weights or tokenizer or with pickle weights only, another architecture, missing weights, or a tokenizer larger than
+    the vocabulary.
+    """
+    source, local = _find_model(name_or_path)
+    options = {"trust_remote_code": False, "local_files_only": local}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.model_type not in FAMILIES:
+            raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{_unknown(name_or_path, local)} ({type(error).__name__}: {reason})") from error
+    # A file of another depth than its config loads without an error: layers are drawn at random or dropped.
+    lost = sorted(report["missing_keys"]) + [
+        k for k in report["unexpected_keys"] if re.search(r"\.(layers|block)\.\d", k)
+    ]
+    if lost:
+        raise InputError(f"{name_or_path}: weights and config.json disagree on {len(lost)} weights, such as {lost[0]}")
+    _check_tokenizer(str(name_or_path), tokenizer, model.config.vocab_size)
+    if model.config.model_type == "t5":
+        _size_t5_cache(model.config)
+    return model.eval(), tokenizer
+
+
+def _find_model(name_or_path: str | Path) -> tuple[str, bool]:
+    """Return what `from_pretrained` should load and whether it is a local folder, which has all files."""
+    folder = ASSETS / name_or_path if str(name_or_path) in shipped_models() else Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise InputError(f"{name_or_path} is a file: give the folder with config.json and model.safetensors")
+        hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name_or_path))
+        if not hub_name or (folder.parent != Path() and folder.parent.is_dir()):
+            raise InputError(f"no model folder {name_or_path}: give {_choices()}")
+        return str(name_or_path), False
+    if not (folder / "config.json").exists():
+        raise InputError(f"{name_or_path} has no config.json: give the folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
+            raise InputError(f"{name_or_path} has pickle weights only, which may run code: save as safetensors first")
+        raise InputError(f"{name_or_path} has no weights: put model.safetensors beside config.json")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):  # an empty tokenizer would be made up
+        raise InputError(f"{name_or_path} has no tokenizer: save it there as well, with tokenizer.save_pretrained")
+    return str(folder), True
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models inside this package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
+def _choices() -> str:
+    shipped = ", ".join(shipped_models()) or "none yet, run make teachers"
+    return f"a shipped model ({shipped}), a local folder or a hub name"
+
+
+def _unknown(name_or_path: str | Path, local: bool) -> str:
+    if local:
+        return f"cannot load {name_or_path}: its files are damaged, incomplete or of another version"
+    return f"cannot load {name_or_path}: no safetensors weights on the hub or in its cache; give {_choices()}"
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    # Published BART summarizers have a mask token one beyond their vocabulary; no text is tokenized to it.
+    beyond = sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+    if beyond:
+        raise InputError(
+            f"{name}: the tokenizer has {beyond} entries beyond the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model, or resize the model's embeddings and train them"
+        )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write weights (safetensors), config, generation settings and tokenizer; the folder appears whole or not at all.
+
+    Raises InputError when the tokenizer is larger than the vocabulary or the disk is full.
+    """
+    _check_tokenizer(str(folder), tokenizer, model.config.vocab_size)
+    with folder_atomic(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            if "No space left" not in str(error):
+                raise
+            raise InputError(f"no space left while writing {Path(folder).name}: free some disk") from error
+        tokenizer.save_pretrained(temporary)
+
+
+# ------------------------------------------------------------------------------------------------- parts of a model
+
+
+def project(model: PreTrainedModel, decoder_hidden: Tensor) -> Tensor:
+    """Return logits (..., vocab) of the decoder's last hidden states (..., dim), as the family's forward pass does."""
+    if getattr(model.config, "scale_decoder_outputs", False):  # T5 v1.0 only; v1.1 has its own head instead
+        decoder_hidden = decoder_hidden * model.config.d_model**-0.5
+    logits = model.get_output_embeddings()(decoder_hidden)
+    bias = getattr(model, "final_logits_bias", None)  # BART, mBART, Pegasus, Marian
+    return logits if bias is None else logits + bias[0].to(logits.device)
+
+
+def freeze(model: PreTrainedModel, encoder: bool = True, embeddings: bool = True) -> None:
+    """Stop training the encoder, or token and position embeddings of both sides, or both, as Shleifer & Rush do.
+
+    A head tied to the embeddings is frozen with them. Without `embeddings` a shared matrix stays trainable.
+    """
+    embedding = {id(weight) for weight in _embeddings(model)}
+    parameters = [w for w in model.get_encoder().parameters() if id(w) not in embedding] if encoder else []
+    for weight in [*parameters, *(_embeddings(model) if embeddings else [])]:
+        weight.requires_grad_(False)
+
+
+def has_teacher_encoder(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Tell whether one encoder pass serves both: same depth, all weights frozen and equal in the teacher's dtype."""
+    if type(student) is not type(teacher):
+        return False
+    ours, theirs = dict(student.get_encoder().named_parameters()), dict(teacher.get_encoder().named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        not weight.requires_grad
+        and weight.shape == theirs[name].shape
+        and torch.equal(weight.to(theirs[name].device, theirs[name].dtype), theirs[name])
+        for name, weight in ours.items()
+    )
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Return the numbers of parameters: total, trainable, encoder, decoder, embeddings; the last three add up to total.
+
+    Tied weights count once. Embeddings are those of tokens and positions on both sides, and an untied head.
+    """
+    outer = {id(weight) for weight in [*_embeddings(model), *model.get_output_embeddings().parameters()]}
+    return {
+        "total": _count(model.parameters()),
+        "trainable": _count(weight for weight in model.parameters() if weight.requires_grad),
+        "encoder": _count(weight for weight in model.get_encoder().parameters() if id(weight) not in outer),
+        "decoder": _count(weight for weight in model.get_decoder().parameters() if id(weight) not in outer),
+        "embeddings": _count(weight for weight in model.parameters() if id(weight) in outer),
+    }
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+    stacks = (model.get_encoder(), model.get_decoder())
+    modules = [getattr(stack, name, None) for stack in stacks for name in ("embed_tokens", "embed_positions")]
+    return [weight for module in modules if module is not None for weight in module.parameters()]
+
+
+def _count(weights: Iterable[nn.Parameter]) -> int:
+    return sum(weight.numel() for weight in weights)

@@ -1,0 +1,258 @@
+"""One flat training loop: schedule, mixed precision, accumulation, checkpoints, exact resume, history rows.
+
+Not here: losses (objectives.py) and data order (data.py). Everything random in a step is a function of the seed and the
+step, so a run that was killed and started again ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill_utils.artifacts import (
+    InputError,
+    autocast_dtype,
+    device,
+    folder_atomic,
+    read_json,
+    report_progress,
+    write_atomic,
+    write_json,
+)
+
+EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What determines one training run besides model, objective and data; JSON-serialisable by `asdict`."""
+
+    max_steps: int
+    batch_size: int = 32  # examples an optimizer step
+    micro_batch_size: int = 0  # examples a forward pass, 0 = batch_size
+    learning_rate: float = 3e-4  # peak
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int = 0  # steps, 0 = only at the end
+    checkpoint_every: int = 0  # steps, 0 = never
+    log_every: int = 10  # steps averaged in one history row
+    seed: int = 0
+    precision: str = "auto"  # "auto" = bf16 where the device has it, or "float32"
+
+
+def fit(
+    model: torch.nn.Module,
+    loss_fn: Callable[[torch.nn.Module, dict], dict],
+    batches: Callable[[int], list[dict]],
+    settings: Training,
+    folder: Path,
+    evaluate: Callable[[torch.nn.Module], dict] | None = None,
+    stage: str = "training",
+) -> list[dict]:
+    """Train `model` in place and return the history, one row every `log_every` steps.
+
+    `loss_fn(model, batch)` returns named scalars with "loss" among them, each a mean over the batch's valid target
+    tokens; micro-batches are weighted by their tokens, so that accumulation does not change the loss. `batches(step)`
+    returns the micro-batches of a step. `evaluate(model)` returns numbers for the history row at every `eval_every`.
+    The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued.
+    Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
+    """
+    check(settings)
+    on = device()
+    model.to(on)
+    train_mode(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    half = autocast_dtype(on) if settings.precision == "auto" else None
+    state = restore_checkpoint(folder, model, parameters, optimizer)
+    history, window = state["history"], state["window"]
+    began = time.monotonic() - state["seconds"]
+
+    for step in range(state["step"], settings.max_steps):
+        torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout: a function of seed and step
+        micro_batches = batches(step)
+        counts = [int((batch["labels"] != -100).sum()) for batch in micro_batches]
+        sums: dict[str, torch.Tensor] = {}
+        for batch, count in zip(micro_batches, counts, strict=True):
+            moved = {k: v.to(on, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            with torch.autocast(on.type, half, enabled=half is not None):
+                losses = loss_fn(model, moved)
+            share = count / max(sum(counts), 1)
+            (losses["loss"] * share).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() * share
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # CPU-GPU sync point
+        if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
+            ids = [i for batch in micro_batches for i in batch["ids"]]
+            raise InputError(
+                f"{stage}: the loss is {values['loss']} (gradient norm {norm.item()}) at step {step}, examples "
+                f"{', '.join(map(str, ids[:4]))}, ...: lower learning_rate or remove them; the last checkpoint is kept"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, settings)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        for name, value in values.items():
+            window[name] = window.get(name, 0.0) + value
+        window["steps"] = window.get("steps", 0) + 1
+        window["examples"] = window.get("examples", 0) + sum(len(batch["ids"]) for batch in micro_batches)
+        cells = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in micro_batches)
+        used = sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + sum(counts)
+        window["cells"], window["used"] = window.get("cells", 0) + cells, window.get("used", 0) + used
+        seconds = time.monotonic() - began
+        report_progress(folder, stage, done, settings.max_steps, loss=round(values["loss"], 3))
+        evaluates = evaluate and (
+            done == settings.max_steps or (settings.eval_every and done % settings.eval_every == 0)
+        )
+        if done % settings.log_every == 0 or evaluates or done == settings.max_steps:
+            row = {name: window[name] / window["steps"] for name in values}
+            row = {"step": done, **row, "lr": learning_rate_at(step, settings), "seconds": round(seconds, 2)}
+            row["padding"] = round(1 - window["used"] / max(window["cells"], 1), 4)
+            row["examples_per_second"] = round(window["examples"] / max(seconds - window.get("began", 0.0), 1e-9), 2)
+            window = {"began": seconds}
+            if evaluates:
+                model.eval()
+                with torch.no_grad(), torch.autocast(on.type, half, enabled=half is not None):
+                    row |= evaluate(model)
+                train_mode(model)
+                print(format_row(stage, row, settings.max_steps), flush=True)
+            history.append(row)
+        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
+            save_checkpoint(folder, model, parameters, optimizer, done, history, window, time.monotonic() - began)
+    model.eval()
+    write_history(folder, history)
+    return history
+
+
+def check(settings: Training) -> None:
+    """Refuse impossible settings before anything is computed."""
+    for name in ("max_steps", "batch_size", "log_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} {getattr(settings, name)} is too small: use at least 1")
+    for name in ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every"):
+        if getattr(settings, name) < 0:
+            raise InputError(f"{name} {getattr(settings, name)} is negative: use 0 or more")
+    if settings.micro_batch_size and settings.batch_size % settings.micro_batch_size:
+        raise InputError(
+            f"micro_batch_size {settings.micro_batch_size} does not divide batch_size {settings.batch_size}: "
+            "use one that does"
+        )
+    if not settings.learning_rate > 0:
+        raise InputError(f"learning_rate {settings.learning_rate} is not positive: use for example 0.0003")
+    if not settings.max_grad_norm > 0:
+        raise InputError(f"max_grad_norm {settings.max_grad_norm} is not positive: use for example 1.0")
+    if settings.precision not in ("auto", "float32"):
+        raise InputError(f"precision {settings.precision!r} is unknown: use auto or float32")
+
+
+def learning_rate_at(step: int, settings: Training) -> float:
+    """Return the learning rate of a step: linear warm-up to the peak, then linear decay to zero."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
+    return settings.learning_rate * left
+
+
+def train_mode(model: torch.nn.Module) -> None:
+    """Switch dropout on, except in parts without a trainable parameter: a frozen encoder must stay the teacher's."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+
+
+def choose_attention(model, max_length: int) -> None:
+    """Set the attention kernel that trains fastest here: plain for short sequences on CPU, fused elsewhere."""
+    plain = device().type == "cpu" and max_length <= EAGER_LENGTH
+    model.set_attn_implementation("eager" if plain else "sdpa")
+
+
+def format_row(stage: str, row: dict, max_steps: int) -> str:
+    """Return one line for the log of a batch run."""
+    shown = {k: v for k, v in row.items() if k not in ("step", "seconds", "padding", "lr", "examples_per_second")}
+    numbers = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    rate = f"{row['examples_per_second']:.1f} examples/s"
+    return f"{stage}  step {row['step']:>5}/{max_steps}  {numbers}  lr {row['lr']:.1e}  {rate}"
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder, model, parameters, optimizer, step, history, window, seconds) -> None:
+    """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones."""
+    moments = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            moments[f"{name}|{key}"] = value.contiguous()
+    # named_parameters lists a tied matrix once, which is what safetensors wants.
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    target = folder / f"checkpoint-{step:06d}"
+    with folder_atomic(target) as temporary:
+        save_file(weights, temporary / "model.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, "seconds": seconds, "history": history, "window": window})
+    for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):  # the latter left by killed processes
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    write_history(folder, history)
+
+
+def restore_checkpoint(folder, model, parameters, optimizer) -> dict:
+    """Load the newest checkpoint of a run folder into model and optimizer and return its state (fresh when none)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not found:
+        return {"step": 0, "seconds": 0.0, "history": [], "window": {}}
+    newest = found[-1]
+    with torch.no_grad(), safe_open(newest / "model.safetensors", "pt") as file:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(name))
+    with safe_open(newest / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118, a safetensors handle is no dictionary
+            name, moment = key.rsplit("|", 1)
+            like = parameters[name]
+            # The fused optimizer keeps its step count beside the parameter, too.
+            optimizer.state[like][moment] = file.get_tensor(key).to(like.device)
+    print(f"continuing from {newest.name}", flush=True)
+    return read_json(newest / "state.json")
+
+
+def write_history(folder: Path, history: list[dict]) -> None:
+    """Write the history as CSV; columns in order of first appearance."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomic(folder / "history.csv", text.getvalue())
+
+
+def read_history(folder: Path) -> list[dict]:
+    """Read a history as rows of numbers; empty cells are left out."""
+    with open(folder / "history.csv", newline="") as file:
+        return [{k: json.loads(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def describe(settings: Training) -> dict:
+    """Return the settings as a plain dictionary for hashing and reports."""
+    return asdict(settings)

@@ -1,0 +1,27 @@
+"""What holds for every test: no network, two threads, no window, and run folders that vanish with the session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+# Read when torch and the hub client are imported, so they are set before any test file is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # tiny tensors only lose by more
+for name in ("DISTILL_NOTEBOOK_RUN", "DISTILL_NOTEBOOKS"):
+    os.environ.pop(name, None)
+
+
+def pytest_configure(config):
+    """Keep the user's run folders out of the tests; processes that tests start inherit the folder."""
+    config.distill_runs = tempfile.mkdtemp(prefix="distill-tests-")
+    os.environ["DISTILL_RUNS"] = config.distill_runs
+
+
+def pytest_unconfigure(config):
+    """Remove the session's run folders."""
+    shutil.rmtree(config.distill_runs, ignore_errors=True)

@@ -1,0 +1,368 @@
+"""Run folders: reuse, atomic writing, locks between real processes, progress, provenance."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from distill_utils import artifacts
+from distill_utils.artifacts import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HOLD = """
+import sys
+from distill_utils import artifacts
+def build(folder):
+    (folder / "part").write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+artifacts.artifact("held", {"a": 1}, build, quiet=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def holder(runs):
+    """A live process inside the build of the artifact "held"."""
+    command = [sys.executable, "-c", HOLD]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as process:
+        while process.stdout.readline().strip() != "held":
+            assert process.poll() is None
+        yield process
+        process.kill()
+
+
+def message_of(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ hashing
+
+
+def test_config_hash_is_the_sha256_of_canonical_json():
+    # printf '{"a":1,"b":[true,null,0.5],"c":"\u00e9"}' | sha256sum
+    assert artifacts.config_hash({"c": "é", "b": [True, None, 0.5], "a": 1}) == "34f80fc51f"
+
+
+def test_config_hash_depends_on_every_value():
+    base = {"a": 1, "b": {"c": [1, 2], "d": "x"}}
+    others = [
+        {"a": 2, "b": {"c": [1, 2], "d": "x"}},
+        {"a": 1, "b": {"c": [2, 1], "d": "x"}},
+        {"a": 1, "b": {"c": [1, 2], "d": "y"}},
+        {"a": 1, "b": {"c": [1, 2]}},
+        {"a": "1", "b": {"c": [1, 2], "d": "x"}},
+    ]
+    assert len({artifacts.config_hash(settings) for settings in [base, *others]}) == 6
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert artifacts.file_hash(tmp_path / "file") == "ba7816bf8f"  # FIPS 180-2, appendix B.1
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class FullFile(io.FileIO):
+    """A file on a disk that fills up in the middle of a write."""
+
+    code = errno.ENOSPC
+
+    def write(self, data):
+        super().write(data[: len(data) // 2])
+        raise OSError(self.code, os.strerror(self.code))
+
+
+def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
+    artifacts.write_atomic(tmp_path / "file.txt", "älter")
+    artifacts.write_atomic(tmp_path / "file.txt", b"new")
+    assert os.listdir(tmp_path) == ["file.txt"]
+    assert (tmp_path / "file.txt").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "file.txt"
+    path.write_text("the old content")
+    if call == "write":
+        monkeypatch.setattr(artifacts, "open", type("Full", (FullFile,), {"code": code}), raising=False)
+    else:
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(InputError) as error:
+        artifacts.write_atomic(path, "the new content")
+    message = message_of(error)
+    assert "no space left" in message and "file.txt" in message and "DISTILL_RUNS" in message
+    assert str(tmp_path) not in message
+    assert os.listdir(tmp_path) == ["file.txt"]
+    assert path.read_text() == "the old content"
+
+
+def test_other_system_errors_pass_unchanged(tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text("old")
+    monkeypatch.setattr(artifacts, "open", type("Broken", (FullFile,), {"code": errno.EIO}), raising=False)
+    with pytest.raises(OSError) as error:
+        artifacts.write_atomic(tmp_path / "file.txt", "new text")
+    assert error.value.errno == errno.EIO
+    assert os.listdir(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"
+
+
+def test_write_json_refuses_what_json_lacks(tmp_path):
+    artifacts.write_json(tmp_path / "a.json", {"text": "é", "value": 0.1})
+    with pytest.raises(ValueError):
+        artifacts.write_json(tmp_path / "a.json", {"value": float("nan")})
+    assert artifacts.read_json(tmp_path / "a.json") == {"text": "é", "value": 0.1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_folder_atomic_replaces_the_whole_folder(tmp_path):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    stale = tmp_path / f".student.{os.getpid()}.old"  # left by a killed process that had this process's id
+    stale.mkdir()
+    (stale / "older").write_text("older")
+    with artifacts.folder_atomic(folder) as temporary:
+        (temporary / "new").write_text("new")
+        assert os.listdir(folder) == ["old"]  # a reader sees the old folder until the end
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(tmp_path) == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), InputError),
+        # what safetensors raises on a full disk, word for word
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), InputError),
+        (SafetensorError("Error while serializing: other"), SafetensorError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["system", "safetensors", "other", "interrupt"],
+)
+def test_folder_atomic_keeps_the_old_folder_when_writing_fails(tmp_path, raised, expected):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(expected) as error, artifacts.folder_atomic(folder) as temporary:
+        (temporary / "weights").write_text("ne")
+        raise raised
+    if expected is InputError:
+        assert "student" in message_of(error)
+    assert os.listdir(tmp_path) == ["student"]
+    assert (folder / "weights").read_text() == "old"
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+def test_artifact_is_built_once_and_reused(runs, capsys):
+    calls = []
+
+    def build(folder):
+        assert not (folder / "results.json").exists()  # results are written last
+        assert json.loads((folder / "config.json").read_text()) == {"a": 1}
+        calls.append(folder)
+        return {"loss": 0.5}
+
+    first = artifacts.artifact("part", {"a": 1}, build)
+    assert capsys.readouterr().out == f"building runs/{first.name}\n"
+    assert artifacts.artifact("part", {"a": 1}, build) == first
+    assert capsys.readouterr().out == f"reusing runs/{first.name}\n"
+    assert artifacts.artifact("part", {"a": 1}, build, quiet=True) == first
+    assert capsys.readouterr().out == ""
+    assert calls == [first] and first.parent == runs
+    results = json.loads((first / "results.json").read_text())
+    assert results["loss"] == 0.5 and results["build_seconds"] >= 0
+    assert results["provenance"]["packages"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_other_settings_or_name_are_another_artifact():
+    folders = [
+        artifacts.artifact(name, settings, lambda folder: {})
+        for name, settings in (("part", {"a": 1}), ("part", {"a": 2}), ("other", {"a": 1}))
+    ]
+    assert len(set(folders)) == 3
+
+
+def test_a_build_that_raises_is_built_again_and_finds_its_parts():
+    found = []
+
+    def build(folder):
+        found.append((folder / "part").exists())
+        (folder / "part").write_text("half")
+        if len(found) == 1:
+            raise RuntimeError("broken")
+        return {}
+
+    with pytest.raises(RuntimeError, match="broken"):
+        artifacts.artifact("part", {}, build)
+    (folder,) = artifacts.runs_dir().iterdir()
+    assert not (folder / "results.json").exists()
+    assert artifacts.artifact("part", {}, build) == folder
+    assert found == [False, True]
+    assert (folder / "results.json").exists()
+
+
+def test_artifact_in_use_is_refused_until_its_process_is_killed(holder, runs):
+    built = []
+
+    def build(folder):
+        built.append((folder / "part").read_text())
+        return {}
+
+    with pytest.raises(InputError) as error:
+        artifacts.artifact("held", {"a": 1}, build)
+    message = message_of(error)
+    assert str(holder.pid) in message and "held-" in message and str(runs) not in message
+    assert not built
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    folder = artifacts.artifact("held", {"a": 1}, build)
+    assert built == ["half"]  # the dead process's partial file, no results of its own
+    assert (folder / "results.json").exists()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from distill_utils import artifacts\nwith artifacts.lock(sys.argv[1]): pass",
+    ]
+    with artifacts.lock(tmp_path / "run"):
+        second = subprocess.run([*command, tmp_path / "run"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"InputError: run folder run is in use by process {os.getpid()}: " in second.stderr
+    third = subprocess.run([*command, tmp_path / "run"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert third.returncode == 0
+
+
+def test_lock_is_free_after_an_error(tmp_path):
+    with pytest.raises(KeyError), artifacts.lock(tmp_path):
+        raise KeyError
+    with artifacts.lock(tmp_path):
+        pass
+
+
+def test_notebook_folder_and_results(runs, monkeypatch, capsys):
+    folder = artifacts.notebook_folder("03", {"seed": 1})
+    assert folder.parent == runs and folder.is_dir()
+    assert folder != artifacts.notebook_folder("03", {"seed": 2})
+    monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs / "named"))
+    assert artifacts.notebook_folder("03", {"seed": 1}) == runs / "named" and (runs / "named").is_dir()
+    artifacts.save_notebook_results(folder, "03", {"seed": 1}, [{"rouge1": 0.3}], "**It works**", seconds={"train": 2})
+    assert capsys.readouterr().out == f"wrote runs/{folder.name}/results.json\n"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == {"notebook", "parameters", "headline", "rows", "seconds", "provenance"}
+    assert results["rows"] == [{"rouge1": 0.3}] and results["seconds"] == {"train": 2}
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_is_throttled_and_final(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 5.0))
+
+    def report(seconds, stage, step, total=10, **extra):
+        now[0] = 100.0 + seconds
+        artifacts.report_progress(tmp_path, stage, step, total, **extra)
+        return json.loads((tmp_path / "progress.json").read_text())
+
+    first = report(0, "training", 1)
+    assert first["step"] == 1 and first["seconds_left"] is None
+    assert report(0.5, "training", 2) == first  # within a second
+    third = report(1.25, "training", 3, loss=0.5)
+    # two steps in 1.25 seconds: 1.6 a second, and seven steps left take 4.4 seconds
+    expected = {"stage": "training", "step": 3, "total": 10, "unit": "steps", "rate": 1.6, "seconds_left": 4}
+    assert third == expected | {"time": 5.0, "pid": os.getpid(), "loss": 0.5}
+    assert report(1.3, "training", 9)["step"] == 3
+    last = report(1.4, "training", 10)
+    assert last["step"] == 10 and last["seconds_left"] == 0
+    assert report(1.5, "scoring", 1, unit="documents")["unit"] == "documents"  # a new stage shows at once
+    assert os.listdir(tmp_path) == ["progress.json"]
+
+
+def test_progress_never_stops_a_run(tmp_path):
+    artifacts.report_progress(tmp_path / "missing", "training", 1, 1)
+    assert not (tmp_path / "missing").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- provenance
+
+
+def strings(value):
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in strings(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_provenance_names_no_user_and_no_path(monkeypatch):
+    for name in ("HOME", "USER", "LOGNAME", "SECRET_TOKEN"):
+        monkeypatch.setenv(name, "/home/planted-person")
+    facts = artifacts.provenance()
+    json.dumps(facts, allow_nan=False)
+    assert {"commit", "dirty", "packages", "python", "platform", "processor", "threads", "gpu", "date"} <= set(facts)
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["threads"] == torch.get_num_threads()
+    for text in strings(facts):
+        assert "planted-person" not in text and str(REPOSITORY) not in text
+        assert not re.search(r"(^|\s)[/~]\w", text), f"looks like a path: {text}"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_git_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert artifacts.git_state() == {"commit": None, "dirty": None}  # a copy without its history
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    (tmp_path / "file").write_text("1")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    (tmp_path / "untracked").write_text("")
+    state = artifacts.git_state()
+    assert head.startswith(state["commit"]) and len(state["commit"]) >= 10 and state["dirty"] is False
+    (tmp_path / "file").write_text("2")
+    assert artifacts.git_state()["dirty"] is True
+
+
+def test_seed_everything_seeds_all_three_generators():
+    def draw():
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+    artifacts.seed_everything(7)
+    first = draw()
+    assert draw() != first
+    artifacts.seed_everything(7)
+    assert draw() == first

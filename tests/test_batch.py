@@ -1,0 +1,328 @@
+"""The runner: parameters refused before anything runs, every way a notebook can fail, progress from inside a cell."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environment, run_report, write_notebook
+
+from distill_utils import batch
+from distill_utils.__main__ import main
+from distill_utils.artifacts import InputError
+
+# --------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_parameters_cell_gives_type_default_and_help():
+    parameters = batch.parse_parameters(PARAMETERS, "x")
+    assert list(parameters) == ["method", "learning_rate", "shapes", "num_train", "verbose", "seed"]
+    assert parameters["learning_rate"] == batch.Parameter("learning_rate", "float", 3e-4, "peak")
+    assert parameters["shapes"].default == ["6-3"]
+    assert parameters["shapes"].help == "student shapes, encoder-decoder"
+
+
+def test_help_is_the_comment_and_not_a_hash_in_a_string():
+    parameters = batch.parse_parameters('name: str = "a # b"  # the help', "x")
+    assert parameters["name"].default == "a # b"
+    assert parameters["name"].help == "the help"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "num_train = 5",  # no annotation
+        "num_train: int = 2 * 5",  # not a literal
+        "num_train: int = 5.0",  # default of another type
+        "layers: tuple = (0, 2)",  # papermill turns tuples into strings
+        "import os",
+        "num_train: int = (",
+        "num_train: int",
+    ],
+)
+def test_parameters_cell_is_refused_when_it_cannot_be_trusted(source):
+    with pytest.raises(InputError, match="parameters cell"):
+        batch.parse_parameters(source, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("int", "7", 7),
+        ("float", "1e-4", 1e-4),
+        ("float", "3", 3.0),
+        ("bool", "true", True),
+        ("bool", "False", False),
+        ("str", "1e-4", "1e-4"),
+        ("list[int]", "[0, 2, 5]", [0, 2, 5]),
+        ("list[int]", "0,2", [0, 2]),
+        ("list[str]", "6-3,6-1", ["6-3", "6-1"]),
+        ("list[str]", "['6-3']", ["6-3"]),
+        ("list[float]", "[]", []),
+    ],
+)
+def test_command_line_values_take_the_annotated_type(kind, text, value):
+    parsed = batch.parsed_text(batch.Parameter("p", kind, batch.ELEMENTS.get(kind, list)(), ""), text, "x")
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("int", 3.0),
+        ("int", "3"),
+        ("int", True),
+        ("float", True),
+        ("float", "fast"),
+        ("float", "nan"),
+        ("float", float("inf")),
+        ("bool", 1),
+        ("str", 5),
+        ("list[int]", "0,2"),
+        ("list[int]", [0, "2"]),
+    ],
+)
+def test_yaml_values_of_another_type_are_refused(kind, value):
+    with pytest.raises(InputError, match="p must be"):
+        batch.checked_value(batch.Parameter("p", kind, batch.ELEMENTS.get(kind, list)(), ""), value, "x")
+
+
+def test_yaml_number_without_a_dot_is_a_float_where_the_annotation_says_so():
+    parameter = batch.Parameter("learning_rate", "float", 3e-4, "")
+    assert batch.checked_value(parameter, "1e-4", "x") == 1e-4  # PyYAML reads 1e-4 as a string
+    assert batch.checked_value(parameter, 1, "x") == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------- what was asked
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    folder = tmp_path / "notebooks"
+    write_notebook(folder, "01_setup", [code("1")])
+    write_notebook(folder, "03_kd_pl_sft", [code("1")])
+    write_notebook(folder, "04_other", [code("1")], "epochs: int = 1  # passes")
+    (folder / "profiles").mkdir()
+    return folder
+
+
+def test_notebooks_are_found_by_number_stem_and_path(notebooks):
+    for name in ("3", "03", "03_kd_pl_sft", "03_kd_pl_sft.ipynb", str(notebooks / "03_kd_pl_sft.ipynb")):
+        assert batch.find_notebook(name, notebooks).stem == "03_kd_pl_sft"
+
+
+def test_profile_common_and_override_are_applied_in_this_order(notebooks):
+    text = "common: {num_train: 5, seed: 1}\n03_kd_pl_sft: {num_train: 10, learning_rate: 1e-4}\n"
+    (notebooks / "profiles" / "small.yaml").write_text(text)
+    (plan,) = batch.make_plans(["03"], "small", ["seed=2"], notebooks)
+    assert plan.changed == {"num_train": 10, "learning_rate": 1e-4, "seed": 2}
+    assert plan.values["method"] == "kd"
+    assert plan.name == "small/03_kd_pl_sft"
+    # `common` reaches the notebooks that have the parameter, and only those
+    plans = batch.make_plans([], "small", [], notebooks, every=True)
+    assert [plan.changed for plan in plans][::2] == [{"num_train": 5, "seed": 1}, {}]
+
+
+def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
+    (notebooks / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {}\n")
+    assert [plan.path.stem for plan in batch.make_plans([], "small", [], notebooks, every=True)] == ["03_kd_pl_sft"]
+    assert len(batch.make_plans([], "demo", [], notebooks, every=True)) == 3
+    with pytest.raises(InputError, match="'small' has no settings for 01_setup"):
+        batch.make_plans(["01"], "small", [], notebooks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["07"], "unknown notebook '07'"),
+        (["03_kd_pl"], "did you mean '03_kd_pl_sft'"),
+        (["03", "--profile", "dmo"], "unknown profile 'dmo': did you mean 'demo'?"),
+        (["03", "-p", "num_trian=5"], "unknown parameter 'num_trian' of 03_kd_pl_sft: did you mean 'num_train'?"),
+        (["03", "-p", "num_train=many"], "num_train must be int, got 'many'"),
+        (["03", "-p", "num_train"], "write -p name=value"),
+        (["01", "04", "-p", "num_train=5"], "unknown parameter 'num_train' of 04_other"),
+        (["03", "--profile", "typo"], "unknown parameter 'epoch' of 03_kd_pl_sft"),
+        (["03", "--profile", "type"], "profile type, 03_kd_pl_sft: seed must be int, got 'x'"),
+        (["03", "--profile", "stem"], "unknown notebook '3_kd_pl_sft': did you mean '03_kd_pl_sft'?"),
+        (["03", "--profile", "common"], "unknown parameter 'sead': did you mean 'seed'?"),
+        (["03", "--profile", "broken"], "profiles/broken.yaml, line 1: not valid YAML"),
+        (["--all", "03"], "exclude each other"),
+        ([], "no notebook to run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(notebooks, tmp_path, monkeypatch, capsys, arguments, said):
+    profiles = {"typo": "03_kd_pl_sft: {epoch: 1}", "type": "03_kd_pl_sft: {seed: x}", "stem": "3_kd_pl_sft: {}"}
+    profiles |= {"common": "common: {sead: 1}", "broken": "03_kd_pl_sft: {seed: 1"}
+    for name, text in profiles.items():
+        (notebooks / "profiles" / f"{name}.yaml").write_text(text)
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    output = tmp_path / "reports"
+    code = main(["report", *arguments, "--notebooks", str(notebooks), "--output", str(output)])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert said in captured.err and captured.err.count("\n") == 1
+    assert not output.exists() and not list((tmp_path / "runs").glob("*"))
+
+
+def test_unknown_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", "03", "--profil", "x", "--bogus"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_names_every_exit_code(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {code} " in text for code in (0, 1, 2, 3, 4, 5, 130))
+
+
+def test_list_prints_parameters(notebooks, capsys):
+    assert main(["report", "--list", "--notebooks", str(notebooks)]) == 0
+    text = capsys.readouterr().out
+    assert "03_kd_pl_sft  A title" in text and "num_train: int = 100" in text and "documents, 0 = all" in text
+
+
+def test_import_is_light():
+    """The first line has to appear at once, so nothing heavy loads with the command line."""
+    heavy = "('torch', 'papermill', 'matplotlib')"
+    script = f"import distill_utils.__main__, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------ the runner for real
+
+
+def test_input_error_in_a_cell_is_its_one_line_and_exit_code_2(tmp_path):
+    cell = "class InputError(ValueError): pass\nraise InputError('decoder_layers 9 is above 6: lower it')"
+    write_notebook(tmp_path / "notebooks", "03_x", [code(cell), code(SAVE)])
+    stale = tmp_path / "runs"
+    done = run_report(tmp_path, "03")
+    assert (done.returncode, done.stderr) == (2, "decoder_layers 9 is above 6: lower it\n")
+    assert not (tmp_path / "reports").exists()
+    assert not list(stale.glob("*/results.json"))
+
+
+def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
+    folder = tmp_path / "notebooks"
+    write_notebook(folder, "01_raises", [code("print(1)"), code("def f(x):\n    return 1 / x\n\nf(0)"), code(SAVE)])
+    check = f"import sys, os\nassert sys.executable == {sys.executable!r}\nassert os.getcwd() == {str(folder)!r}\n"
+    check += "assert os.environ['TQDM_DISABLE'] == '1'\nassert num_train == 7 and learning_rate == 1e-3"
+    write_notebook(folder, "02_works", [code(check), code(SAVE)])
+    done = run_report(tmp_path, "01", "02", "-p", "num_train=7", "-p", "learning_rate=1e-3")
+    assert done.returncode == 1
+    assert "01_raises: code cell 3 of 4 raised ZeroDivisionError" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-2].strip() == "ZeroDivisionError: division by zero"
+    assert [path.name for path in sorted((tmp_path / "reports").iterdir())] == [
+        "02_works.html",
+        "02_works.json",
+        "index.html",
+        "results.csv",
+    ]
+    assert json.loads((tmp_path / "reports/02_works.json").read_text())["changed"] == {
+        "num_train": 7,
+        "learning_rate": 1e-3,
+    }
+
+
+def test_missing_results_are_found_even_beside_stale_ones(tmp_path):
+    write_notebook(tmp_path / "notebooks", "03_x", [code("import sys\nsys.exit(0)"), code(SAVE)])
+    (plan,) = batch.make_plans(["03"], "demo", [], tmp_path / "notebooks")
+    settings = {"notebook": "03_x", "parameters": plan.values}
+    stale = tmp_path / "runs" / f"reports-03_x-demo-{batch.config_hash(settings)}" / "results.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    done = run_report(tmp_path, "03")
+    assert done.returncode == 3
+    assert "ended without results.json" in done.stderr and done.stderr.count("\n") == 1
+    assert not stale.exists() and not (tmp_path / "reports").exists()
+
+
+def test_dead_kernel(tmp_path):
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    write_notebook(tmp_path / "notebooks", "03_x", [code("1"), code(kill), code("2"), code(SAVE)])
+    done = run_report(tmp_path, "03")
+    assert done.returncode == 4
+    assert done.stderr.startswith("03_x: the kernel died in code cell 3 of 5")
+    assert not (tmp_path / "reports").exists()
+
+
+def test_progress_from_inside_a_cell_and_interrupt(tmp_path):
+    train = """import os
+from pathlib import Path
+import json, time
+folder = Path(os.environ["DISTILL_RUNS"]) / "kd-abc"
+folder.mkdir(parents=True)
+(folder / "progress.json").write_text(json.dumps({"stage": "kd 6-3", "step": 320, "total": 1000, "unit": "steps",
+    "rate": 31.0, "seconds_left": 22, "pid": os.getpid()}))
+time.sleep(300)"""
+    write_notebook(tmp_path / "notebooks", "03_x", [code(train), code(SAVE)])
+    write_notebook(tmp_path / "notebooks", "04_never", [code(SAVE)])
+    process = subprocess.Popen(
+        command(tmp_path, "--all"),
+        cwd=REPOSITORY,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline().startswith("03_x  profile demo")
+    # before it, a slow machine may show the start of the kernel
+    line = next(line for line in process.stdout if "kd 6-3" in line)
+    assert line == "03_x  cell 2/3  kd 6-3  step 320/1000  31.0/s  0:22 left\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.count("\n") == 1 and "stopped" in errors
+    assert not (tmp_path / "reports").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+def test_status_line():
+    progress = {"stage": "pseudo-labels", "step": 5, "total": 9, "unit": "documents", "rate": 0, "seconds_left": None}
+    assert batch.status_line("03_x", (4, 9), progress, 65) == "03_x  cell 4/9  pseudo-labels  documents 5/9"
+    assert batch.status_line("03_x", (4, 9), None, 65) == "03_x  cell 4/9  1:05"
+    assert batch.status_line("03_x", (0, 0), None, 3) == "03_x  starting  0:03"
+    assert batch.clock(3 * 3600 + 7 * 60) == "3:07:00"
+
+
+def test_progress_of_other_processes_and_of_earlier_cells_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as child:
+        try:
+            for name, pid, age in (("old", child.pid, 100), ("ours", child.pid, 1), ("foreign", 1, 0)):
+                (tmp_path / name).mkdir()
+                path = tmp_path / name / "progress.json"
+                path.write_text(json.dumps({"stage": name, "pid": pid}))
+                os.utime(path, (time.time() - age,) * 2)
+            assert batch.newest_progress(tmp_path / "none", time.time() - 10)["stage"] == "ours"
+            assert batch.newest_progress(tmp_path / "none", time.time() + 10) is None
+        finally:
+            child.kill()
+
+
+def test_a_terminal_gets_one_rewritten_line(monkeypatch, tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(batch, "newest_progress", lambda *_: None)
+    with batch.live_progress("03_x", tmp_path, {}):
+        deadline = time.monotonic() + 20
+        while "starting" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    text = terminal.getvalue()
+    assert text.startswith("\r\x1b[K03_x  starting") and text.endswith("\r\x1b[K") and "\n" not in text

@@ -1,0 +1,533 @@
+"""Data by name or path, its refusals, tokenising, and streams that are functions of the step."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import BOS, EOS, MASK, PAD, WORDS, tiny_tokenizer
+from tokenizers import processors
+
+from distill_utils import data, pydocs
+from distill_utils.artifacts import InputError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Keep run folders and the library's cache out of the user's."""
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(lines, encoding="utf-8")
+    return path
+
+
+def refusal(function, *arguments, **settings) -> str:
+    """Return the message of the InputError that a call must raise: one line."""
+    with pytest.raises(InputError) as error:
+        function(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz", "train.csv", "train.parquet"])
+def test_load_pairs_from_every_format(tmp_path, name):
+    write_rows(tmp_path / name, ROWS)
+    loaded = data.load_pairs(str(tmp_path), "train")
+    assert loaded.column_names == ["id", "document", "summary"]
+    assert loaded.to_list() == ROWS
+    assert data.load_pairs(str(tmp_path), "train", num=2).to_list() == ROWS[:2]
+
+
+@pytest.mark.parametrize("validation", ["validation.jsonl", "val.jsonl.gz", "valid.csv", "dev.parquet"])
+def test_load_pairs_from_a_folder(tmp_path, validation):
+    write_rows(tmp_path / "train.csv", ROWS)
+    write_rows(tmp_path / validation, ROWS[:3])
+    assert data.load_pairs(str(tmp_path), "train").to_list() == ROWS
+    assert data.load_pairs(str(tmp_path), "validation").to_list() == ROWS[:3]
+    message = refusal(data.load_pairs, str(tmp_path), "test")
+    assert tmp_path.name in message and "test.jsonl.gz" in message
+
+
+def test_load_pairs_with_other_columns_and_without_ids(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [{"article": "A b.", "title": " C. ", "more": [1]}] * 2)
+    loaded = data.load_pairs(str(tmp_path), "test", document_column="article", summary_column="title")
+    assert loaded.to_list() == [{"id": str(i), "document": "A b.", "summary": "C."} for i in range(2)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.parquet"])
+def test_empty_rows_are_dropped_and_counted(tmp_path, capsys, name):
+    rows = [dict(row) for row in ROWS]
+    rows[0]["document"], rows[2]["summary"], rows[3]["summary"] = "", "  ", None
+    write_rows(tmp_path / name, rows)
+    loaded = data.load_pairs(str(tmp_path), "train", num=2)
+    assert loaded["id"][:] == ["row1", "row4"]  # the ids stay with their rows, and num counts usable ones
+    out = capsys.readouterr().out
+    assert "dropped 3 rows" in out and tmp_path.name in out
+    assert "2 usable rows, 3 were asked for" in refusal(data.load_pairs, str(tmp_path), "train", num=3)
+
+
+def test_a_row_without_the_key_is_dropped(tmp_path, capsys):
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"document": "No summary here."}])
+    assert len(data.load_pairs(str(tmp_path), "train")) == 5
+    assert "dropped 1 rows" in capsys.readouterr().out
+
+
+def corrupt(path: Path) -> None:
+    content = bytearray(gzip.compress(b'{"document": "a", "summary": "b"}\n'))
+    content[10] = 0xFF  # behind the header of ten bytes: a block of a type that does not exist
+    path.write_bytes(content)
+
+
+BAD_FILES = {
+    "empty.jsonl": (lambda path: path.touch(), ["empty.jsonl", "is empty"]),
+    "blank.jsonl": (lambda path: path.write_text("\n\n"), ["blank.jsonl", "no rows"]),
+    "empty.csv": (lambda path: path.touch(), ["empty.csv", "is empty"]),
+    "header.csv": (lambda path: path.write_text("document,summary\n"), ["header.csv"]),
+    "ragged.csv": (lambda path: path.write_text("document,summary\na,b\na,b,c,d\n"), ["ragged.csv", "line 3"]),
+    "text.parquet": (lambda path: path.write_text("no parquet"), ["text.parquet"]),
+    "rows.xlsx": (lambda path: path.write_text("x"), ["rows.xlsx", "ending", ".jsonl.gz", ".csv", ".parquet"]),
+    "broken.jsonl": (
+        lambda path: path.write_text('{"document": "a", "summary": "b"}\n\n{"document": "a", "summ\n'),
+        ["broken.jsonl line 3", "not JSON"],
+    ),
+    "list.jsonl": (lambda path: path.write_text('{"document": "a"}\n["a", "b"]\n'), ["list.jsonl line 2"]),
+    "latin.jsonl": (lambda path: path.write_bytes('{"document": "é"}\n'.encode("latin-1")), ["latin.jsonl", "UTF-8"]),
+    "plain.jsonl.gz": (lambda path: path.write_text('{"document": "a", "summary": "b"}\n'), ["plain.jsonl.gz"]),
+    "corrupt.jsonl.gz": (corrupt, ["corrupt.jsonl.gz"]),
+    "cut.jsonl.gz": (
+        lambda path: path.write_bytes(gzip.compress(b'{"document": "a", "summary": "b"}\n' * 99)[:-20]),
+        ["cut.jsonl.gz"],
+    ),
+    "nothing.jsonl": (
+        lambda path: path.write_text('{"document": "a", "summary": " "}\n{"document": null, "summary": "b"}\n'),
+        ["nothing.jsonl", "no row with a document and a summary"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused(tmp_path, name):
+    make, parts = BAD_FILES[name]
+    make(tmp_path / name)
+    message = refusal(data.load_pairs, str(tmp_path / name), "train")
+    assert all(part in message for part in parts), message
+
+
+def test_missing_files_are_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path / "none", "./none", "~/none-at-all.csv", "none.parquet"):
+        assert "does not exist" in refusal(data.load_pairs, str(path), "train")
+
+
+def test_one_file_is_cut_into_disjoint_splits(tmp_path):
+    rows = [{"id": f"r{i}", "document": f"Text number {i % 190}.", "summary": "S."} for i in range(200)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    splits = {split: data.load_pairs(path, split) for split in data.SPLITS}
+    assert sorted(i for loaded in splits.values() for i in loaded["id"]) == sorted(row["id"] for row in rows)
+    documents = {split: set(loaded["document"]) for split, loaded in splits.items()}
+    assert not documents["train"] & documents["test"] and not documents["train"] & documents["validation"]
+    assert 130 < len(splits["train"]) < 185 and min(map(len, splits.values())) > 5
+    (tmp_path / "one.jsonl").write_text('{"document": "a", "summary": "b"}')
+    used = [split for split in data.SPLITS if data._drawn_split("a") == split][0]
+    other = next(split for split in data.SPLITS if split != used)
+    assert f"no row for {other}" in refusal(data.load_pairs, str(tmp_path / "one.jsonl"), other)
+
+
+def test_missing_columns_are_refused_with_those_there(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"article": "a", "title": "b"}])
+    message = refusal(data.load_pairs, str(path), "train")
+    assert "'document'" in message and "article, title" in message and "document_column" in message
+    message = refusal(data.load_pairs, str(path), "train", document_column="article", summary_column="abstract")
+    assert "'abstract'" in message and "article, title" in message
+
+
+def test_impossible_requests_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_dataset", None)  # no network is asked
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    path = str(tmp_path)
+    assert "5 usable rows, 6 were asked for" in refusal(data.load_pairs, path, "train", num=6)
+    assert "-1" in refusal(data.load_pairs, path, "train", num=-1)
+    message = refusal(data.load_pairs, path, "dev")
+    assert "'dev'" in message and "train, validation, test" in message
+    assert "'pydoc'" in refusal(data.load_pairs, "pydoc", "train")
+    assert "'a/b/c'" in refusal(data.load_pairs, "a/b/c", "train")
+    assert "'families'" in refusal(data.load_classification, "families", "train")
+    assert "'dev'" in refusal(data.load_classification, "family", "dev")
+    assert "'dev'" in refusal(data.load_text, "dev")
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("Couldn't reach the server\nand a second line")
+
+    monkeypatch.setattr(data, "load_dataset", fail)
+    message = refusal(data.load_pairs, "EdinburghNLP/xsum", "test")
+    assert "'EdinburghNLP/xsum'" in message and "Couldn't reach the server" in message and "second" not in message
+
+
+def test_hub_columns_and_configurations(monkeypatch):
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        columns = ("article", "highlights") if "cnn" in name else ("document", "summary")
+        return Dataset.from_dict({columns[0]: ["A b."], columns[1]: ["C."], "id": ["x"]})
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    expected = [{"id": "x", "document": "A b.", "summary": "C."}]
+    assert data.load_pairs("abisee/cnn_dailymail", "validation").to_list() == expected
+    assert data.load_pairs("EdinburghNLP/xsum", "test").to_list() == expected
+    assert asked == [("abisee/cnn_dailymail", "3.0.0", "validation"), ("EdinburghNLP/xsum", None, "test")]
+
+
+@pytest.mark.parametrize("name", ["xsum", "cnn_dm"])
+def test_shared_data(name):
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip("the shared data sets are not here")
+    counts = re.findall(r"^\| (train|validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(counts) == 3
+    for split, rows in counts:
+        loaded = data.load_pairs(str(folder), split)
+        assert len(loaded) == int(rows)
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            first = json.loads(next(file))
+        assert loaded[0] == {key: first[key].strip() for key in ("id", "document", "summary")}
+
+
+def test_the_corpus_is_built_once(monkeypatch):
+    calls = []
+
+    def build_corpus(progress):
+        calls.append(1)
+        progress("reading docstrings", 1, 1)
+        row = {"module": "one.m", "name": "f", "package": "one", "family": "numerics"}
+        pairs = {
+            split: [
+                row | {"id": f"{split}{i}", "document": f"function f() Text {i}.", "summary": f"Say {i}."}
+                for i in range(40)
+            ]
+            for split in pydocs.SPLITS
+        }
+        text = {split: [{"text": f"{split} text", "module": "one.m"}] for split in pydocs.SPLITS}
+        return {"pairs": pairs, "text": text, "removed": {"x": 2}, "fingerprint": "abc"}
+
+    monkeypatch.setattr(pydocs, "build_corpus", build_corpus)
+    train = data.load_pairs("pydocs", "train")
+    assert sorted(train["id"]) == sorted(f"train{i}" for i in range(40))
+    assert list(train["id"]) != [f"train{i}" for i in range(40)]  # shuffled, so that the first rows are a fair sample
+    assert data.load_pairs("pydocs", "train", num=7).to_list() == train.to_list()[:7]
+    assert data.load_text("test") == ["test text"]
+    facts = data.corpus_facts()
+    assert facts["fingerprint"] == "abc" and facts["removed"] == {"x": 2}
+    assert facts["pairs"] == dict.fromkeys(pydocs.SPLITS, 40) and facts["characters"]["test"] == len("test text")
+    for task, labels in (("belongs", {"yes", "no"}), ("family", {"numerics"})):
+        rows = data.load_classification(task, "test", num=30)
+        assert len(rows) == 30 and set(rows["label"]) == labels and {"sentence1", "sentence2"} <= set(rows.column_names)
+    assert calls == [1]
+
+
+def test_data_fingerprint_depends_on_every_text():
+    tables = [ROWS, ROWS[::-1], ROWS[:4], *([*ROWS[:4], ROWS[4] | {key: "other"}] for key in ROWS[0])]
+    assert len({data.data_fingerprint(Dataset.from_list(rows)) for rows in tables}) == len(tables)
+    assert data.data_fingerprint(Dataset.from_list(ROWS)) == data.data_fingerprint(Dataset.from_list(ROWS))
+
+
+# --------------------------------------------------------------------------------------------------------- tokenising
+
+
+def bart_like():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer
+
+
+def t5_like():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    return tokenizer
+
+
+def ids_of(text: str) -> list[int]:
+    return [5 + WORDS.index(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(("make", "start"), [(bart_like, [BOS]), (t5_like, []), (tiny_tokenizer, [])])
+def test_labels_have_no_start_token_and_end_with_the_end_token(make, start):
+    documents = ["the list of a file", "read", "write the text to a file in time to read"]
+    summaries = ["a list", "the the the the the the the", "error"]
+    pairs = Dataset.from_dict({"id": ["a", "b", "c"], "document": documents, "summary": summaries})
+    rows = data.tokenize_pairs(pairs, make(), max_source_length=64, max_target_length=64, prefix="read ")
+    assert rows["id"][:] == ["a", "b", "c"]
+    assert list(rows["input_ids"]) == [[*start, *ids_of("read " + text), EOS] for text in documents]
+    assert list(rows["labels"]) == [[*ids_of(text), EOS] for text in summaries]
+    short = data.tokenize_pairs(pairs, make(), max_source_length=6, max_target_length=4)
+    assert all(len(ids) <= 6 and ids[-1] == EOS for ids in short["input_ids"])
+    assert all(len(ids) <= 4 and ids[-1] == EOS and BOS not in ids for ids in short["labels"])
+    assert len(short["input_ids"][2]) == 6 and len(short["labels"][1]) == 4 - len(start)
+
+
+def test_collate_pads():
+    rows = [
+        {"id": "x", "input_ids": [7, 8, 2], "labels": [9, 2]},
+        {"id": "y", "input_ids": [7, 2], "labels": [6, 5, 2]},
+    ]
+    batch = data.collate(rows, pad_token_id=1, pad_to_multiple=4)
+    assert batch["ids"] == ["x", "y"]
+    assert batch["input_ids"].tolist() == [[7, 8, 2, 1], [7, 2, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[9, 2, -100, -100], [6, 5, 2, -100]]
+    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "labels"))
+    assert data.collate(rows, pad_token_id=1)["labels"].shape == (2, 8)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"}
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+LENGTHS = np.random.default_rng(0).integers(5, 120, size=203).tolist()
+
+
+def padding(batches: list[list[int]]) -> int:
+    return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(203, 8), (200, 8), (3, 8), (1, 4)])
+def test_length_batches_hold_every_row(count, batch_size):
+    batches = data.length_batches(LENGTHS[:count], batch_size, seed=1, epoch=0)
+    assert all(len(batch) == batch_size for batch in batches)
+    assert len(batches) == -(-count // batch_size)
+    times = Counter(row for batch in batches for row in batch)
+    assert set(times) == set(range(count))
+    most = 1 if count % batch_size == 0 else -(-batch_size // count) + (count > batch_size)
+    assert max(times.values()) <= most
+    assert sum(times.values()) - count == -count % batch_size  # as few as fill the last batch
+
+
+def test_length_batches_are_a_function_of_their_arguments():
+    np.random.seed(0)
+    first = data.length_batches(LENGTHS, 8, seed=1, epoch=0)
+    np.random.seed(1)
+    assert data.length_batches(LENGTHS, 8, seed=1, epoch=0) == first
+    assert data.length_batches(LENGTHS, 8, seed=1, epoch=1) != first
+    assert data.length_batches(LENGTHS, 8, seed=2, epoch=0) != first
+
+
+def test_length_batches_save_padding_without_sorting_the_epoch():
+    batches = data.length_batches(LENGTHS, 8, seed=1, epoch=0)
+    order = random.Random(0).sample(range(200), 200)
+    chance = padding([order[i : i + 8] for i in range(0, 200, 8)])
+    assert padding(batches) < 0.25 * chance
+    longest = [max(LENGTHS[i] for i in batch) for batch in batches]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def make_rows(count: int = 21) -> Dataset:
+    generator = np.random.default_rng(3)
+    rows = {"id": [f"row{i}" for i in range(count)], "input_ids": [], "labels": []}
+    for key, most in (("input_ids", 20), ("labels", 9)):
+        rows[key] = [generator.integers(5, 90, size=n).tolist() for n in generator.integers(1, most, size=count)]
+    return Dataset.from_dict(rows)
+
+
+def unpadded(micro_batches: list[dict]) -> list[tuple]:
+    return [
+        (name, source[mask.bool()].tolist(), labels[labels != -100].tolist())
+        for batch in micro_batches
+        for name, source, mask, labels in zip(
+            batch["ids"], batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        )
+    ]
+
+
+def test_pair_stream_is_a_function_of_step_and_seed():
+    rows = make_rows()
+    in_order = data.pair_stream(rows, PAD, 4, seed=5)
+    expected = [unpadded(in_order(step)) for step in range(14)]  # two epochs and more: six steps each
+    fresh = data.pair_stream(rows, PAD, 4, seed=5)
+    for step in (13, 0, 7, 7, 5, 6, 12, 1):
+        assert unpadded(fresh(step)) == expected[step]
+    originals = {row["id"]: (row["id"], row["input_ids"], row["labels"]) for row in rows}
+    for epoch in (expected[:6], expected[6:12]):
+        seen = [row for step in epoch for row in step]
+        assert {row[0] for row in seen} == set(originals) and len(seen) == 24
+        assert all(row == originals[row[0]] for row in seen)
+    assert expected[:6] != expected[6:12]
+    assert [unpadded(data.pair_stream(rows, PAD, 4, seed=6)(step)) for step in range(6)] != expected[:6]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_concatenate_to_the_batch(micro_batch_size):
+    rows = make_rows()
+    whole, parts = (data.pair_stream(rows, PAD, 4, 5, micro_batch_size=size) for size in (0, micro_batch_size))
+    for step in range(8):
+        assert len(whole(step)) == 1
+        micro_batches = parts(step)
+        assert [len(batch["ids"]) for batch in micro_batches] == [micro_batch_size] * (4 // micro_batch_size)
+        assert unpadded(micro_batches) == unpadded(whole(step))
+
+
+def test_pair_stream_refuses_no_rows():
+    assert "no training rows" in refusal(data.pair_stream, make_rows(1).select([]), PAD, 4, 0)
+
+
+def test_batch_list_holds_every_row_once_in_order_of_length():
+    rows = make_rows()
+    batches = data.batch_list(rows, PAD, 4)
+    found = unpadded(batches)
+    assert sorted(found) == sorted((row["id"], row["input_ids"], row["labels"]) for row in rows)
+    lengths = [len(row[1]) for row in found]
+    assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]
+
+
+# ----------------------------------------------------------------------------------------------------------- denoising
+
+
+def align(source: list[int], text: list[int], mask_id: int) -> list[list[int]]:
+    """Return what each mask of `source` hides in `text` (whose tokens are distinct); neighbours share their gap.
+
+    Fails when a token moved, changed or went missing without a mask.
+    """
+    hidden, place, open_masks = [], 0, 0
+    for token in [*source, None]:
+        if token == mask_id:
+            open_masks += 1
+            continue
+        end = len(text) if token is None else text.index(token)
+        gap = text[place:end]  # raises or is wrong below when the order changed
+        assert end >= place and (open_masks or not gap)
+        if open_masks:
+            hidden.append(gap)
+        place, open_masks = end + 1, 0
+    return hidden
+
+
+def test_infill_masks_spans_and_keeps_the_rest():
+    text = list(range(100, 164))
+    masked, masks = [], []
+    for draw in range(300):
+        source = data.infill(np.asarray(text, dtype=np.uint16), MASK, np.random.default_rng(draw))
+        assert source.dtype == np.int64
+        hidden = align(source.tolist(), text, MASK)
+        kept = [token for token in source.tolist() if token != MASK]
+        assert kept == [token for token in text if token in set(kept)]  # in order, unchanged
+        assert sum(map(len, hidden)) == len(text) - len(kept)  # all that is missing hides behind masks
+        masked.append(1 - len(kept) / len(text))
+        masks.append(source.tolist().count(MASK))
+    # A span of no token uses up a token of the budget too, so that the share lies a little below 0.3.
+    assert 0.28 < np.mean(masked) <= 0.3 and max(masked) <= 0.3
+    # 19 tokens in spans of Poisson(3), zeros counted as one: 19 / (3 + exp(-3)) = 6.2, and more for the cut last one
+    assert 6.0 < np.mean(masks) < 7.4
+    again = data.infill(np.asarray(text), MASK, np.random.default_rng(7))
+    assert again.tolist() == data.infill(np.asarray(text), MASK, np.random.default_rng(7)).tolist()
+
+
+def test_infill_reaches_every_place():
+    text, times = np.arange(100, 140), Counter()
+    for draw in range(2000):
+        source = data.infill(text, MASK, np.random.default_rng(draw)).tolist()
+        times.update(set(text.tolist()) - set(source))
+    shares = [times[token] / 2000 for token in text.tolist()]
+    assert 0.05 < min(shares) and max(shares) < 0.45  # the two ends less often than the middle
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 10), (1.0, None)])
+def test_infill_at_the_ends(share, kept):
+    text = np.arange(100, 110)
+    source = data.infill(text, MASK, np.random.default_rng(0), share=share).tolist()
+    if share == 0:
+        assert source == text.tolist()
+    else:
+        assert MASK in source and len([token for token in source if token != MASK]) <= 3
+    assert data.infill(text[:0], MASK, np.random.default_rng(0)).tolist() == []
+
+
+SPECIAL = SimpleNamespace(mask_token_id=MASK, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+
+
+def test_infilling_stream_hides_parts_of_whole_windows():
+    flat = np.arange(100, 100 + 22 * 11 + 5, dtype=np.uint16)  # 11 windows of 22 tokens and a rest
+    stream = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
+    epochs = []
+    for epoch in range(2):
+        seen = {}
+        for step in range(3 * epoch, 3 * epoch + 3):
+            (batch,) = stream(step)
+            for name, source, target in unpadded([batch]):
+                number = int(name.removeprefix("window "))
+                window = flat[number * 22 : (number + 1) * 22].tolist()
+                assert target == [*window, EOS]
+                assert source[0] == BOS and source[-1] == EOS and MASK in source and len(source) <= 24
+                assert sum(map(len, align(source[1:-1], window, MASK))) == 22 - sum(t >= 100 for t in source)
+                seen[number] = source
+        assert len(seen) == 9  # none twice in an epoch
+        epochs.append(seen)
+    assert list(epochs[0]) != list(epochs[1])
+    assert all(epochs[0][number] != epochs[1][number] for number in set(epochs[0]) & set(epochs[1]))
+
+
+def test_infilling_stream_is_a_function_of_step_and_seed():
+    flat = np.arange(100, 400, dtype=np.uint16)
+    in_order = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
+    expected = [unpadded(in_order(step)) for step in range(10)]
+    fresh = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
+    assert all(unpadded(fresh(step)) == expected[step] for step in (9, 2, 5, 5, 0, 8))
+    other = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=5)
+    assert unpadded(other(0)) != expected[0]
+
+
+def test_infilling_stream_refuses_too_little_text():
+    assert "batch_size 3" in refusal(data.infilling_stream, np.arange(50), SPECIAL, 24, 3, 0)
+
+
+def test_gap_pairs():
+    body = "The file is opened once and read to its end."
+    texts = [
+        f"function load\nRead a table\nfrom a file.\n\n{body}\n\nMore   of it.",
+        "This comment stands on one line and has no name above it.",
+        f"function short\nRead it.\n\n{body}",
+        f"function long\n{'word ' * 41}\n\n{body}",
+        f"function whole\n{'word ' * 40}\n\n{body}",
+        "function bare\nRead a table from a file.\n\nToo short.",
+        "function none\nRead a table from a file.",
+        "class Wide\nRead a table from a file.\n\n" + "long " * 1000,
+    ]
+    rows = data.gap_pairs(texts).to_list()
+    assert [row["id"] for row in rows] == ["gap 0", "gap 1", "gap 2"]
+    assert rows[0]["document"] == f"function load <mask> {body} More of it."
+    assert rows[0]["summary"] == "Read a table from a file."
+    assert rows[1] == {"id": "gap 1", "document": f"function whole <mask> {body}", "summary": " ".join(["word"] * 40)}
+    assert rows[2]["document"] == "class Wide <mask> " + ("long " * 1000)[:1500]

@@ -1,0 +1,320 @@
+"""The files that describe the environment agree with each other, and the package keeps to its floors."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from distill_utils import pydocs
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "distill_utils"
+PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
+SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
+
+# A file imports only from lower floors (DESIGN, section 2).
+FLOORS = {
+    "losses": 1, "pydocs": 1, "artifacts": 1,
+    "data": 2, "students": 2, "capture": 2, "sizing": 2,
+    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3,
+    "training": 4, "evaluation": 4, "gates": 4,
+    "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "comparison": 5,
+    "teachers": 5, "teacher_facts": 5,
+    "pages": 6, "batch": 6, "__main__": 6,
+}  # fmt: skip
+# Parts of one concept that share a floor: each may import those named.
+NEIGHBORS = {
+    "ctranslate": {"generation"},
+    "pseudo_labels": {"generation", "ctranslate"},
+    "gates": {"evaluation"},
+    "explore": {"plotting"},
+    "comparison": {"runs", "plotting"},
+    "teachers": {"runs"},
+    "teacher_facts": {"runs", "comparison", "plotting"},
+    "batch": {"pages"},
+    "__main__": {"batch"},
+}
+# Heavy or special packages, and the only files that may import them.
+ONLY_IN = {
+    "ipywidgets": {"explore"},
+    "matplotlib": {"plotting"},
+    "seaborn": {"plotting"},
+    "papermill": {"batch", "pages"},
+    "nbconvert": {"batch", "pages"},
+    "nbformat": {"batch", "pages"},
+    "nbclient": {"batch", "pages"},
+}
+LAYOUT = (
+    "README.md", "environment.yml", "pyproject.toml", "requirements.lock", "Makefile", "LOG.md", "LICENSE",
+    ".ci/run", ".gitignore", ".gitattributes", "notebooks", "distill_utils", "tests",
+)  # fmt: skip
+
+
+def lock_lines() -> list[str]:
+    lines = (REPOSITORY / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def lock() -> dict[str, Requirement]:
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lock_lines()}
+
+
+def pinned_version(pin: Requirement) -> str:
+    (only,) = pin.specifier
+    return only.version
+
+
+def project() -> dict:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def requirements() -> list[Requirement]:
+    """Everything that pyproject.toml asks for: to run, to test, to build."""
+    table = project()
+    extras = [line for lines in table["project"]["optional-dependencies"].values() for line in lines]
+    lines = [*table["project"]["dependencies"], *extras, *table["build-system"]["requires"]]
+    return [Requirement(line) for line in lines]
+
+
+def environments() -> list[dict[str, str]]:
+    """The marker environments that the lock has to serve."""
+    return [
+        {
+            "python_version": python.rpartition(".")[0],
+            "python_full_version": python,
+            "sys_platform": platform,
+            "platform_system": system,
+            "platform_machine": "arm64" if system == "Darwin" else "x86_64",
+            "platform_python_implementation": "CPython",
+            "implementation_name": "cpython",
+            "os_name": "posix",
+        }
+        for python in PYTHONS
+        for platform, system in SYSTEMS.items()
+    ]
+
+
+def needs(wanted: list[Requirement], environment: dict[str, str]) -> list[tuple[str, Requirement]]:
+    """Return (package, requirement) for everything that the installed packages need in turn, extras included."""
+    found, done = [], set()
+    frontier = [(canonicalize_name(r.name), extra) for r in wanted for extra in ("", *r.extras)]
+    while frontier:
+        name, extra = frontier.pop()
+        if (name, extra) in done:
+            continue
+        done.add((name, extra))
+        try:
+            lines = importlib.metadata.distribution(name).requires or []
+        except importlib.metadata.PackageNotFoundError:  # for another Python or system
+            continue
+        for requirement in map(Requirement, lines):
+            other = canonicalize_name(requirement.name)
+            if requirement.marker and not requirement.marker.evaluate({**environment, "extra": extra}):
+                continue
+            if name == "torch" and re.match(r"nvidia|cuda|triton", other):
+                continue  # these follow torch's wheel
+            found.append((name, requirement))
+            frontier += [(other, each) for each in ("", *requirement.extras)]
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything a file imports, also inside functions: `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: write the full name instead of a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def package_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+
+def test_lock_holds_plain_exact_pins():
+    for line in lock_lines():
+        plain = re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)?", line)
+        assert plain, f"{line!r} is no plain pin `name==version ; marker`"
+    names = [canonicalize_name(Requirement(line).name) for line in lock_lines()]
+    assert len(names) == len(set(names)), f"pinned twice: {sorted({name for name in names if names.count(name) > 1})}"
+    assert names == sorted(names)
+    assert not [name for name in names if re.match(r"nvidia|cuda|triton|distill", name)], "torch itself asks for these"
+
+
+def test_lock_satisfies_pyproject():
+    pins = lock()
+    for requirement in requirements():
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement} of pyproject.toml is not in requirements.lock"
+        fits = requirement.specifier.contains(pinned_version(pin))
+        assert fits, f"requirements.lock has {pin}, pyproject.toml asks for {requirement}"
+        assert pin.marker is None, f"{pin}: a direct dependency is needed everywhere"
+
+
+def test_ranges_have_lower_bounds():
+    for requirement in requirements():
+        assert ">=" in str(requirement.specifier), f"{requirement}: say from which version on"
+
+
+@pytest.mark.parametrize("environment", environments(), ids=lambda e: f"{e['python_version']}-{e['sys_platform']}")
+def test_lock_is_complete(environment):
+    """Each package has its dependencies pinned within its ranges, and nothing is pinned that nobody asks for."""
+    pins = {name: pin for name, pin in lock().items() if pin.marker is None or pin.marker.evaluate(environment)}
+    asked = {canonicalize_name(requirement.name) for requirement in requirements()}
+    for by, requirement in needs(requirements(), environment):
+        name = canonicalize_name(requirement.name)
+        asked.add(name)
+        assert name in pins, f"{by} needs {requirement}, which requirements.lock does not give here"
+        fits = requirement.specifier.contains(pinned_version(pins[name]), prereleases=True)
+        assert fits, f"{by} needs {requirement}, requirements.lock has {pins[name]}"
+    # A package with a marker may not be installed here, and then what it needs in turn cannot be read.
+    unasked = [name for name, pin in pins.items() if name not in asked and pin.marker is None]
+    assert not unasked, f"nothing needs {unasked}: remove them from requirements.lock"
+
+
+def test_pins_allow_every_python():
+    for name, pin in lock().items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if distribution.version.partition("+")[0] != pinned_version(pin):
+            continue  # another version is installed; what the pinned one asks for is unknown here
+        allowed = distribution.metadata.get("Requires-Python")
+        fits = not allowed or all(SpecifierSet(allowed).contains(python) for python in PYTHONS)
+        assert fits, f"{name} {distribution.version} needs Python {allowed}"
+
+
+def test_python_range_is_the_same_everywhere():
+    allowed = SpecifierSet(project()["project"]["requires-python"])
+    assert all(allowed.contains(version) for version in PYTHONS)
+    assert not allowed.contains("3.10.14") and not allowed.contains("3.14.0")
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in makefile
+    assert allowed.contains(".".join(map(str, sys.version_info[:3])))
+
+
+def test_conda_environment_uses_the_lock():
+    content = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))
+    allowed = SpecifierSet(project()["project"]["requires-python"])
+    conda = [entry for entry in content["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
+    (python,) = [entry for entry in conda if entry.startswith("python=")]
+    assert allowed.contains(python.partition("=")[2] + ".0"), f"{python} is outside of requires-python {allowed}"
+    assert set(conda) == {python, "pip"}, "versions stand in requirements.lock only"
+    assert pip == ["-r requirements.lock", "-e ."]
+
+
+# -------------------------------------------------------------------------------------------------------- the corpus
+
+
+def test_corpus_packages_are_pinned_everywhere():
+    """Only then is the corpus the same on each Python and system."""
+    pins = lock()
+    names = [name for names in pydocs.FAMILIES.values() for name in names]
+    missing = [name for name in names if canonicalize_name(name) not in pins]
+    assert not missing, f"{missing} are not in requirements.lock: take them out of pydocs.FAMILIES"
+    partly = [name for name in names if pins[canonicalize_name(name)].marker]
+    assert not partly, f"{partly} are pinned for some Pythons or systems only: take them out of pydocs.FAMILIES"
+
+
+# ------------------------------------------------------------------------------------------------------- the package
+
+
+def test_every_file_has_a_floor():
+    unknown = [path.stem for path in package_files() if path.stem not in FLOORS]
+    assert not unknown, f"{unknown}: place them in FLOORS of this test"
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: path.stem)
+def test_imports_only_from_lower_floors(path):
+    modules = {name.split(".")[1] for name in imports(path) if name.startswith("distill_utils.")}
+    modules = {name for name in modules if (PACKAGE / f"{name}.py").exists()}
+    floor = FLOORS[path.stem]
+    for module in modules:
+        allowed = FLOORS[module] < floor or module in NEIGHBORS.get(path.stem, ())
+        assert allowed, f"{path.stem} (floor {floor}) imports {module} (floor {FLOORS[module]}): import from below only"
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: path.stem)
+def test_special_packages_stay_in_their_files(path):
+    roots = {name.partition(".")[0] for name in imports(path)}
+    for root, files in ONLY_IN.items():
+        assert root not in roots or path.stem in files, f"{path.name} imports {root}: only {sorted(files)} may"
+
+
+def test_imported_packages_are_declared():
+    """Nothing works only because another package happens to bring it."""
+    declared = {canonicalize_name(Requirement(line).name) for line in project()["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    for path in package_files():
+        for root in {name.partition(".")[0] for name in imports(path)}:
+            if root in sys.stdlib_module_names or root == "distill_utils":
+                continue
+            found = {canonicalize_name(name) for name in providers.get(root, [])}
+            assert found & declared, f"{path.name} imports {root}: add {sorted(found) or root} to pyproject.toml"
+
+
+# -------------------------------------------------------------------------------------------------- the other files
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_layout(name):
+    assert (REPOSITORY / name).exists(), f"{name} is missing"
+
+
+def test_ci_script_is_executable():
+    assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("target", ["help", "reports", "test", "lab", "teachers"])
+def test_makefile_targets_parse(target):
+    """A dry run; an environment that is up to date is taken as given."""
+    command = ["make", "--dry-run", "--old-file=.venv/installed.lock", target]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    commands = {
+        "help": "make reports",
+        "reports": "-m distill_utils report --all",
+        "test": "-m pytest",
+        "lab": "-m jupyterlab notebooks",
+        "teachers": "-m distill_utils teachers",
+    }
+    assert commands[target] in done.stdout
+
+
+def test_readme():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for command in ("make reports", "make test", "make lab"):
+        assert command in text
+    start, end = "<!-- results:start -->", "<!-- results:end -->"
+    assert text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)
+    for path in (REPOSITORY / "notebooks").glob("*.ipynb"):
+        (row,) = [line for line in text.splitlines() if line.startswith("|") and f"`{path.stem}`" in line]
+        assert "planned" not in row, f"the README calls {path.stem} planned, but it exists"
+
+
+def test_readme_links_lead_somewhere():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (REPOSITORY / target).exists(), f"README.md links to {target}, which does not exist"

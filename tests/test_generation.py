@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import WORDS, tiny_bart, tiny_tokenizer
+
+from distill_utils import artifacts, generation
+
+GREEDY = {"num_beams": 1, "max_new_tokens": 10, "min_length": 0, "no_repeat_ngram_size": 0}
+
+
+def make_documents(num: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (num,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator).tolist()) for n in lengths]
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 1, "max_new_tokens": 9}], ids=["own settings", "greedy"])
+def test_summarize_equals_generate_one_by_one(settings):
+    model, tokenizer = tiny_bart(), tiny_tokenizer()
+    documents = make_documents(9)
+    documents[3] = "  "
+    seen = []
+    summaries = generation.summarize(
+        model,
+        tokenizer,
+        documents,
+        max_source_length=16,
+        batch_size=4,
+        progress=lambda *done: seen.append(done),
+        **settings,
+    )
+    assert summaries[3] == ""
+    assert len(set(summaries)) > 3  # the order would not show otherwise
+    for document, summary in zip(documents, summaries, strict=True):
+        if document.strip():
+            inputs = tokenizer(document, truncation=True, max_length=16, return_tensors="pt")
+            with torch.no_grad():
+                ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+            assert summary == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert seen == [(5, 9), (9, 9)]
+
+
+def test_summarize_restores_training_mode_and_uses_the_prefix():
+    model, tokenizer = tiny_bart().train(), tiny_tokenizer()
+    documents = make_documents(3)
+    plain = generation.summarize(model, tokenizer, ["the list " + d for d in documents], max_source_length=20, **GREEDY)
+    assert (
+        generation.summarize(model, tokenizer, documents, max_source_length=20, prefix="the list ", **GREEDY) == plain
+    )
+    assert model.training
+
+
+def test_summarize_only_empty_documents():
+    seen = []
+    result = generation.summarize(
+        tiny_bart(), tiny_tokenizer(), ["", None], max_source_length=8, progress=lambda *done: seen.append(done)
+    )
+    assert result == ["", ""] and seen == [(2, 2)]
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_summarize_refuses_impossible_source_lengths(length):
+    with pytest.raises(artifacts.InputError, match=str(length)):
+        generation.summarize(tiny_bart(), tiny_tokenizer(), ["the"], max_source_length=length)
+
+
+def test_new_line_token_of_pegasus():
+    tokenizer = tiny_tokenizer()
+    assert generation.to_text(tokenizer, tokenizer.convert_tokens_to_ids(["the", "list"])) == "the list"
+    tokenizer.add_tokens(["<n>"])
+    ids = tokenizer.convert_tokens_to_ids(["the", "<n>", "list", "</s>"])
+    assert generation.to_text(tokenizer, ids) == "the\nlist"

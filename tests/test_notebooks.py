@@ -1,0 +1,139 @@
+"""Every notebook as it stands in git: no outputs, honest parameters, the anatomy that the runner relies on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from tiny_notebooks import PARAMETERS, code, markdown, write_notebook
+
+from distill_utils import batch
+from distill_utils.artifacts import InputError
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+# A measured result in prose grows old; "95 % interval" names a method, and published figures are marked as such.
+RESULT_IN_PROSE = re.compile(
+    r"(?<![\w.-])(?!95\s*(?:%|per cent))\d+(?:[.,]\d+)?\s*(?:%|per cent\b|percent\b|ms\b|points?\b)"
+)
+
+
+def problems(path: Path) -> list[str]:
+    """Return what is wrong with a notebook's file, one line each."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem):
+        found.append(f"name {path.stem!r} is not NN_topic")
+    kernel = notebook["metadata"].get("kernelspec", {}).get("name")
+    if kernel != "python3":
+        found.append(f"kernel {kernel!r} is not python3")
+    found += [f"notebook metadata holds {key!r}" for key in ("papermill", "widgets") if key in notebook["metadata"]]
+    if "version" in notebook["metadata"].get("language_info", {}):
+        found.append("notebook metadata holds the Python version")
+    headings = 0
+    ids = [cell.get("id") for cell in notebook["cells"]]
+    if None in ids or len(set(ids)) < len(ids):
+        found.append("cell ids are missing or repeated")
+    for number, cell in enumerate(notebook["cells"], 1):
+        source, metadata = "".join(cell["source"]), cell["metadata"]
+        tags = metadata.get("tags", [])
+        where = f"cell {number}"
+        if not source.strip():
+            found.append(f"{where} is empty")
+        if "papermill" in metadata or "execution" in metadata:
+            found.append(f"{where} holds metadata of a run")
+        if cell["cell_type"] == "code":
+            if cell["outputs"]:
+                found.append(f"{where} has outputs")
+            if cell["execution_count"] is not None:
+                found.append(f"{where} has an execution count")
+            if re.search(r"^\s*[!%]", source, re.MULTILINE):
+                found.append(f"{where} has a shell or magic command")
+            if "skip-execution" in tags and "remove-cell" not in tags:
+                found.append(f"{where} is skipped in batch runs but not removed from the page")
+            if "ipywidgets" in source or "explore" in source and "skip-execution" not in tags:
+                found.append(f"{where} uses widgets in a cell that batch runs execute")
+        else:
+            prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "", source, flags=re.DOTALL)
+            headings += len(re.findall(r"^# ", prose, re.MULTILINE))
+            for line in prose.splitlines():
+                if "published" not in line.lower() and RESULT_IN_PROSE.search(line):
+                    found.append(f"{where} has a result in prose: {RESULT_IN_PROSE.search(line).group(0)!r}")
+    if headings != 1:
+        found.append(f"{headings} first-level headings instead of one")
+    try:
+        parameters = batch.notebook_parameters(path)
+        found += [f"parameter {name!r} has no comment" for name, p in parameters.items() if not p.help]
+    except InputError as error:
+        found.append(str(error))
+    executed = [
+        "".join(cell["source"])
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code" and "skip-execution" not in cell["metadata"].get("tags", [])
+    ]
+    if not executed or "save_notebook_results(" not in executed[-1]:
+        found.append("the last executed cell does not call save_notebook_results")
+    nbformat.validate(nbformat.from_dict(copy.deepcopy(notebook)))
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_notebook_is_clean(path):
+    assert problems(path) == []
+
+
+def good_cells() -> list:
+    return [
+        markdown("We give a 95 % interval. The paper's published figure is 16.5 points. `x = 5 %` is code."),
+        code("save_notebook_results(folder, notebook, parameters, rows, headline)"),
+        code("explore.sample_browser(rows)", "skip-execution", "remove-cell"),
+    ]
+
+
+def test_checker_accepts_a_good_notebook(tmp_path):
+    assert problems(write_notebook(tmp_path, "01_good", good_cells())) == []
+
+
+def _planted(tmp_path, change) -> list[str]:
+    path = write_notebook(tmp_path, "01_bad", good_cells())
+    notebook = json.loads(path.read_text())
+    change(notebook)
+    path.write_text(json.dumps(notebook))
+    return problems(path)
+
+
+def _cell(number: int, **values):
+    return lambda notebook: notebook["cells"][number].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_cell(3, outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}]), "cell 4 has outputs"),
+        (_cell(3, execution_count=3), "cell 4 has an execution count"),
+        (_cell(2, source="  \n"), "cell 3 is empty"),
+        (_cell(2, source="The student keeps 94 % of it."), "cell 3 has a result in prose: '94 %'"),
+        (_cell(2, source="It loses 0.8 points."), "cell 3 has a result in prose: '0.8 points'"),
+        (_cell(2, source="# Second"), "2 first-level headings instead of one"),
+        (_cell(3, source="!pip install x"), "cell 4 has a shell or magic command"),
+        (_cell(3, source="1"), "the last executed cell does not call save_notebook_results"),
+        (_cell(4, metadata={"tags": ["skip-execution"]}), "cell 5 is skipped in batch runs but not removed"),
+        (_cell(4, metadata={}), "cell 5 uses widgets"),
+        (_cell(1, metadata={}), "0 cells tagged 'parameters'"),
+        (_cell(3, metadata={"tags": ["parameters"]}), "2 cells tagged 'parameters'"),
+        (_cell(1, source="num_train = 5"), "parameters cell, line 1"),
+        (_cell(1, source="num_train: int = 5"), "parameter 'num_train' has no comment"),
+        (_cell(3, metadata={"papermill": {"status": "completed"}}), "cell 4 holds metadata of a run"),
+        (lambda n: n["metadata"].update(papermill={}), "notebook metadata holds 'papermill'"),
+        (lambda n: n["metadata"]["kernelspec"].update(name="my-env"), "kernel 'my-env' is not python3"),
+    ],
+)
+def test_checker_finds_what_is_planted(tmp_path, change, said):
+    assert any(said in problem for problem in _planted(tmp_path, change))
+
+
+def test_parameters_of_the_helper_are_good_themselves():
+    assert all(parameter.help for parameter in batch.parse_parameters(PARAMETERS, "x").values())

@@ -1,0 +1,243 @@
+"""Figures and tables: what is shown carries its texts, is escaped, and keeps one colour a method."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import IPython.display
+import matplotlib
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from distill_utils import explore, plotting  # noqa: E402
+
+ROWS = [
+    {
+        "method": "teacher",
+        "student": "6-6",
+        "ms_per_token": 2.6,
+        "rouge2": 10.5,
+        "rouge2_low": 9.6,
+        "rouge2_high": 11.4,
+    },
+    {"method": "lead words", "student": "", "rouge2": 4.1},
+    {"method": "object name", "student": "", "rouge2": 4.3, "ms_per_token": None},
+    *(
+        {
+            "method": method,
+            "student": student,
+            "ms_per_token": speed,
+            "rouge2": score,
+            "rouge2_low": score - 0.9,
+            "rouge2_high": score + 0.9,
+        }
+        for (student, speed, loss), (method, best) in itertools.product(
+            [("6-3", 1.6, 0.0), ("6-1", 0.93, 1.1)], [("sft", 8.9), ("kd", 9.0), ("pl", 9.1), ("pl_kl", 9.2)]
+        )
+        for score in [best - loss]
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def style():
+    plotting.use_style()
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Collect what is displayed."""
+    outputs = []
+
+    def collect(value, metadata=None, raw=False):
+        outputs.append((value, metadata) if raw else value.data)
+
+    monkeypatch.setattr(IPython.display, "display", collect)
+    return outputs
+
+
+def test_show_gives_alt_and_escaped_caption_and_closes(shown):
+    ax = plotting.plot_history({"kd": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+    assert plotting.show(ax, "Falls & <stops>.", "One <b>run</b> & no more.") is None
+    (data, metadata), caption = shown
+    assert data["image/svg+xml"].lstrip().startswith("<?xml") and data["text/plain"] == "Falls & <stops>."
+    assert metadata["image/svg+xml"]["alt"] == "Falls & <stops>."
+    assert caption == '<div class="figcaption">One &lt;b&gt;run&lt;/b&gt; &amp; no more.</div>'
+    assert not plt.get_fignums()
+
+
+def test_show_is_reproducible_and_many_marks_become_png(shown):
+    for _ in range(2):
+        plotting.show(plotting.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
+    assert shown[0] == shown[2]
+    cloud = list(range(plotting.MANY_MARKS + 1))
+    plotting.show(plotting.plot_coverage_density({"reference": (cloud, cloud)}), "a", "c")
+    data, metadata = shown[4]
+    assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
+
+
+@pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
+def test_show_refuses_silence(alt, caption):
+    with pytest.raises(ValueError, match="must both say something"):
+        plotting.show(plotting.new_axes(), alt, caption)
+
+
+def test_colours_are_one_a_method_and_distinct():
+    assert len(set(plotting.METHOD_COLORS.values())) == len(plotting.METHOD_COLORS)
+    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(plotting.METHOD_COLORS)
+    assert plotting.method_color("lead words") == plotting.BASELINE_COLOR
+
+
+def test_table(shown):
+    frame = pd.DataFrame(
+        {
+            "system": ["teacher", "<b>SFT</b>", "KD"],
+            "rouge2": [10.0, 9.004, 9.001],
+            "latency_ms": [61.24, 20.0, float("nan")],
+            "note <i>": ["a", "<script>", "c"],
+        }
+    )
+    plotting.show_table(
+        frame, "Best & <last>.", best_high=["rouge2"], best_low=["latency_ms"], best_among=["<b>SFT</b>", "KD"]
+    )
+    (html,) = shown
+    table = BeautifulSoup(html, "html.parser")
+    assert [cell.get_text() for cell in table.select("thead th")] == ["system", "ROUGE-2", "latency (ms)", "note <i>"]
+    assert len(table.select("thead tr")) == 1
+    cells = [[cell.get_text() for cell in line.find_all(["th", "td"])] for line in table.select("tbody tr")]
+    assert cells[0] == ["teacher", "10.00", "61.2", "a"]
+    assert cells[1] == ["<b>SFT</b>", "9.00", "20.0", "<script>"]
+    assert cells[2] == ["KD", "9.00", "–", "c"]
+    assert table.caption.get_text() == "Best & <last>." and not table.select("b, i, script")
+    bold = html[: html.index("font-weight: bold")].rsplit("}", 1)[-1]
+    # equal as printed are both best; the teacher does not compete
+    assert all(name in bold for name in ("row1_col0", "row2_col0", "row1_col1")) and "row0" not in bold
+
+
+def test_table_refuses_unknown_and_repeated_names():
+    frame = pd.DataFrame({"system": ["a", "a"], "rouge2": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="no column 'rouge1'"):
+        plotting.show_table(frame, "c", best_high=["rouge1"])
+    with pytest.raises(ValueError, match="must be unique"):
+        plotting.show_table(frame, "c")
+
+
+def test_samples_are_escaped_and_clipped(shown):
+    plotting.show_samples([{"source": "<b>" + "x" * 500, "pl_kl": "$5"}], ["source", "pl_kl", "missing"], "Some & all")
+    table = BeautifulSoup(shown[0], "html.parser")
+    assert [cell.get_text() for cell in table.find_all("th")] == ["source", "PL+KL", "missing"]
+    texts = [cell.get_text() for cell in table.find_all("td")]
+    assert texts[0].startswith("<b>xxx") and len(texts[0]) == 402 and texts[1:] == ["$5", ""]
+
+
+def test_quality_speed_draws_every_row_and_no_labels_overlap():
+    ax = plotting.plot_quality_speed(ROWS)
+    figure = ax.get_figure()
+    figure.draw_without_rendering()
+    labels = [text for text in ax.texts if text.get_text()]
+    names = {text.get_text() for text in labels}
+    assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
+    boxes = [text.get_window_extent() for text in labels]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if plotting._overlap(*pair) > 1]
+    marks = [line for line in ax.lines if line.get_marker() in plotting.MARKERS and len(line.get_xdata()) == 1]
+    assert len(marks) == 9
+    by_color = {line.get_color() for line in marks}
+    assert by_color == {plotting.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    assert len(ax.containers) == 8  # error bars of the students; the teacher's interval is the band
+    assert len(ax.patches) == 1
+
+
+def test_quality_speed_copes_with_missing_values():
+    rows = [
+        {"method": "kd", "rouge2": float("nan"), "ms_per_token": 1.0},
+        {"method": "sft", "rouge2": 3.0, "ms_per_token": 1.0},
+    ]
+    assert {text.get_text() for text in plotting.plot_quality_speed(rows).texts} == {"SFT"}
+    assert not plotting.plot_quality_speed([]).texts
+
+
+def test_spread_keeps_order_and_distance():
+    random.seed(0)
+    values = sorted(random.random() for _ in range(20))
+    places = plotting._spread(values, 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
+    assert sum(places) == pytest.approx(sum(values))
+    assert plotting._spread([0.0, 5.0], 1.0) == [0.0, 5.0]
+
+
+def test_neighbours_are_moved_apart_around_their_middle():
+    moved = plotting._apart([1.0, None, 1.0, 3.0])
+    assert moved[1] is None and moved[3] == 3.0
+    assert moved[0] < 1.0 < moved[2] and moved[0] + moved[2] == pytest.approx(2.0)
+
+
+def test_history_names_lines_and_skips_missing_values():
+    history = [{"step": 1, "loss": 3.0}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    ax = plotting.plot_history({"sft": history, "pl_kl 6-3": history, "empty": [{"step": 1}]})
+    assert [list(line.get_xdata()) for line in ax.lines] == [[1, 3], [1, 3]]
+    assert {text.get_text() for text in ax.texts} == {"SFT", "PL+KL 6-3"}
+    many = plotting.plot_history({f"kd {n}": history for n in range(5)})
+    assert len(many.get_legend().get_texts()) == 5
+    assert not plotting.plot_history({"kd": []}).lines
+
+
+def test_lengths_state_the_share_left_whole():
+    ax = plotting.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
+    assert [text.get_text() for text in ax.texts] == ["80 (80 % whole)"]
+    assert max(ax.lines[0].get_xdata()) == 100
+
+
+def test_abstractiveness_turns_shares_into_per_cent():
+    ax = plotting.plot_abstractiveness(
+        {"reference": {"novel_1gram": 0.5, "novel_2gram": 0.8}, "kd 6-3": {"novel_1gram": 0.25}}
+    )
+    assert [bar.get_height() for bar in ax.patches][:3] == [50.0, 80.0, 25.0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1-grams", "2-grams"]
+    with pytest.raises(ValueError, match="text_diagnostics"):
+        plotting.plot_abstractiveness({"kd": {"words": 1}})
+
+
+def test_widgets_are_labelled_and_work(monkeypatch, shown):
+    made = []
+    monkeypatch.setattr(explore, "interact", lambda function, **controls: made.append((function, controls)))
+    explore.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
+    explore.metric_picker([{**row, "words": 9.0} for row in ROWS])
+    assert all(control.description for _, controls in made for control in controls.values())
+    made[0][0](index=1)
+    assert "&lt;d&gt;" in shown[-1]
+    assert made[1][1]["x"].value == "ms_per_token" and "rouge2_low" not in made[1][1]["x"].options
+    with pytest.raises(ValueError, match="no rows"):
+        explore.sample_browser([])
+
+
+def test_intervals_stand_in_groups_with_the_teacher_as_band():
+    rows = [
+        {"method": name, "rouge1": mean, "rouge1_low": mean - 1, "rouge1_high": mean + 1, "rouge2": mean / 2}
+        | {"rouge2_low": mean / 2 - 1, "rouge2_high": mean / 2 + 1}
+        for name, mean in (("lead_words", 18.0), ("teacher", 25.0))
+    ]
+    ax = plotting.plot_intervals(rows, ("rouge1", "rouge2"))
+    assert [text.get_text() for text in ax.texts] == ["lead words", "teacher"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ROUGE-1", "ROUGE-2"]
+    means = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+    assert means == [18.0, 25.0, 9.0, 12.5]
+    bands = [sorted({x for x, _ in band.get_paths()[0].vertices}) for band in ax.collections]
+    assert bands == [[24.0, 26.0], [11.5, 13.5]]
+
+
+def test_beams_are_joined_in_their_order():
+    rows = [
+        {"num_beams": beams, "latency_ms": ms, "rouge2": score, "rouge2_low": score - 1, "rouge2_high": score + 1}
+        for beams, ms, score in ((4, 80.0, 9.5), (1, 30.0, 9.0))
+    ]
+    ax = plotting.plot_beams(rows)
+    assert list(ax.lines[0].get_xdata()) == [30.0, 80.0]
+    assert [text.get_text() for text in ax.texts] == ["1 beam", "4 beams"]

@@ -1,0 +1,513 @@
+"""The embedded corpus: what is accepted, how splits are kept apart, and that nothing is ever imported."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import sys
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from distill_utils import pydocs
+
+VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
+BODY = "The file is opened once, and its rows are kept in the order of the file."
+
+
+def words(seed: int, count: int) -> list[str]:
+    return random.Random(seed).choices(VOCABULARY, k=count)
+
+
+def modules_in(split: str, count: int) -> list[str]:
+    found = (f"planted.module{i}" for i in range(10**6))
+    return [next(name for name in found if pydocs.split_of(name) == split) for _ in range(count)]
+
+
+def make_row(module: str, seed: int, name: str = "f", **changes: str) -> dict:
+    """A pair of random words that shares nothing with the pair of another seed."""
+    summary = " ".join(words(2 * seed, 8)).capitalize() + "."
+    document = f"function {name}() " + " ".join(words(2 * seed + 1, 40))
+    row = {"id": f"{module}:{name}", "document": document, "summary": summary, "module": module, "name": name}
+    return row | {"package": module.split(".")[0], "family": "planted"} | changes
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Use :class:`~torch.nn.Linear` and ``size`` here. ", "Use Linear and size here."),
+        ("See :py:func:`the loader <package.load>` or `other`_.", "See load or other."),
+        ("  A\ttab\n\nand a paragraph.\n", "A tab\n\nand a paragraph."),
+        (":meth:`run`: starts `a` and ```b```", "run: starts a and b"),
+    ],
+)
+def test_clean(docstring, expected):
+    assert pydocs.clean(docstring) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(): ...", "()"),
+        (
+            "def f(self, a, /, b=1, *args, c, d='x', e=call(), **kw): ...",
+            "(a, b=1, *args, c, d='x', e=..., **kw)",
+        ),
+        ("async def f(cls, *, a=None, b=-1, c=True): ...", "(a=None, b=..., c=True)"),
+        ("def f(a='" + "long" * 9 + "'): ...", "(a=...)"),
+        ("class C:\n    x = 1\n    def __init__(self, size, name='n'): ...", "(size, name='n')"),
+        ("class C:\n    def run(self, size): ...", ""),
+    ],
+)
+def test_signature(source, expected):
+    assert pydocs._signature(ast.parse(source).body[0]) == expected
+
+
+def test_make_pair_joins_name_signature_and_description():
+    text = f"Read the rows\nof a file.\n\n{BODY}\n\nParameters\n----------\npath : str\n    Where it is."
+    assert pydocs.make_pair("function", "load", "(path)", text) == {
+        "document": f"function load(path) {BODY} Parameters path : str Where it is.",
+        "summary": "Read the rows of a file.",
+    }
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "Read all the rows.",
+        " ".join(["word"] * 29) + " end.",
+        "Read\nall the rows\nof a file.",
+        "Return x, e.g. from a list, as 'text'.",
+    ],
+    ids=["4 words", "30 words", "3 lines", "punctuation"],
+)
+def test_make_pair_accepts(summary):
+    pair = pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}")
+    assert pair == {"document": f"function f() {BODY}", "summary": " ".join(summary.split())}
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "",
+        "Read the rows.",
+        " ".join(["word"] * 30) + " end.",
+        "Read\nall\nthe\nrows of a file.",
+        "Read all the rows of a file",
+        "Read all the rows. Then close the file.",
+        "7 rows are read from a file.",
+        "Read a1 2b 3c 4d 5e 66 77 88 99.",
+        "Read all the naïve rows of a file.",
+        "Read all rows where size >= limit holds.",
+        "TODO read all the rows of a file.",
+        "Copyright of the authors of this file.",
+        "See https://example.org for all of this.",
+    ],
+)
+def test_make_pair_refuses_the_summary(summary):
+    assert pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}") is None
+
+
+@pytest.mark.parametrize("rest", ["", "\n\nOnly five words stand here.", "\n\n-----\n====="])
+def test_make_pair_refuses_a_short_description(rest):
+    assert pydocs.make_pair("function", "f", "()", f"Read all the rows of a file.{rest}") is None
+
+
+def test_make_pair_cuts_long_documents():
+    pair = pydocs.make_pair("class", "C", "", "Read all the rows of a file.\n\n" + "long " * 1000)
+    assert len(pair["document"]) == 1500
+
+
+TABLES = '''"""Tools that read planted tables for the tests of this package.
+
+Nothing in here may ever run, because reading is no import.
+"""
+open({marker!r}, "w")
+raise SystemExit("imported")
+
+# This comment explains at length why a planted table is read one line after another.
+# It goes on for a second line.
+
+
+class Reader(Base):
+    """Read :class:`planted.Table` objects from a folder of files.
+
+    Each file is opened once, and its rows are kept in the order of the file.
+    """
+
+    def __init__(self, folder, encoding="utf-8"):
+        pass
+
+    async def rows(self, limit=10):
+        """Return the rows of all planted files together.
+
+        The rows come in the order of file names, at most the limit of them.
+        """
+
+
+def count(path):
+    """Count the rows of one planted file quickly.
+
+    The file is never parsed, only its line ends are counted by this function.
+    """
+    def inner():
+        """Return what nobody outside could ever call.
+
+        This docstring belongs to a function in a function, so it is left out.
+        """
+'''
+
+
+def test_files_are_read_as_text_and_never_imported(tmp_path):
+    marker = tmp_path / "marker"
+    (tmp_path / "tables.py").write_text(TABLES.format(marker=str(marker)))
+    before = set(sys.modules)
+    pairs, texts = pydocs._read_file((str(tmp_path / "tables.py"), "planted.tables", "planted", "planted family"))
+    assert not marker.exists() and set(sys.modules) == before
+    common = {"module": "planted.tables", "package": "planted", "family": "planted family"}
+    expected = {
+        "Reader": (
+            "class Reader(folder, encoding='utf-8') Each file is opened once, and its rows are kept in the order of "
+            "the file.",
+            "Read Table objects from a folder of files.",
+        ),
+        "Reader.rows": (
+            "method Reader.rows(limit=10) The rows come in the order of file names, at most the limit of them.",
+            "Return the rows of all planted files together.",
+        ),
+        "count": (
+            "function count(path) The file is never parsed, only its line ends are counted by this function.",
+            "Count the rows of one planted file quickly.",
+        ),
+    }
+    assert pairs == [
+        {"id": f"planted.tables:{name}", "name": name, "document": document, "summary": summary} | common
+        for name, (document, summary) in expected.items()
+    ]
+    assert {row["module"] for row in texts} == {"planted.tables"}
+    starts = [row["text"].split("\n")[0] for row in texts]
+    assert starts == [
+        "Tools that read planted tables for the tests of this package.",
+        "class Reader",
+        "method Reader.rows",
+        "function count",
+        "This comment explains at length why a planted table is read one line after another. "
+        "It goes on for a second line.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x = 1\n",
+        b'def f(:\n    """Read all the rows of a file."""\n',
+        b'"""Read all the rows of a file \xff\xfe."""\n',
+        b'"""Null \x00 byte."""\n',
+        None,
+    ],
+    ids=["nothing to read", "syntax error", "not UTF-8", "null byte", "missing"],
+)
+def test_unreadable_files_are_skipped(tmp_path, content):
+    if content is not None:
+        (tmp_path / "f.py").write_bytes(content)
+    assert pydocs._read_file((str(tmp_path / "f.py"), "f", "p", "family")) == ([], [])
+
+
+# ---------------------------------------------------------------------------------------------------------- separation
+
+
+def test_split_of_is_stable():
+    # printf '%s' MODULE | sha256sum | cut -c1-8, as a number modulo 1000: 465, 343, 18, 124, 120
+    literals = {
+        "torch.nn.modules.linear": "train",
+        "pandas.core.frame": "train",
+        "seaborn.axisgrid": "validation",
+        "tornado.web": "test",
+        "nbformat.v4": "test",
+    }
+    assert {module: pydocs.split_of(module) for module in literals} == literals
+
+
+def test_split_shares():
+    counts = Counter(pydocs.split_of(f"package.module{i}") for i in range(20_000))
+    # three standard deviations of a binomial share over 20,000 draws are at most 0.0072
+    for split, share in (("train", 0.87), ("validation", 0.04), ("test", 0.09)):
+        assert abs(counts[split] / 20_000 - share) < 0.0075
+
+
+def change_words(text: str, places: list[int]) -> str:
+    changed = text.split()
+    for place in places:
+        changed[place] = f"other{place}"
+    return " ".join(changed)
+
+
+def planted_items() -> tuple[list[dict], dict[str, list[str]]]:
+    """Items with one leak of every kind, and the names that must survive in each split."""
+    train, validation, test = (modules_in(split, 8) for split in ("train", "validation", "test"))
+    a, b, c = (make_row(train[i], seed, name) for i, (seed, name) in enumerate([(1, "a"), (2, "b"), (3, "c")]))
+    lone, near_validation = make_row(test[3], 13, "lone"), make_row(test[5], 15, "near")
+    items = [
+        a,
+        b,
+        c,
+        make_row(train[4], 4, "copy", document=a["document"].upper()),
+        make_row(test[0], 10, "exact", document=a["document"].replace(" ", ", ")),
+        make_row(test[1], 11, "summary", summary=b["summary"].upper().rstrip(".") + "!"),
+        make_row(
+            test[2], 12, "changed", document=change_words(c["document"], [9, 24, 33]), summary=c["summary"] + " Too"
+        ),
+        lone,
+        # half of the words of a training document, in order: similar, and below the threshold
+        make_row(test[4], 14, "half", document=" ".join(b["document"].split()[:22] + words(99, 20))),
+        near_validation,
+        make_row(validation[0], 20, "summary_of_test", summary=lone["summary"]),
+        make_row(
+            validation[1],
+            21,
+            "changed_from_test",
+            document=change_words(near_validation["document"], [5, 30]),
+            summary=change_words(near_validation["summary"], [0]),
+        ),
+        make_row(validation[2], 22, "kept"),
+        make_row(validation[3], 23, "summary_of_train", summary=a["summary"]),
+    ]
+    assert a["id"] < items[3]["id"]  # the first id of a repeated document stays
+    return items, {"train": ["a", "b", "c"], "validation": ["kept"], "test": ["half", "lone", "near"]}
+
+
+def test_planted_duplicates_are_removed_and_counted():
+    items, survivors = planted_items()
+    pairs, removed = pydocs.separate_splits(items)
+    assert {split: sorted(row["name"] for row in rows) for split, rows in pairs.items()} == survivors
+    assert removed == {
+        "train: exact duplicate document": 1,
+        "test: exact duplicate document": 1,
+        "test: summary also in train": 1,
+        "test: near duplicate of train": 1,
+        "validation: summary also in train or test": 2,
+        "validation: near duplicate of train or test": 1,
+    }
+    assert sum(removed.values()) + sum(map(len, pairs.values())) == len(items)
+    for split, rows in pairs.items():
+        assert all(pydocs.split_of(row["module"]) == split for row in rows)
+
+
+def test_separation_does_not_depend_on_the_order_of_items():
+    items, _ = planted_items()
+    expected = pydocs.separate_splits(items)
+    random.Random(5).shuffle(items)
+    assert pydocs.separate_splits(items) == expected
+
+
+def test_a_repeated_id_is_dropped():
+    (module,) = modules_in("train", 1)
+    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])
+    assert len(pairs["train"]) == 1 and removed["train: exact duplicate document"] == 1
+
+
+def naive_shingles(text: str) -> set[tuple]:
+    found = re.findall(r"\w+", text.lower())
+    return {tuple(found[i : i + 3]) for i in range(len(found) - 2)} or {tuple(found)}
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
+def test_near_duplicates_equal_every_pair_compared(threshold):
+    generator = random.Random(0)
+    references = [" ".join(generator.choices(VOCABULARY[:40], k=generator.randint(1, 30))) for _ in range(50)]
+    held_out = ["", "Two words"]
+    for text in generator.sample(references, 40):
+        changed = text.split()
+        for place in generator.sample(range(len(changed)), generator.randint(0, len(changed) // 3)):
+            changed[place] = generator.choice(VOCABULARY)
+        held_out.append(" ".join(changed).upper() + ".")
+    references.append("two, words")
+    sets = [naive_shingles(text) for text in references]
+    expected = {
+        i
+        for i, values in enumerate(map(naive_shingles, held_out))
+        if any(Fraction(len(values & other), len(values | other)) >= Fraction(threshold) for other in sets)
+    }
+    assert pydocs.near_duplicates(held_out, references, threshold) == expected
+    assert 5 < len(expected) < 38  # both outcomes are common
+
+
+def test_held_out_summaries_are_in_no_training_text():
+    train, test = modules_in("train", 6), modules_in("test", 2)
+    row = make_row(test[0], 1)
+    summary, other = row["summary"], " ".join(words(50, 12)).capitalize() + "."
+    kept = [{"text": f"function g\n{other}", "module": train[0]}, {"text": " ".join(words(51, 30)), "module": train[1]}]
+    leaks = [
+        {"text": f"function f\n{summary}\n\n{other}", "module": train[2]},
+        {"text": f"{other} {summary.upper()} {other}", "module": train[3]},
+        {"text": f"class C\n{other}\n\n{summary.rstrip('.')}\n\nMore {other}", "module": train[4]},
+    ]
+    near = {"text": change_words(f"{summary} {row['document']}", [0, 25]), "module": train[5]}
+    held_out = {"text": f"function f\n{summary}\n\n{row['document']}", "module": test[0]}
+    again = {"text": f"FUNCTION f: {summary} {row['document']}", "module": test[1]}
+    text, removed = pydocs._separate_text(
+        [*leaks, held_out, *kept, near, again], {"train": [], "validation": [], "test": [row]}
+    )
+    assert sorted(r["text"] for r in text["train"]) == sorted(r["text"] for r in kept)
+    assert len(text["test"]) == 1 and text["validation"] == []
+    assert removed == {
+        "text: exact duplicate": 1,
+        "text: holds a held-out summary": 3,
+        "text: near duplicate of a held-out pair": 1,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- whole corpus
+
+
+class ThisProcess:
+    """Stands for the pool of processes, so that the test starts none."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, items, chunksize):
+        return map(function, items)
+
+
+@pytest.fixture
+def planted_distribution(tmp_path, monkeypatch):
+    """An installed distribution of 40 modules with three documented functions each, most of them distinct."""
+    record = []
+
+    def add(path, content):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+        record.append(f"{path},,")
+
+    def module(seed, leak=""):
+        parts = ["raise SystemExit"]
+        for i in range(3):
+            summary = leak if leak and i == 0 else f"{' '.join(words(10 * seed + i, 8)).capitalize()}."
+            body = " ".join(words(10 * seed + i + 5, 40))
+            parts.append(f'def f{i}(x):\n    """{summary}\n\n    {body}\n    """')
+        return "\n\n".join(parts)
+
+    train, test = modules_in("train", 30), modules_in("test", 10)
+    for seed, name in enumerate([*train, *test], start=1):
+        add(f"{name.replace('.', '/')}.py", module(seed))
+    leak = f"{' '.join(words(10 * 31, 8)).capitalize()}."  # the first summary of the first test module
+    add("planted/leaky/__init__.py", module(90, leak))
+    add("planted/__init__.py", "")
+    add("planted/tests/test_module.py", module(91))
+    add("planted/_vendor/other.py", module(92))
+    add("planted/data.txt", "no Python")
+    (tmp_path / "planted-1.0.dist-info").mkdir()
+    (tmp_path / "planted-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    (tmp_path / "planted-1.0.dist-info" / "RECORD").write_text("\n".join(record))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(pydocs, "FAMILIES", {"planted family": ("planted", "not-installed-at-all")})
+    monkeypatch.setattr(pydocs, "ProcessPoolExecutor", ThisProcess)
+    return tmp_path, [*train, *test, "planted.leaky"], leak
+
+
+def test_source_files_of_a_distribution(planted_distribution):
+    folder, names, _ = planted_distribution
+    files = pydocs._source_files()
+    assert [file[1] for file in files] == sorted([*names, "planted"])
+    assert all(file[2:] == ("planted", "planted family") and file[0].startswith(str(folder)) for file in files)
+    assert pydocs.corpus_settings()["packages"] == {"planted": "1.0"}
+
+
+def test_build_corpus(planted_distribution):
+    folder, names, leak = planted_distribution
+    seen = []
+    corpus = pydocs.build_corpus(lambda *row: seen.append(row))
+    assert seen[-1] == ("removing duplicates", 2, 2) and ("reading docstrings", 42, 42) in seen
+    pairs, text = corpus["pairs"], corpus["text"]
+    everything = [row for rows in pairs.values() for row in rows]
+    assert len({row["id"] for row in everything}) == len(everything) == 3 * 41 - 1
+    assert pydocs.split_of("planted.leaky") == "train"  # else the next lines prove nothing
+    assert corpus["removed"]["test: summary also in train"] == 1
+    for split, rows in pairs.items():
+        assert {pydocs.split_of(row["module"]) for row in rows} <= {split}
+        assert {row["module"] for row in text[split]} >= {row["module"] for row in rows}
+    training_text = " ".join(" ".join(row["text"].lower().split()) for row in text["train"])
+    assert leak.lower() in training_text  # its held-out twin was dropped, not this one
+    for row in pairs["test"] + pairs["validation"]:
+        assert row["summary"].lower() not in training_text
+    again = pydocs.build_corpus()
+    assert again == corpus
+    path = folder / f"{names[0].replace('.', '/')}.py"
+    path.write_text(path.read_text().replace(words(15, 1)[0], "altered"))
+    assert pydocs.build_corpus()["fingerprint"] != corpus["fingerprint"]
+
+
+# ------------------------------------------------------------------------------------------------- classification tasks
+
+
+def task_rows() -> list[dict]:
+    rows = [make_row(f"one.module{i % 50}", i, f"f{i}") for i in range(1500)]
+    same = {"summary": "Return The same thing twice."}
+    rows += [make_row("two.same", 2000, "a", **same), make_row("two.same", 2001, "b", summary=same["summary"].upper())]
+    rows += [make_row("two.alone", 2002, "c"), make_row("three.lonely", 2003, "d")]
+    return rows
+
+
+def test_belongs_task_takes_hard_negatives():
+    rows = task_rows()
+    by_id = {row["id"]: row for row in rows}
+    tasks = [pydocs.belongs_task(rows, seed) for seed in range(8)]
+    assert pydocs.belongs_task(task_rows(), 0) == tasks[0]  # deterministic
+    assert [r["label"] for r in tasks[0]] != [r["label"] for r in tasks[1]]
+    modules_of = {}
+    for row in rows:
+        modules_of.setdefault(row["summary"], set()).add(row["module"])
+    seen = set()
+    for task in tasks:
+        assert len({row["id"] for row in task}) == len(task) >= len(rows) - 1
+        assert set(task[0]) == {"id", "sentence1", "sentence2", "label"}
+        share = sum(row["label"] == "yes" for row in task) / len(task)
+        assert abs(share - 0.5) < 0.05  # nearly four standard deviations
+        for row in task:
+            source = by_id[row["id"]]
+            assert row["sentence2"] == source["document"]
+            if row["label"] == "yes":
+                assert row["sentence1"] == source["summary"]
+                continue
+            assert row["label"] == "no" and row["sentence1"].lower() != source["summary"].lower()
+            seen.add(source["module"])
+            if source["module"] == "two.same":  # its other summary says the same: taken from the package instead
+                assert modules_of[row["sentence1"]] == {"two.alone"}
+            elif source["module"] == "two.alone":
+                assert modules_of[row["sentence1"]] == {"two.same"}
+            else:
+                assert modules_of[row["sentence1"]] == {source["module"]}
+    assert {"two.same", "two.alone"} <= seen and "three.lonely" not in seen
+
+
+def test_family_task_masks_the_package():
+    rows = [
+        make_row("torch.nn", 1, "a", summary="Torch builds a torch.Tensor here.", document="function a() A torch one."),
+        make_row("PIL.Image", 2, "b", package="pillow", family="graphics", summary="Open a PIL image of Pillow."),
+        *[make_row("numpy.fft", seed, f"f{seed}") for seed in range(3, 20)],
+    ]
+    task = pydocs.family_task(rows)
+    assert sorted(row["id"] for row in task) == sorted(row["id"] for row in rows)
+    assert pydocs.family_task(rows) == task
+    assert [r["id"] for r in task] not in ([r["id"] for r in rows], [r["id"] for r in pydocs.family_task(rows, seed=1)])
+    by_id = {row["id"]: row for row in task}
+    first, second = by_id["torch.nn:a"], by_id["PIL.Image:b"]
+    assert first == {
+        "id": "torch.nn:a",
+        "sentence1": "it builds a it.Tensor here. A it one.",
+        "sentence2": "",
+        "label": "planted",
+    }
+    assert second["sentence1"].startswith("Open a it image of it.") and second["label"] == "graphics"

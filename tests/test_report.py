@@ -1,0 +1,348 @@
+"""The page that the runner makes, read as a DOM; the index, results.csv and the README's tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
+
+from distill_utils import pages
+
+TITLE = """# 3. Distillation & friends
+
+> Which *signal* gives the best student for $x^2$ updates?"""
+DATA = r"""## 3.1 Data
+
+Forward KL is $\mathrm{KL}(p\,\|\,q)$, and
+
+$$L = \sum_v p_v \log \frac{p_v}{q_v}$$"""
+STEPS = """### Steps
+
+See [setup](01_setup.ipynb) and [the code](../distill_utils/losses.py).
+
+## 3.1 Data
+
+| a | b |
+| --- | --- |
+| 1 | 2 |"""
+PATHS = f"""import pathlib, sys, warnings
+print("home", pathlib.Path.home() / "data", "repository", {str(REPOSITORY)!r} + "/distill_utils/x.py", sys.prefix)
+print("here", pathlib.Path.cwd(), "run", __import__("os").environ["DISTILL_NOTEBOOK_RUN"])
+warnings.warn("look at the path of this warning")"""
+FIGURE = """from distill_utils import plotting
+rows = [{"method": "teacher", "ms_per_token": 2.0, "rouge2": 9.9}, {"method": "kd", "ms_per_token": 1.0, "rouge2": 9.0}]
+ax = plotting.plot_quality_speed(rows)
+plotting.show(ax, "The student is twice as fast & <nearly> as good.", "Two points; <b>no</b> intervals.")"""
+BARE = """from IPython.display import HTML, Image, Markdown, SVG, display
+import base64
+dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+display(Image(base64.b64decode(dot)))
+display(HTML('<svg width="5" height="5"><rect width="5" height="5"/></svg>'))
+display(HTML('<h1>Loud</h1><script src="https://x.example/a.js"></script>'))
+display(HTML('<img src="https://x.example/a.png" onerror="alert(1)"><a href="javascript:alert(1)">click</a>'))
+display({"application/vnd.jupyter.widget-view+json": {"model_id": "0" * 32}, "text/plain": "Box()"}, raw=True)"""
+MODEL_TEXT = """display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
+plotting.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
+print("printed <b>bold</b> and $a_b$")"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One notebook with everything in it, run once with a profile that changes two parameters."""
+    folder = tmp_path_factory.mktemp("report")
+    cells = [
+        code("hidden_by_fold = 1", "hide-input"),
+        code("removed_input = 2\nprint('output stays')", "remove-input"),
+        markdown(DATA),
+        markdown(STEPS),
+        code(PATHS),
+        code(FIGURE, "hide-input"),
+        code(BARE),
+        code(MODEL_TEXT),
+        markdown("## Explore: secret words", "remove-cell"),
+        code("1 / 0", "remove-cell", "skip-execution"),
+        code(SAVE),
+    ]
+    write_notebook(folder / "notebooks", "03_kd_pl_sft", cells, title=TITLE)
+    (folder / "notebooks" / "profiles").mkdir()
+    (folder / "notebooks" / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {num_train: 5, learning_rate: 1e-4}\n")
+    done = run_report(folder, "03", "--profile", "small")
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "reports", done.stdout
+
+
+@pytest.fixture(scope="module")
+def html(made):
+    return (made[0] / "small" / "03_kd_pl_sft.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return BeautifulSoup(html, "html.parser")
+
+
+def test_files(made):
+    names = {path.relative_to(made[0]).as_posix() for path in made[0].rglob("*") if path.is_file()}
+    assert names == {"small/03_kd_pl_sft.html", "small/03_kd_pl_sft.json", "index.html", "results.csv"}
+
+
+def test_language_title_and_one_first_heading(page):
+    assert page.html["lang"] == "en"
+    assert page.title.string == "3. Distillation & friends"
+    assert [heading.get_text() for heading in page.find_all("h1")] == ["3. Distillation & friends"]
+
+
+def test_heading_ids_are_unique_and_contents_links_resolve(page):
+    ids = [tag["id"] for tag in page.select("[id]")]
+    assert len(ids) == len(set(ids))
+    links = page.nav.select('a[href^="#"]')
+    assert [link.get_text() for link in links] == ["3.1 Data", "Steps", "3.1 Data", "How this report was made"]
+    assert all(unquote(link["href"][1:]) in ids for link in links)
+    assert links[1].find_parent("ul").find_parent("li").a is links[0]
+
+
+def test_nothing_is_loaded_or_run(page, html):
+    assert not page.select("script, link, iframe, object, embed, base, form")
+    assert all(image["src"].startswith("data:image/") for image in page.select("img"))
+    assert not [tag for tag in page.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
+    assert {urlsplit(a["href"]).scheme for a in page.select("a[href]")} <= {"", "http", "https"}
+    assert not re.search(r"url\(\s*['\"]?https?:|@import", html)
+    assert "default-src 'none'" in page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert not page.select(".jupyter-widgets, .widget-area")
+    assert "Interactive view: open the notebook in JupyterLab." in page.main.get_text()
+
+
+def test_every_picture_has_an_alternative_text(page, made):
+    pictures = page.select("main img, main svg")
+    texts = [picture.get("alt") or picture.get("aria-label") for picture in pictures]
+    assert len(texts) == 3 and all(texts) and pages.NO_ALT not in texts
+    assert texts[0] == "The student is twice as fast & <nearly> as good."
+    assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is told
+
+
+def test_caption_stands_with_its_figure(page):
+    (figure,) = page.select("figure")
+    assert figure.find("img") and figure.find("figcaption").get_text() == "Two points; <b>no</b> intervals."
+
+
+def test_markdown_math_is_mathml_and_no_dollar_is_left(page):
+    prose = [tag for tag in page.select(".prose") if not tag.find_parent(class_="jp-OutputArea")]
+    assert not [tag for tag in prose if "$" in tag.get_text()]
+    assert [math["display"] for math in page.find_all("math")] == ["inline", "inline", "block"]
+    assert page.find("math", display="block").find("mfrac")
+
+
+def test_math_that_the_converter_does_not_know_stays_readable():
+    assert pages.tex_to_mathml(r"\nosuchcommand{x} < 1") == r"<code>\nosuchcommand{x} &lt; 1</code>"
+    assert pages.tex_to_mathml(r"\frac{").startswith("<code>")
+    assert "<mtable" in pages.tex_to_mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "block")
+
+
+def test_model_text_is_escaped_and_its_dollars_are_left_alone(page):
+    text = page.main.get_text()
+    assert "A model wrote <b>bold</b> and $a_b$ for $5 to $6." in text
+    assert "printed <b>bold</b> and $a_b$" in text
+    assert "<b>bold</b> text with $math$" in text and "<script>alert(1)</script>" in text
+    assert not page.main.find_all("b")
+
+
+def test_tags(page):
+    folded = [details.get_text() for details in page.select("details.code")]
+    assert len(folded) == 2 and "hidden_by_fold" in folded[0]
+    assert not page.select("details.code")[0].has_attr("open")
+    text = page.get_text()
+    assert "removed_input" not in text and "output stays" in text
+    assert "secret words" not in text and "1 / 0" not in text
+
+
+def test_folders_of_this_machine_are_taken_out(html, made):
+    text = html + (made[0] / "small" / "03_kd_pl_sft.json").read_text() + (made[0] / "index.html").read_text()
+    for folder in (Path.home(), REPOSITORY, Path(sys.prefix), made[0].parent):
+        assert str(folder) not in text, folder
+    assert "home ~/data repository distill_utils/x.py .venv" in html
+    assert "here notebooks run runs/reports-03_kd_pl_sft-small-" in html
+    assert "ipykernel_" not in html and "look at the path of this warning" in html
+
+
+def test_scrubbing_respects_word_boundaries(monkeypatch):
+    monkeypatch.setattr(pages.Path, "home", lambda: Path("/home/ada"))
+    scrub = pages.scrubber(Path("/elsewhere/notebooks"))
+    assert scrub("/home/ada/x and file:///home/ada.") == "~/x and file://~."
+    assert scrub("/home/adalbert/x some/home/ada/x") == "/home/adalbert/x some/home/ada/x"
+    assert scrub("/opt/py/lib/site-packages/torch/x.py:3") == "site-packages/torch/x.py:3"
+
+
+def test_footer_tells_how_the_page_was_made(page):
+    footer = page.footer
+    facts = dict(
+        zip(
+            (dt.get_text() for dt in footer.find_all("dt")),
+            (dd.get_text() for dd in footer.find_all("dd")),
+            strict=True,
+        )
+    )
+    assert facts["notebook"] == "03_kd_pl_sft.ipynb" and facts["profile"] == "small"
+    assert facts["parameters changed"] == "num_train = 5, learning_rate = 0.0001" or (
+        facts["parameters changed"] == "learning_rate = 0.0001, num_train = 5"
+    )
+    assert facts["commit"] == "abc123" and facts["packages"] == "torch 2.13.0" and facts["processor"] == "a processor"
+    assert facts["date"].endswith("UTC") and facts["duration"]
+    table = {row.th.get_text(): [cell.get_text() for cell in row.find_all("td")] for row in footer.select("tbody tr")}
+    assert table["num_train"] == ["5", "100", "documents, 0 = all"]
+    assert table["seed"] == ["0", "0", "data order"]
+    assert [row.th.get_text() for row in footer.select("tr.changed")] == ["learning_rate", "num_train"]
+
+
+def test_links_between_notebooks_lead_to_pages(page):
+    links = {link.get_text(): link["href"] for link in page.select("main a[href]")}
+    assert links["setup"] == "../01_setup.html"  # no page of it beside this one
+    assert links["the code"] == "../../distill_utils/losses.py"
+    assert page.nav.a["href"] == "../index.html"
+
+
+def test_tables_have_no_empty_heading(page):
+    assert page.select("table")
+    assert all(cell.get_text(strip=True) for cell in page.select("th"))
+    assert all(table.parent["class"] == ["table"] and table.parent["aria-label"] for table in page.select("table"))
+
+
+def _contrast(one: str, two: str) -> float:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_colours_have_enough_contrast():
+    assert _contrast("#000000", "#ffffff") == pytest.approx(21)
+    style = (Path(pages.__file__).parent / "report_template" / "page.css").read_text()
+    variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
+    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [
+        variables["ink"],
+        variables["soft"],
+        variables["link"],
+    ]
+    assert len(colors) > 8
+    for color in colors:
+        assert _contrast(color, variables["wash"]) >= 4.5, color
+
+
+def test_a_page_above_the_limit_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "MAX_PAGE_BYTES", 1000)
+    with pytest.raises(pages.PageError, match="03_x.html would be"):
+        pages.write_page(tmp_path, "03_x", "x" * 1001, {})
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- index, CSV, README
+
+
+def entry(reports: Path, name: str, **values) -> None:
+    path = reports / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"profile": "demo", "date": "2026-01-02 03:04 UTC", "rows": [], **values}))
+    path.with_suffix(".html").write_text("<p>")
+
+
+def row(method, student="", seed=0, **values) -> dict:
+    return {"method": method, "student": student, "seed": seed, **values}
+
+
+@pytest.fixture
+def reports(tmp_path):
+    scores = {"rouge2_low": 8.0, "rouge2_high": 10.0, "parameters_m": 6.34}
+    entry(tmp_path, "01_setup", title="1. Teacher", rows=[row("teacher", rouge2=10.0)], wall_seconds=61.0)
+    rows = [row("lead", rouge2=4.0), row("kd", "6-3", rouge2=9.126, latency_ms=None, layers=[0, 5], **scores)]
+    headline = "Take **6-3**; it costs $5 to $6 <b>x</b>"
+    entry(
+        tmp_path,
+        "03_kd",
+        title="3. KD | PL",
+        question="Which $x$?",
+        headline=headline,
+        rows=rows,
+        seconds={"data": 2.0},
+    )
+    seeds = [row("kd", "6-3", seed, rouge2=value, **scores) for seed, value in ((0, 9.0), (1, 10.0), (2, 11.0))]
+    entry(
+        tmp_path, "full/03_kd", title="3. KD", profile="full", changed={"num_train": 0}, rows=seeds, wall_seconds=4000.0
+    )
+    (tmp_path / "stale.json").write_text("{}")  # its page is gone
+    return tmp_path
+
+
+def test_index(reports):
+    pages.write_index(reports)
+    index = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    assert [heading.get_text() for heading in index.find_all("h1")] == ["Reports"]
+    assert [link["href"] for link in index.select("article h3 a")] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
+    assert [heading["id"] for heading in index.find_all("h2")] == ["runs-default", "runs-full"]
+    article = index.find_all("article")[1]
+    assert "Take 6-3; it costs $5 to $6 <b>x</b>" in article.get_text() and article.strong.get_text() == "6-3"
+    assert article.find("math")
+    assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in index.get_text()
+    assert not index.select("script, link, img") and "http" not in index.get_text()
+    targets = {tag["id"] for tag in index.select("[id]")}
+    for link in index.select("a[href]"):
+        assert (
+            link["href"][1:] in targets
+            if link["href"].startswith("#")
+            else link["href"] == "results.csv" or (reports / link["href"]).exists()
+        )
+
+
+def test_csv(reports):
+    pages.write_csv(reports)
+    table = list(csv.DictReader(io.StringIO((reports / "results.csv").read_text())))
+    assert list(table[0])[:5] == ["report", "profile", "method", "student", "seed"]
+    assert [line["report"] for line in table] == ["01_setup", "03_kd", "03_kd", *["full/03_kd"] * 3]
+    assert table[2]["rouge2"] == "9.126" and table[2]["layers"] == "[0, 5]" and table[2]["latency_ms"] == ""
+
+
+def test_readme_table(reports):
+    text = pages.readme_table(reports)
+    assert "**[3. KD \\| PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
+    assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
+    assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" in text
+    assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
+    assert "| [01_setup](reports/01_setup.html) | 1 min 01 s |" in text
+    assert "1. Teacher" not in text  # the headline tables are those with students
+    assert pages.readme_table(reports / "none") == "No report has been made yet.\n"
+
+
+def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
+    readme = tmp_path / "README.md"
+    assert not pages.update_readme(readme, reports)
+    readme.write_text(f"before\n{pages.RESULTS_START}\nold\n{pages.RESULTS_END}\nafter\n")
+    assert pages.update_readme(readme, reports)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD") and text.endswith(
+        "<!-- results:end -->\nafter\n"
+    )
+    assert "old" not in text
+    assert pages.update_readme(readme, reports) and readme.read_text() == text
+
+
+def test_not_a_number_becomes_null_beside_the_page(made):
+    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
+    assert saved["rows"][1]["latency_ms"] is None
+    assert saved["question"] == "Which *signal* gives the best student for $x^2$ updates?"
+    assert saved["seconds"] == {"corpus": 1.5, "training": 75.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
+)
+def test_duration(seconds, text):
+    assert pages.duration(seconds) == text

@@ -1,0 +1,158 @@
+"""A student from description to results row, for every method, on a tiny model and planted pairs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
+
+from distill_utils import comparison, runs, students
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.training import Training, read_history
+
+TRAINING = Training(max_steps=4, batch_size=4, learning_rate=1e-3, log_every=2, seed=0)
+BASE = runs.StudentRun(
+    method="sft",
+    shape="3-1",
+    teacher="unset",
+    max_source_length=24,
+    max_target_length=10,
+    training=TRAINING,
+    label_settings={"num_beams": 1, "max_new_tokens": 8, "no_repeat_ngram_size": 1},  # a random model stutters
+)
+
+
+def planted(num: int, seed: int) -> Dataset:
+    generator = random.Random(seed)
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(5, 20))) for _ in range(num)]
+    summaries = [" ".join(document.split()[:5]) for document in documents]
+    return Dataset.from_dict({"id": [f"d{i}" for i in range(num)], "document": documents, "summary": summaries})
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    students.save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    return replace(BASE, teacher=str(tmp_path / "teacher")), teacher, tokenizer
+
+
+def test_every_method_from_description_to_row(place, capsys):
+    base, teacher, tokenizer = place
+    train, validation, test = planted(16, 1), planted(6, 2), planted(8, 3)
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    plan = runs.grid(base, list(runs.METHODS), ["3-1"], [0, 1])
+    runs.check_runs(plan, teacher)
+    forecast = runs.forecast(plan, teacher, tokenizer, train)
+    trained = {run.name: runs.train_student(run, teacher, tokenizer, train, validation) for run in plan}
+    options = {"max_source_length": base.max_source_length, "num_speed": 2}
+    teacher_test = runs.evaluate_model("teacher", teacher, tokenizer, "weights", test, **options)
+    tested = {}
+    for run in plan:
+        model, _ = students.load_model(trained[run.name] / "student")
+        name = trained[run.name].name
+        tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
+    rows = [comparison.teacher_row(teacher, teacher_test), comparison.lead_row(train, test)]
+    rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
+    comparison.add_speedup(rows)
+    means = comparison.mean_over_seeds(rows, tested, teacher_test)
+    versus = comparison.compare_methods(plan, tested)
+
+    assert [(row["method"], row.get("seed")) for row in rows[2:]] == [(m, s) for m in runs.METHODS for s in (0, 1)]
+    assert {row["label_seconds"] for row in rows if row.get("method") in ("sft", "kd")} == {0.0}
+    assert len(means) == 6 and {row["method"] for row in versus} == {"kd", "pl", "pl_kl"}
+    sft = [row for row in rows if row["method"] == "sft"]
+    mean = next(row for row in means if row["method"] == "sft")
+    assert mean["rouge1"] == pytest.approx((sft[0]["rouge1"] + sft[1]["rouge1"]) / 2, abs=1e-3)
+    assert len(comparison.cost_table(plan, trained, 1.5, forecast)) == len(plan)
+    text = comparison.headline(means, versus, len(test), 2, 4)
+    assert "Smoke run" in text and comparison.best_students(means, plan)[0] in {run.name for run in plan}
+    assert len(comparison.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
+    for name, weight in teacher.named_parameters():  # the teacher stays as it was
+        assert torch.equal(weight, before[name])
+
+    capsys.readouterr()
+    assert runs.train_student(plan[0], teacher, tokenizer, train, validation) == trained[plan[0].name]
+    assert "reusing" in capsys.readouterr().out
+    history = read_history(trained["kd-3-1-s0"])
+    assert {"loss", "ce_loss", "kl_loss", "hidden_loss", "validation_ce", "validation_kl"} <= history[-1].keys()
+
+
+def test_methods_start_equal_and_frozen_parts_stay_the_teachers(place):
+    base, teacher, _ = place
+    starts = [runs.cut_student(replace(base, method=method), teacher) for method in runs.METHODS]
+    for student, cut in starts:
+        assert cut["decoder_ids"] == [0] and cut["shared"]
+        for name, weight in student.named_parameters():
+            assert torch.equal(weight, dict(starts[0][0].named_parameters())[name])
+    student, _ = runs.cut_student(replace(base, shape="2-1"), teacher)  # a cut encoder is trained
+    assert all(weight.requires_grad for weight in students.encoder_layers(student).parameters())
+
+
+def test_held_out_losses_of_the_teacher_itself(place):
+    _, teacher, tokenizer = place
+    from distill_utils import data
+
+    batches = data.batch_list(data.tokenize_pairs(planted(6, 2), tokenizer, 24, 10), tokenizer.pad_token_id, 4)
+    losses = runs.held_out_losses(teacher, teacher, batches)
+    sums = [
+        (teacher(**{k: v for k, v in b.items() if k != "ids"}).loss.item(), int((b["labels"] >= 0).sum()))
+        for b in batches
+    ]
+    expected = sum(loss * count for loss, count in sums) / sum(count for _, count in sums)
+    assert losses["validation_ce"] == pytest.approx(expected, rel=1e-5)
+    assert losses["validation_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "kdd"}, "method 'kdd' is unknown"),
+        ({"shape": "3-0"}, "is 0"),
+        ({"shape": "3-4"}, "is 4"),
+        ({"shape": "3x1"}, "'3x1' is not understood"),
+        ({"max_source_length": 65}, "65 exceeds the teacher's 64 positions"),
+    ],
+)
+def test_impossible_runs_are_refused_in_one_line(change, message):
+    with pytest.raises(InputError, match=message) as error:
+        runs.check_runs([replace(BASE, **change)], tiny_bart())
+    assert "\n" not in str(error.value)
+
+
+def test_repeated_or_no_runs_are_refused():
+    with pytest.raises(InputError, match="named twice"):
+        runs.check_runs(runs.grid(BASE, ["sft", "sft"], ["3-1"], [0]), tiny_bart())
+    with pytest.raises(InputError, match="nothing to train"):
+        runs.check_runs(runs.grid(BASE, [], ["3-1"], [0]), tiny_bart())
+
+
+def test_fingerprint_follows_the_weights(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        students.save_model(tiny_t5(seed=seed), tiny_tokenizer(), tmp_path / name)
+    a, b, c = (runs.model_fingerprint(str(tmp_path / name), None) for name in "abc")
+    assert a == b != c
+
+
+def test_headline_tells_a_real_difference_from_noise():
+    teacher = {"method": "teacher", "student": "", "name": "teacher", "rouge2": 10.0, "rouge2_low": 9.0}
+    teacher |= {"rouge2_high": 11.0, "parameters_m": 8.0, "words": 9.0, "ms_per_token": 4.0}
+    student = teacher | {"method": "sft", "student": "6-1", "name": "SFT 6-1", "speedup": 2.0, "rouge2_p_value": 0.001}
+    other = student | {"method": "kd", "name": "KD 6-1", "rouge2": 9.5}
+    versus = [{"name": "KD 6-1", "difference": -0.5, "low": -0.9, "high": -0.1}]
+    text = comparison.headline([teacher, student, other], versus, 400, 1, 100)
+    assert "Take SFT 6-1" in text and "KD 6-1 lies 0.50 ROUGE-2 below SFT" in text and "Smoke" not in text
+    versus[0] |= {"high": 0.2}
+    assert "cannot tell from SFT: KD 6-1" in comparison.headline([teacher, student, other], versus, 400, 1, 100)
+
+
+def test_training_artifact_keeps_its_description(place):
+    base, teacher, tokenizer = place
+    folder = runs.train_student(base, teacher, tokenizer, planted(8, 1), planted(4, 2))
+    config = read_json(folder / "config.json")
+    assert config["method"] == "sft" and config["training"]["max_steps"] == 4 and "data" in config
+    assert base.teacher not in str(config)  # a path of this machine would make the name of the run depend on it

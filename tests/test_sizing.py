@@ -1,0 +1,44 @@
+"""Ceilings and counts: against torch's own counter and by their behaviour, never against a clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny_models
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill_utils import artifacts, sizing, students
+
+
+def test_ceiling_is_positive_and_names_both_types():
+    ceiling = sizing.matmul_ceiling(size=64, repeats=2)
+    assert set(ceiling) == {"float32", "bfloat16"}
+    assert math.isfinite(ceiling["float32"]) and ceiling["float32"] > 0
+    assert (ceiling["bfloat16"] is None) == (artifacts.autocast_dtype() is None)
+
+
+def test_ceiling_leaves_out_what_the_machine_lacks(monkeypatch):
+    monkeypatch.setattr(artifacts, "autocast_dtype", lambda on=None: None)
+    assert sizing.matmul_ceiling(size=16, repeats=1)["bfloat16"] is None
+
+
+def test_first_call_is_not_timed():
+    calls = []
+    times = sizing.run_times(lambda: calls.append(0), 3, torch.device("cpu"))
+    assert len(calls) == 4 and len(times) == 3 and min(times) >= 0
+
+
+@pytest.mark.parametrize("num_tokens", [7, 24])
+def test_encoder_flops_agree_with_torch(num_tokens):
+    model = tiny_models.tiny_bart(d_model=64, encoder_ffn_dim=256).eval()
+    model.set_attn_implementation("eager")  # plain products, which the counter sees
+    ids = torch.full((1, num_tokens), 5)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.get_encoder()(ids, torch.ones_like(ids))
+    layers = len(students.encoder_layers(model))
+    count = sizing.encoder_flops(students.count_parameters(model)["encoder"], layers, model.config.d_model, num_tokens)
+    # Biases and norms are counted as weights; in models this narrow they are a few per cent.
+    assert counter.get_total_flops() <= count <= 1.1 * counter.get_total_flops()

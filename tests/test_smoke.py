@@ -1,0 +1,50 @@
+"""Every notebook in its smoke profile, by the same command that makes the reports."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bs4 import BeautifulSoup
+
+from distill_utils.artifacts import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_smoke_profile_makes_a_report(notebook, tmp_path):
+    command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", "smoke", "--output", tmp_path]
+    # The corpus built by other tests is shared; everything else of a smoke run takes seconds.
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    page = BeautifulSoup((tmp_path / "smoke" / f"{notebook}.html").read_text(encoding="utf-8"), "html.parser")
+    assert len(page.find_all("h1")) == 1 and "Smoke run" in page.get_text()
+    assert all(picture.get("alt") or picture.get("aria-label") for picture in page.find_all(["img", "svg"]))
+    results = read_json(tmp_path / "smoke" / f"{notebook}.json")
+    assert results["rows"] and {"method", "rouge2", "rouge2_low", "rouge2_high"} <= results["rows"][0].keys()
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(results["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student_shapes=6-0", "is 0"),
+        ("student_shapes=6-7", "is 7"),
+        ("dataset=no-such-data.jsonl", "does not exist"),
+        ("teacher=./no-such-folder", "no model folder"),
+    ],
+)
+def test_bad_input_of_a_notebook_ends_in_one_line_before_training(override, message, tmp_path):
+    command = [sys.executable, "-m", "distill_utils", "report", "03", "--profile", "smoke", "-p", override]
+    done = subprocess.run([*command, "--output", tmp_path], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.html"))

@@ -1,0 +1,428 @@
+"""Students of every family against the Hugging Face forward pass, and every refusal of bad models."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from tiny_models import (
+    FAMILIES,
+    GENERATION,
+    PAD,
+    VOCAB_SIZE,
+    tiny_bart,
+    tiny_batch,
+    tiny_t5,
+    tiny_t5_v1_1,
+    tiny_tokenizer,
+)
+from torch import nn
+
+from distill_utils import students
+from distill_utils.artifacts import InputError
+from distill_utils.students import (
+    count_parameters,
+    decoder_layers,
+    encoder_layers,
+    freeze,
+    has_teacher_encoder,
+    init_student,
+    layer_map,
+    load_model,
+    project,
+    save_model,
+    supervision_map,
+)
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+# ----------------------------------------------------------------------------------------------------------- layer maps
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (12, 1, [0]),
+        (12, 2, [0, 6]),
+        (12, 3, [0, 6, 11]),
+        (12, 6, [0, 2, 4, 7, 9, 11]),
+        (12, 12, list(range(12))),
+        (16, 4, [0, 5, 10, 15]),
+        (16, 12, [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15]),
+        (6, 3, [0, 2, 5]),
+        (6, 1, [0]),
+        (24, 1, [0]),
+        (24, 2, [0, 23]),
+        (24, 3, [0, 12, 23]),
+        (24, 6, [0, 5, 9, 14, 18, 23]),
+        (12, 5, [0, 3, 6, 8, 11]),
+        (3, 2, [0, 2]),
+        (1, 1, [0]),
+    ],
+)
+def test_layer_map_values(teacher, student, expected):
+    assert layer_map(teacher, student) == expected
+
+
+def test_computed_maps_keep_first_and_last_and_are_even():
+    for teacher in range(1, 33):
+        for student in range(1, teacher + 1):
+            ids, supervised = layer_map(teacher, student), supervision_map(teacher, student)
+            for values in (ids, supervised):
+                assert len(values) == student and values == sorted(set(values))
+                assert 0 <= values[0] and values[-1] < teacher
+            assert ids[0] == 0 and supervised[-1] == teacher - 1
+            if student > 1 and teacher not in (6, 12, 16):
+                gaps = {b - a for a, b in pairwise(ids)}
+                assert ids[-1] == teacher - 1 and max(gaps) - min(gaps) <= 1
+
+
+def test_supervision_map_values():
+    assert supervision_map(12, 3) == [3, 7, 11]
+    assert supervision_map(6, 1) == [5]
+    assert supervision_map(24, 4) == [5, 11, 17, 23]
+    assert supervision_map(6, 6) == list(range(6))
+
+
+@pytest.mark.parametrize("layers", [0, -1, 13, 2.0, True, "3"])
+def test_impossible_depths_are_refused(layers):
+    for function in (layer_map, supervision_map):
+        with pytest.raises(InputError, match="give 1 to 12"):
+            function(12, layers)
+
+
+# --------------------------------------------------------------------------------------------------------- init_student
+
+
+@each_family
+def test_keeping_every_layer_gives_the_teacher_itself(family):
+    teacher, batch = FAMILIES[family](2, 3), tiny_batch()
+    student, encoder_ids, decoder_ids = init_student(teacher, 2, 3)
+    assert (encoder_ids, decoder_ids) == ([0, 1], [0, 1, 2])
+    assert torch.equal(logits(student, batch), logits(teacher, batch))
+    assert not student.training
+
+
+@each_family
+@pytest.mark.parametrize(("encoder_ids", "decoder_ids"), [([0, 2], [1, 2]), ([1], [0, 2, 1])])
+def test_student_equals_teacher_with_sliced_layers(family, encoder_ids, decoder_ids):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch()
+    sliced = copy.deepcopy(teacher)
+    for layers, ids in ((encoder_layers(sliced), encoder_ids), (decoder_layers(sliced), decoder_ids)):
+        first, kept = layers[0], [layers[i] for i in ids]
+        if family.startswith("t5") and ids[0] != 0:  # the position bias of the whole stack lives in block 0
+            kept[0].layer[0].SelfAttention.relative_attention_bias = first.layer[
+                0
+            ].SelfAttention.relative_attention_bias
+            kept[0].layer[0].SelfAttention.has_relative_attention_bias = True
+            first.layer[0].SelfAttention.has_relative_attention_bias = False
+        stack = sliced.get_encoder() if layers is encoder_layers(sliced) else sliced.get_decoder()
+        setattr(stack, "block" if family.startswith("t5") else "layers", nn.ModuleList(kept))
+    student, *kept_ids = init_student(teacher, len(encoder_ids), len(decoder_ids), encoder_ids, decoder_ids)
+    assert kept_ids == [encoder_ids, decoder_ids]
+    assert torch.equal(logits(student, batch), logits(sliced, batch))
+    assert not torch.allclose(logits(student, batch), logits(teacher, batch), atol=0.1)
+
+
+@each_family
+@pytest.mark.parametrize(("encoder", "decoder"), [(3, 1), (1, 3), (2, 2)])
+def test_cached_generation_equals_uncached(family, encoder, decoder):
+    """Stale layer numbers, and T5's cache sized by the encoder, fail or differ here."""
+    student, _, _ = init_student(FAMILIES[family](3, 3), encoder, decoder)
+    batch = tiny_batch()
+    del batch["labels"]
+    for beams in (1, 3):
+        cached, uncached = (student.generate(**batch, num_beams=beams, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, uncached)
+        assert cached.shape[1] > 3
+    layers = decoder_layers(student)
+    numbers = [module.layer_idx for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")]
+    assert numbers == [i for i in range(decoder) for _ in range(2)]  # self-attention and cross-attention of each layer
+
+
+@each_family
+def test_teacher_is_neither_changed_nor_shared(family):
+    teacher = FAMILIES[family](3, 3)
+    before = copy.deepcopy(teacher)
+    freeze(teacher)  # a frozen teacher must not make a frozen student
+    student, _, _ = init_student(teacher, 2, 2)
+    pointers = {weight.data_ptr() for weight in teacher.state_dict().values()}
+    assert not any(weight.data_ptr() in pointers for weight in student.state_dict().values())
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(1.0)
+    student.generation_config.num_beams = 9
+    student.config.dropout_rate = student.config.dropout = 0.77
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, teacher.state_dict()[name])
+    assert teacher.config.to_dict() == before.config.to_dict()
+    assert teacher.generation_config.to_dict() == before.generation_config.to_dict()
+    is_trainable = {name: weight.requires_grad for name, weight in before.named_parameters()}
+    assert all(weight.requires_grad == is_trainable[name] for name, weight in student.named_parameters())
+
+
+@each_family
+def test_settings_dtype_and_ties_are_kept(family):
+    teacher = FAMILIES[family](3, 3).to(torch.bfloat16)
+    teacher.generation_config.forced_bos_token_id = 7
+    student, _, _ = init_student(teacher, 3, 1)
+    assert student.generation_config.to_dict() == teacher.generation_config.to_dict()
+    assert {weight.dtype for weight in student.parameters()} == {torch.bfloat16}
+    for model in (teacher, student):
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (embedding is head) == (family != "t5_v1_1")
+        assert model.get_decoder().embed_tokens.weight is embedding
+    assert student.config.student_init["decoder_layer_ids"] == [0]
+    assert student.config.student_init["teacher_decoder_layers"] == 3
+
+
+def test_t5_v1_1_keeps_embedding_and_head_apart():
+    teacher = tiny_t5_v1_1()
+    student, _, _ = init_student(teacher, 1, 1)
+    assert torch.equal(student.shared.weight, teacher.shared.weight)
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+    assert not torch.equal(student.lm_head.weight, student.shared.weight)
+    assert student.config.scale_decoder_outputs is False
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "encoder_ids", "decoder_ids", "message"),
+    [
+        (3, 0, None, None, "decoder_layers is 0: the teacher has 3 layers, give 1 to 3"),
+        (4, 1, None, None, "encoder_layers is 4: the teacher has 3 layers"),
+        (2, 2, [0, 0], None, r"encoder_layer_ids is \[0, 0\]: give 2 different ids from 0 to 2"),
+        (3, 2, None, [0, 3], r"decoder_layer_ids is \[0, 3\]"),
+        (3, 2, None, [-1, 0], r"decoder_layer_ids is \[-1, 0\]"),
+        (3, 2, None, [0], "give 2 different ids"),
+        (3, 2, None, [0, 1.0], "give 2 different ids"),
+    ],
+)
+def test_bad_depths_and_ids_are_refused(encoder, decoder, encoder_ids, decoder_ids, message):
+    with pytest.raises(InputError, match=message) as caught:
+        init_student(tiny_bart(), encoder, decoder, encoder_ids, decoder_ids)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_foreign_weights_are_refused():
+    teacher = tiny_bart()
+    del teacher.model.decoder.layernorm_embedding.weight
+    with pytest.raises(InputError, match="lacks the weight model.decoder.layernorm_embedding.weight"):
+        init_student(teacher, 1, 1)
+    teacher = tiny_bart()
+    teacher.model.adapter = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="model.adapter.weight"):
+        init_student(teacher, 1, 1)
+
+
+# -------------------------------------------------------------------------------------------------------- save and load
+
+
+@each_family
+def test_round_trip_keeps_logits_generation_and_origin(family, tmp_path):
+    student, encoder_ids, decoder_ids = init_student(FAMILIES[family](3, 3), 1, 2)
+    save_model(student, tiny_tokenizer(), tmp_path / "student")
+    loaded, tokenizer = load_model(tmp_path / "student")
+    batch = tiny_batch()
+    assert torch.equal(logits(loaded, batch), logits(student, batch))
+    assert not loaded.training
+    settings = loaded.generation_config.to_dict()
+    assert {name: settings[name] for name in GENERATION} == GENERATION
+    assert loaded.config.student_init["encoder_layer_ids"] == encoder_ids
+    assert loaded.config.student_init["decoder_layer_ids"] == decoder_ids
+    sources = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(loaded.generate(**sources), student.generate(**sources))
+    again, _, _ = init_student(loaded, 1, 1)  # a student can be a teacher
+    assert again.config.student_init["teacher_decoder_layers"] == 2
+    assert tokenizer("read the file")["input_ids"] == tiny_tokenizer()("read the file")["input_ids"]
+    files = {path.name for path in (tmp_path / "student").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= files
+    assert not any(name.endswith((".bin", ".pt", ".tmp")) for name in files)
+    for path in (tmp_path / "student").glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+
+
+def test_fields_that_ctranslate2_reads_survive(tmp_path):
+    student, _, _ = init_student(tiny_bart(), 2, 1)
+    save_model(student, tiny_tokenizer(), tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert (config["normalize_before"], config["normalize_embedding"], config["add_final_layer_norm"]) == (
+        False,
+        True,
+        False,
+    )
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(tmp_path):
+    save_model(tiny_bart(1, 1).to(torch.bfloat16), tiny_tokenizer(), tmp_path / "m")
+    assert load_model(tmp_path / "m")[0].dtype == torch.float32
+    assert load_model(tmp_path / "m", torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+    model, tokenizer = tiny_bart(1, 1), tiny_tokenizer()
+    save_model(model, tokenizer, tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(InputError, match="no space left"):
+        save_model(tiny_bart(1, 1, seed=5), tokenizer, tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_saving_again_replaces_the_folder(tmp_path):
+    save_model(tiny_bart(1, 1), tiny_tokenizer(), tmp_path / "m")
+    (tmp_path / "m" / "stale.txt").write_text("")
+    save_model(tiny_bart(1, 1, seed=5), tiny_tokenizer(), tmp_path / "m")
+    assert not (tmp_path / "m" / "stale.txt").exists()
+    assert torch.equal(load_model(tmp_path / "m")[0].lm_head.weight, tiny_bart(1, 1, seed=5).lm_head.weight)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tiny_bart(1, 2), tiny_tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(name_or_path):
+    with pytest.raises(InputError) as caught:
+        load_model(name_or_path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in refusal(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "pickle weights only" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder)
+
+
+def test_damaged_or_incomplete_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    weights = load(whole)  # not load_file: that maps the file, which is overwritten below
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refusal(folder)
+    dropped = "model.decoder.layers.1.fc1.weight"
+    save_file({name: weight for name, weight in weights.items() if name != dropped}, path, {"format": "pt"})
+    assert dropped in refusal(folder)
+    path.write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"decoder_layers": 1}))
+    assert "disagree" in refusal(folder)  # a shallower config would silently drop a layer
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB_SIZE + 1}))
+    assert str(folder) in refusal(folder)
+    (folder / "config.json").write_text("{")
+    assert str(folder) in refusal(folder)
+
+
+def test_tokenizer_must_fit_the_vocabulary(folder):
+    tiny_tokenizer(VOCAB_SIZE + 3).save_pretrained(folder)
+    assert f"3 entries beyond the model's vocabulary of {VOCAB_SIZE}" in refusal(folder)
+    with pytest.raises(InputError, match="3 entries beyond"):
+        save_model(tiny_bart(), tiny_tokenizer(VOCAB_SIZE + 3), folder)
+    tokenizer = tiny_tokenizer()  # published BART summarizers: only the mask token lies beyond
+    tokenizer.add_special_tokens({"mask_token": "<new mask>"})
+    tokenizer.save_pretrained(folder)
+    assert load_model(folder)[1].mask_token_id == VOCAB_SIZE
+    for path in folder.glob("*token*"):
+        path.unlink()
+    assert "has no tokenizer" in refusal(folder)
+
+
+def test_other_architectures_and_unknown_names_are_refused(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    assert "is a bert model: give one of bart, mbart" in refusal(folder)
+    assert "no model folder ./nowhere" in refusal("./nowhere")
+    assert "no model folder" in refusal(folder / "nowhere")
+    assert "is a file" in refusal(folder / "config.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(students, "ASSETS", folder.parent)
+    message = refusal("pydocs-brat")
+    assert "cannot load pydocs-brat" in message and "shipped model (model)" in message
+
+
+def test_shipped_models_are_found_by_name(folder, monkeypatch):
+    monkeypatch.setattr(students, "ASSETS", folder.parent)
+    assert students.shipped_models() == ["model"]
+    assert load_model("model")[0].config.decoder_layers == 2
+
+
+# ---------------------------------------------------------------------------------------------------- parts of a model
+
+
+@each_family
+def test_project_gives_the_models_own_logits(family):
+    model, batch = FAMILIES[family](1, 2), tiny_batch()
+    seen = []
+    model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    expected = logits(model, batch)
+    torch.testing.assert_close(project(model, seen[0]), expected)
+    flat = seen[0].flatten(0, 1)
+    torch.testing.assert_close(project(model, flat), expected.flatten(0, 1))
+
+
+@each_family
+def test_counts_add_up_and_freezing_shows(family):
+    model = FAMILIES[family](2, 3)
+    counts = count_parameters(model)
+    assert counts["total"] == sum(weight.numel() for weight in set(model.parameters()))
+    assert counts["encoder"] + counts["decoder"] + counts["embeddings"] == counts["total"]
+    layer = sum(weight.numel() for weight in encoder_layers(model)[1].parameters())
+    assert counts["encoder"] - count_parameters(init_student(model, 1, 3)[0])["encoder"] == layer
+    freeze(model)
+    head = VOCAB_SIZE * 16 if family == "t5_v1_1" else 0  # an untied head stays trainable
+    assert count_parameters(model)["trainable"] == counts["decoder"] + head
+    batch = tiny_batch()
+    model(**batch).loss.backward()
+    assert all(weight.grad is None for weight in model.get_encoder().parameters())
+    assert all(weight.grad is not None for weight in decoder_layers(model).parameters())
+
+
+def test_freezing_the_encoder_alone_leaves_shared_embeddings_trainable():
+    model = tiny_t5()
+    freeze(model, embeddings=False)
+    assert (
+        model.shared.weight.requires_grad and not encoder_layers(model)[0].layer[0].SelfAttention.q.weight.requires_grad
+    )
+    model = tiny_bart()
+    freeze(model, encoder=False)
+    assert not model.lm_head.weight.requires_grad and encoder_layers(model)[0].fc1.weight.requires_grad
+
+
+@each_family
+def test_teacher_encoder_is_recognized(family):
+    teacher = FAMILIES[family](2, 2)
+    student, _, _ = init_student(teacher, 2, 1)
+    assert not has_teacher_encoder(student, teacher)  # equal but trainable
+    freeze(student)
+    assert has_teacher_encoder(student, teacher)
+    assert has_teacher_encoder(student, copy.deepcopy(teacher).to(torch.bfloat16))
+    with torch.no_grad():
+        next(encoder_layers(student)[1].parameters()).add_(0.5)
+    assert not has_teacher_encoder(student, teacher)
+    smaller, _, _ = init_student(teacher, 1, 1)
+    freeze(smaller)
+    assert not has_teacher_encoder(smaller, teacher)
+
+
+def test_padding_id_of_the_tiny_models_is_the_tokenizers():
+    assert tiny_tokenizer().pad_token_id == PAD and len(tiny_tokenizer()) == VOCAB_SIZE

@@ -1,0 +1,161 @@
+"""What notebook 1 says of corpus and teacher: counted by hand, and the text follows the numbers both ways."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+from datasets import Dataset
+
+from distill_utils import evaluation, students, teacher_facts
+
+
+def pairs(*rows: tuple[str, str, str]) -> Dataset:
+    return Dataset.from_dict(dict(zip(("id", "document", "summary"), map(list, zip(*rows, strict=True)), strict=True)))
+
+
+TRAIN = pairs(
+    ("pandas.a:f", "one two three", "Add one."), ("pandas.a:g", "four", "Add them all up."), ("re:h", "four", "x y")
+)
+TEST = pairs(("pandas.b:DataFrame.drop_level", "four", "Drop it."), ("os:walk", "five six", "Walk on."))
+
+
+def result(method: str, mean: float, half: float = 1.0) -> dict:
+    row = {"method": method, "student": "", "parameters_m": 8.0, "latency_ms": 60.0, "ms_per_token": 2.5, "words": 9.0}
+    for metric in evaluation.METRICS:
+        row |= {metric: mean, f"{metric}_low": mean - half, f"{metric}_high": mean + half}
+    return row
+
+
+def test_sources_that_stand_in_train_are_counted():
+    train, test = teacher_facts.split_sizes({"train": TRAIN, "test": TEST})
+    assert (train["pairs"], train["different sources"], train["sources also in train"]) == (3, 2, None)
+    assert (test["pairs"], test["different sources"], test["sources also in train"]) == (2, 2, 1)
+
+
+def test_package_shares():
+    rows, text = teacher_facts.package_shares({"train": TRAIN, "test": TEST})
+    assert rows[0] == {"package": "pandas", "train (%)": pytest.approx(200 / 3), "test (%)": 50.0}
+    assert "Two of 2 packages, pandas and re, give 100 %" in text and "50 % of the test pairs" in text
+
+
+@pytest.mark.parametrize(
+    ("identifier", "name"),
+    [
+        ("pandas.core.series:Series.drop_duplicates", "series drop duplicates"),
+        ("x:HTMLParser.feed2", "html parser feed 2"),
+        ("x:__all__", "all"),
+        ("plain", ""),
+    ],
+)
+def test_object_name(identifier, name):
+    assert teacher_facts.object_name(identifier) == name
+
+
+def test_rules_take_the_length_of_training_references():
+    rules = teacher_facts.rule_summaries(TRAIN, TEST, named=True)
+    assert rules == {"lead_words": ["four", "five six"], "object_name": ["data frame drop level", "walk"]}
+    assert "object_name" not in teacher_facts.rule_summaries(TRAIN, TEST, named=False)
+    long = pairs(("a", "one two three four", "w"))
+    assert teacher_facts.rule_summaries(TRAIN, long, named=False)["lead_words"] == ["one two three"]  # 8 words over 3
+
+
+def test_lengths_reading_warns_of_cut_references():
+    lengths = {"source": [10, 30], "reference": [5, 5]}
+    alt, reading = teacher_facts.lengths_reading(lengths, {"source": 20, "reference": 5})
+    assert "50 % of the sources whole and hides 25 % of all source tokens" in reading and "as it should be" in reading
+    assert "4.0 times" in alt
+    assert "raise `max_target_length`" in teacher_facts.lengths_reading(lengths, {"source": 20, "reference": 4})[1]
+
+
+def test_copying_of_a_copied_and_a_free_reference():
+    coverage, density, _, reading = teacher_facts.copying(
+        pairs(("a", "one two three four", "one two three four"), ("b", "one", "five six"), ("c", "one", "!"))
+    )
+    assert coverage == [1.0, 0.0] and density == [4.0, 0.0]
+    assert "50 % have at least the density" in reading
+
+
+def test_card_is_read_from_a_folder_and_may_be_missing(tmp_path):
+    assert teacher_facts.read_card(str(tmp_path)) == {}
+    card = {"command": "make teachers", "rouge": {"rouge2": [10.5, 9.5, 11.5]}, "decoding": {"num_beams": 4}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    rows = {row["card"]: row["value"] for row in teacher_facts.card_rows(teacher_facts.read_card(str(tmp_path)))}
+    assert (
+        rows["scores"] == "ROUGE-2 10.50 (9.50–11.50)" and rows["decoding"] == "num_beams 4" and rows["commit"] == "–"
+    )
+
+
+def test_relation_of_intervals():
+    low, high, wide = result("a", 10), result("b", 20), result("c", 15, half=6)
+    assert [teacher_facts.relation(*rows, "rouge1") for rows in ((high, low), (low, high), (wide, low))] == [
+        "above", "below", "overlaps",
+    ]  # fmt: skip
+
+
+def test_paired_table_names_the_better_rule_and_reads_it():
+    rules = [result("lead_words", 10), result("object_name", 12)]
+    scores = {
+        name: dict.fromkeys(evaluation.METRICS, np.full(20, mean))
+        for name, mean in (("lead_words", 10.0), ("object_name", 12.0))
+    }
+    ahead = dict.fromkeys(evaluation.METRICS, np.full(20, 15.0))
+    rows, text = teacher_facts.against_rules(result("teacher", 15), ahead, rules, scores)
+    assert [row["difference"] for row in rows] == [3.0] * 4 and rows[0]["object name"] == "12.00 (11.00–13.00)"
+    assert "above the better baseline in ROUGE-1, ROUGE-2, ROUGE-L, ROUGE-Lsum." in text
+    behind = dict.fromkeys(evaluation.METRICS, np.full(20, 11.0))
+    text = teacher_facts.against_rules(result("teacher", 11), behind, rules, scores)[1]
+    assert "in no metric, below it in ROUGE-1" in text and "cannot tell" not in text
+
+
+def test_a_teacher_of_one_sentence_is_found_out():
+    sources, references = ["a b c", "d e f", "g h i"], ["Say a.", "Say d.", "Say g."]
+    rows, found, text = teacher_facts.describe_texts(sources, {"reference": references, "teacher": ["The same."] * 3})
+    assert found["teacher"]["different"] == pytest.approx(1 / 3) and "stock sentences" in text
+    assert {row["of the texts"]: row["teacher"] for row in rows}["novel words (%)"] == 100.0
+    assert (
+        "stock sentences"
+        not in teacher_facts.describe_texts(sources, {"reference": references, "teacher": references})[2]
+    )
+
+
+def test_beams_are_compared_document_by_document(tmp_path):
+    folders = {}
+    for beams, score, latency in ((1, 8.0, 30.0), (4, 9.0, 60.0)):
+        folders[beams] = tmp_path / str(beams)
+        folders[beams].mkdir()
+        (folders[beams] / "scores.json").write_text(json.dumps({"rouge2": [score] * 10}))
+        (folders[beams] / "results.json").write_text(json.dumps({"rouge2": score, "latency_ms": latency}))
+    rows, text = teacher_facts.beam_rows(folders, folders[4])
+    assert [row["change"] for row in rows] == [-1.0, None]
+    assert "4 beams take 2.00 times as long as 1 and score +1.00" in text and text.endswith("own decoding: 1 beam(s).")
+    assert "nothing to compare" in teacher_facts.beam_rows({4: folders[4]}, folders[4])[1]
+
+
+@pytest.mark.parametrize(
+    ("mean", "num_test", "said"),
+    [
+        (20, 400, "clearly better than lead words and object name"),
+        (11, 400, "not clearly better"),
+        (5, 400, "worse than a baseline"),
+        (20, 24, "Smoke run:** 24 test documents"),
+    ],
+)
+def test_headline_follows_the_numbers(mean, num_test, said):
+    rules = [result("lead_words", 10), result("object_name", 9)]
+    text = teacher_facts.headline(result("teacher", mean), rules, num_test)
+    assert said in text and ("Smoke run" in text) == (num_test < 50)
+
+
+def test_passes_count_two_operations_a_weight():
+    model = tiny_models.tiny_bart()
+    weights = students.count_parameters(model)["decoder"] + tiny_models.VOCAB_SIZE * model.config.d_model
+    passes = [{"batch_size": 1, "ms": 2.0, "gflops": 30.0}, {"batch_size": 8, "ms": 9.0, "gflops": 60.0}]
+    ceiling = {"float32": 120.0, "bfloat16": None}
+    rows = teacher_facts.pass_rows(model, passes, 0.5, ceiling)
+    assert [row["share of ceiling (%)"] for row in rows[:2]] == [25.0, 50.0]
+    assert rows[-1]["GFLOP/s"] == pytest.approx(2 * weights / 0.0005 / 1e9)
+    text = teacher_facts.speed_reading({"encoder_ms": 5.0, "latency_ms": 50.0}, rows, ceiling)
+    assert "10 % of the latency" in text and "uses 25 % on one document and 50 % in the largest batch" in text and "bfloat16" not in text
