@@ -540,9 +540,10 @@ def plot_beams(
     bars = [[max(row[y] - row[f"{y}_low"], 0) for row in rows], [max(row[f"{y}_high"] - row[y], 0) for row in rows]]
     at = [row[x] for row in rows]
     ax.errorbar(at, values, yerr=bars, color=color, lw=1.2, marker="o", ms=7, mec="white", capsize=2)
-    for row in rows:
+    for row, before in zip(rows, [values[0], *values], strict=False):
         text = f"{row['num_beams']} beam{'s' if row['num_beams'] > 1 else ''}"
-        ax.annotate(text, (row[x], row[y]), (6, 6), textcoords="offset points", color=color)
+        free = (-7, 6 if row[y] >= before else -14)  # off the line that comes from the left
+        ax.annotate(text, (row[x], row[y]), free, textcoords="offset points", ha="right", color=color)
     ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
     ax.set_xlim(0, 1.15 * max(at))
     return ax

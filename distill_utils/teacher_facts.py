@@ -100,7 +100,7 @@ def copying(pairs: Dataset) -> tuple[list[float], list[float], str, str]:
     copied = 100 * np.mean(np.asarray(density) >= 4)
     reading = (
         f"Of the references' words {shares[0]:.0f} % do not occur in the source, of their word pairs {shares[1]:.0f} "
-        f"%, of their triples {shares[2]:.0f} %. Half of them have a coverage below {np.median(coverage):.2f}; "
+        f"%, of their triples {shares[2]:.0f} %. Half of all have a coverage below {np.median(coverage):.2f}; "
         f"{copied:.0f} % have at least the density of a text copied in runs of four words."
     )
     return coverage, density, alt, reading
@@ -129,6 +129,11 @@ def read_card(teacher: str) -> dict:
     folder = students.ASSETS / teacher if teacher in students.shipped_models() else Path(teacher).expanduser()
     path = folder / "card.json"
     return read_json(path) if path.is_file() else {}
+
+
+def stage_rows(card: Mapping) -> list[dict]:
+    """Return one row a training stage of a model card; settings and other nested values are left to the card."""
+    return [{key: value for key, value in stage.items() if not isinstance(value, dict)} for stage in card["stages"]]
 
 
 def card_rows(card: Mapping) -> list[dict]:
@@ -267,17 +272,20 @@ def speed_reading(row: Mapping, passes: Sequence[Mapping], ceiling: Mapping[str,
     shares = [each["share of ceiling (%)"] for each in passes]
     part = 100 * row["encoder_ms"] / row["latency_ms"]
     text = (
-        f"The encoder takes {part:.0f} % of the latency of one summary; the rest is decoding. Of the float32 ceiling the "
-        f"encoder uses {shares[0]:.0f} % on one document and {shares[-2]:.0f} % in the largest batch, decoding one token "
-        f"after another {shares[-1]:.1f} %."
+        f"The encoder takes {part:.0f} % of the latency of one summary; the rest is decoding. Of the float32 ceiling "
+        f"the encoder uses {shares[0]:.0f} % on one document and {shares[-2]:.0f} % in the largest batch, decoding one "
+        f"token after another {shares[-1]:.1f} %."
     )
     if ceiling["bfloat16"]:
         text += f" Products in bfloat16 are {ceiling['bfloat16'] / ceiling['float32']:.1f} times as fast here."
     return text
 
 
-def headline(teacher: Mapping, rules: Sequence[Mapping], num_test: int) -> str:
-    """Return the answer as Markdown: is the teacher above the baselines, by intervals, and how fast is it."""
+def headline(teacher: Mapping, rules: Sequence[Mapping], num_test: int, paired: str = "") -> str:
+    """Return the answer as Markdown: is the teacher above the baselines, by intervals, and how fast is it.
+
+    `paired` is the reading of `against_rules`, which tells more than intervals do.
+    """
     lines = []
     if num_test < FEW_DOCUMENTS:
         lines.append(f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
@@ -296,6 +304,7 @@ def headline(teacher: Mapping, rules: Sequence[Mapping], num_test: int) -> str:
             f"{HEADINGS[metric]}: the teacher's {with_interval(teacher, metric)} {where} the better baseline's, "
             f"{method_label(row['method'])} with {with_interval(row, metric)}."
         )
+    lines += [paired] if paired else []
     lines.append(
         f"It has {teacher['parameters_m']:.1f} M parameters, takes {teacher['latency_ms']:.0f} ms a summary and "
         f"{teacher['ms_per_token']:.2f} ms a generated token, and writes {teacher['words']:.1f} words. {num_test} test "

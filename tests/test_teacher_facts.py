@@ -80,8 +80,11 @@ def test_copying_of_a_copied_and_a_free_reference():
 
 def test_card_is_read_from_a_folder_and_may_be_missing(tmp_path):
     assert teacher_facts.read_card(str(tmp_path)) == {}
-    card = {"command": "make teachers", "rouge": {"rouge2": [10.5, 9.5, 11.5]}, "decoding": {"num_beams": 4}}
+    stages = [{"stage": "denoising", "steps": 5, "settings": {"seed": 1}}]
+    card = {"stages": stages, "command": "make teachers", "decoding": {"num_beams": 4}}
+    card["rouge"] = {"rouge2": [10.5, 9.5, 11.5]}
     (tmp_path / "card.json").write_text(json.dumps(card))
+    assert teacher_facts.stage_rows(card) == [{"stage": "denoising", "steps": 5}]
     rows = {row["card"]: row["value"] for row in teacher_facts.card_rows(teacher_facts.read_card(str(tmp_path)))}
     assert (
         rows["scores"] == "ROUGE-2 10.50 (9.50–11.50)" and rows["decoding"] == "num_beams 4" and rows["commit"] == "–"
@@ -145,7 +148,8 @@ def test_beams_are_compared_document_by_document(tmp_path):
 )
 def test_headline_follows_the_numbers(mean, num_test, said):
     rules = [result("lead_words", 10), result("object_name", 9)]
-    text = teacher_facts.headline(result("teacher", mean), rules, num_test)
+    text = teacher_facts.headline(result("teacher", mean), rules, num_test, "The paired test says so.")
+    assert "The paired test says so." in text.split("\n\n")
     assert said in text and ("Smoke run" in text) == (num_test < 50)
 
 
@@ -158,4 +162,5 @@ def test_passes_count_two_operations_a_weight():
     assert [row["share of ceiling (%)"] for row in rows[:2]] == [25.0, 50.0]
     assert rows[-1]["GFLOP/s"] == pytest.approx(2 * weights / 0.0005 / 1e9)
     text = teacher_facts.speed_reading({"encoder_ms": 5.0, "latency_ms": 50.0}, rows, ceiling)
-    assert "10 % of the latency" in text and "uses 25 % on one document and 50 % in the largest batch" in text and "bfloat16" not in text
+    assert "10 % of the latency" in text and "bfloat16" not in text
+    assert "uses 25 % on one document and 50 % in the largest batch" in text
