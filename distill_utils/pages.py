@@ -159,6 +159,7 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
         exclude_output_prompt=True,
     )
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
+    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
     exporter.register_filter("markdown_cell", markdown_cell)
     exporter.register_filter("markdown_output", markdown_output)
     exporter.register_filter("image_alt", image_alt)

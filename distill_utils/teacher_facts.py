@@ -151,21 +151,6 @@ def card_rows(card: Mapping) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
-def object_name(identifier: str) -> str:
-    """Return the words of the qualified name in an id: "pandas:DataFrame.drop_level" gives "data frame drop level"."""
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", identifier.partition(":")[2])).lower()
-
-
-def rule_summaries(train: Dataset, test: Dataset, named: bool) -> dict[str, list[str]]:
-    """Return the summaries of rules that cost nothing: lead words and, where ids carry it, the object's name.
-
-    As many lead words as a reference in `train` has on average.
-    """
-    num_words = round(float(np.mean([len(text.split()) for text in train["summary"]])))
-    rules = {"lead_words": evaluation.lead_words(list(test["document"]), num_words)}
-    return rules | ({"object_name": [object_name(i) for i in test["id"]]} if named else {})
-
-
 def relation(row: Mapping, other: Mapping, metric: str) -> str:
     """Tell where one row's interval lies beside another's: "above", "below" or "overlaps"."""
     if row[f"{metric}_low"] > other[f"{metric}_high"]:

@@ -56,7 +56,7 @@ def test_every_method_from_description_to_row(place, capsys):
         model, _ = students.load_model(trained[run.name] / "student")
         name = trained[run.name].name
         tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
-    rows = [comparison.teacher_row(teacher, teacher_test), comparison.lead_row(train, test)]
+    rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
     rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
     comparison.add_speedup(rows)
     means = comparison.mean_over_seeds(rows, tested, teacher_test)
@@ -64,7 +64,7 @@ def test_every_method_from_description_to_row(place, capsys):
 
     assert [(row["method"], row.get("seed")) for row in rows[2:]] == [(m, s) for m in runs.METHODS for s in (0, 1)]
     assert {row["label_seconds"] for row in rows if row.get("method") in ("sft", "kd")} == {0.0}
-    assert len(means) == 6 and {row["method"] for row in versus} == {"kd", "pl", "pl_kl"}
+    assert len(means) == 6 and [row["name"] for row in versus] == ["KD 3-1", "PL 3-1", "PL+KL 3-1"]
     sft = [row for row in rows if row["method"] == "sft"]
     mean = next(row for row in means if row["method"] == "sft")
     assert mean["rouge1"] == pytest.approx((sft[0]["rouge1"] + sft[1]["rouge1"]) / 2, abs=1e-3)

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from datasets import Dataset
 
-from distill_utils import evaluation, students, teacher_facts
+from distill_utils import comparison, evaluation, students, teacher_facts
 
 
 def pairs(*rows: tuple[str, str, str]) -> Dataset:
@@ -51,15 +51,15 @@ def test_package_shares():
     ],
 )
 def test_object_name(identifier, name):
-    assert teacher_facts.object_name(identifier) == name
+    assert comparison.object_name(identifier) == name
 
 
 def test_rules_take_the_length_of_training_references():
-    rules = teacher_facts.rule_summaries(TRAIN, TEST, named=True)
+    rules = comparison.rule_summaries(TRAIN, TEST, named=True)
     assert rules == {"lead_words": ["four", "five six"], "object_name": ["data frame drop level", "walk"]}
-    assert "object_name" not in teacher_facts.rule_summaries(TRAIN, TEST, named=False)
+    assert "object_name" not in comparison.rule_summaries(TRAIN, TEST, named=False)
     long = pairs(("a", "one two three four", "w"))
-    assert teacher_facts.rule_summaries(TRAIN, long, named=False)["lead_words"] == ["one two three"]  # 8 words over 3
+    assert comparison.rule_summaries(TRAIN, long, named=False)["lead_words"] == ["one two three"]  # 8 words over 3
 
 
 def test_lengths_reading_warns_of_cut_references():
