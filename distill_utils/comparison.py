@@ -28,6 +28,7 @@ from distill_utils.plotting import method_label
 
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
 NOT_MEASURED = ("provenance", "build_seconds")
+RULES = ("lead_words", "object_name")
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -290,6 +291,14 @@ def headline(means: Sequence[dict], versus: Sequence[dict], num_test: int, seeds
         lines.append(
             f"If time per token matters more: {peer['name']} is {peer['speedup']:.2f} times faster than the teacher at "
             f"{peer['rouge2']:.2f} ROUGE-2."
+        )
+    rules = [row for row in means if row["method"] in RULES]
+    rule = max(rules, key=lambda row: row["rouge2"], default=None)
+    worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
+    if worse:
+        lines.append(
+            f"**Not worth their cost as they are**: {', '.join(worse)} score below a rule that costs nothing "
+            f"({rule['name']}, {rule['rouge2']:.2f} ROUGE-2)."
         )
     return "\n\n".join(lines)
 

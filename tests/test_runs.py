@@ -146,6 +146,11 @@ def test_headline_tells_a_real_difference_from_noise():
     versus = [{"name": "KD 6-1", "difference": -0.5, "low": -0.9, "high": -0.1}]
     text = comparison.headline([teacher, student, other], versus, 400, 1, 100)
     assert "Take SFT 6-1" in text and "KD 6-1 lies 0.50 ROUGE-2 below SFT" in text and "Smoke" not in text
+    assert "Not worth" not in text
+    rule = teacher | {"method": "lead_words", "name": "lead words", "rouge2": 9.7}
+    assert "as they are**: KD 6-1 score below a rule" in comparison.headline(
+        [teacher, rule, student, other], versus, 400, 1, 100
+    )
     versus[0] |= {"high": 0.2}
     assert "cannot tell from SFT: KD 6-1" in comparison.headline([teacher, student, other], versus, 400, 1, 100)
 
