@@ -42,16 +42,16 @@ WIDTH, HEADS, LAYERS = 192, 4, 6
 INIT_STD = 0.06  # about 1 / sqrt(width); at the usual 0.02, made for width 1,024, attention starts almost uniform
 MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 128, 40  # tokens
 WINDOW = 64  # tokens of packed text in one infilling example
-ALIGNED_STEPS = 1000  # steps of masking without collapsing spans, and without gap sentences, to learn to copy
+ALIGNED_STEPS = 600  # steps of masking without collapsing spans, and without gap sentences, to learn to copy
 CHECKED = 64  # test documents whose score a test of the shipped files repeats
 CHUNK_TOKENS = 512  # logits of 512 x 8,000 in float32 stay in a processor's cache
 DENOISING = Training(
-    max_steps=6000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.01, eval_every=500,
-    checkpoint_every=500, log_every=50, seed=11,
+    max_steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, warmup_steps=300, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=11,
 )  # fmt: skip
 FINE_TUNING = Training(
-    max_steps=2000, batch_size=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, eval_every=500,
-    checkpoint_every=500, log_every=50, seed=12,
+    max_steps=2500, batch_size=32, optimizer="muon", learning_rate=3e-4, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=12,
 )  # fmt: skip
 GENERATION = {
     "num_beams": 4,

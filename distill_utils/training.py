@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from distill_utils.artifacts import (
     InputError,
@@ -31,6 +32,7 @@ from distill_utils.artifacts import (
     write_json,
 )
 
+MUON_RATE = 2.0  # times the learning rate, for updates of root mean square 0.4 of it, an AdamW update's usual size
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
 
 
@@ -41,6 +43,7 @@ class Training:
     max_steps: int
     batch_size: int = 32  # examples an optimizer step
     micro_batch_size: int = 0  # examples a forward pass, 0 = batch_size
+    optimizer: str = "adamw"  # or "muon": inner matrices by Muon, everything else by AdamW
     learning_rate: float = 3e-4  # peak
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -76,11 +79,9 @@ def fit(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizers = make_optimizers(model, parameters, settings)
     half = autocast_dtype(on) if settings.precision == "auto" else None
-    state = restore_checkpoint(folder, model, parameters, optimizer)
+    state = restore_checkpoint(folder, model, parameters, optimizers)
     history, window = state["history"], state["window"]
     began = time.monotonic() - state["seconds"]
 
@@ -105,10 +106,12 @@ def fit(
                 f"{stage}: the loss is {values['loss']} (gradient norm {norm.item()}) at step {step}, examples "
                 f"{', '.join(map(str, ids[:4]))}, ...: lower learning_rate or remove them; the last checkpoint is kept"
             )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, settings)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = factor * learning_rate_at(step, settings)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         for name, value in values.items():
@@ -137,7 +140,7 @@ def fit(
                 print(format_row(stage, row, settings.max_steps), flush=True)
             history.append(row)
         if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
-            save_checkpoint(folder, model, parameters, optimizer, done, history, window, time.monotonic() - began)
+            save_checkpoint(folder, model, parameters, optimizers, done, history, window, time.monotonic() - began)
     model.eval()
     write_history(folder, history)
     return history
@@ -160,8 +163,27 @@ def check(settings: Training) -> None:
         raise InputError(f"learning_rate {settings.learning_rate} is not positive: use for example 0.0003")
     if not settings.max_grad_norm > 0:
         raise InputError(f"max_grad_norm {settings.max_grad_norm} is not positive: use for example 1.0")
+    if settings.optimizer not in ("adamw", "muon"):
+        raise InputError(f"optimizer {settings.optimizer!r} is unknown: use adamw or muon")
     if settings.precision not in ("auto", "float32"):
         raise InputError(f"precision {settings.precision!r} is unknown: use auto or float32")
+
+
+def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: Training) -> list:
+    """Return the optimizers that share the trainable parameters: AdamW alone, or Muon for the layers' matrices as well.
+
+    Muon (Jordan et al. 2024) orthogonalises a matrix's update; embeddings, the head, norms and biases stay with AdamW.
+    """
+    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer += [model.lm_head] if hasattr(model, "lm_head") else []
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear -= {id(module.weight) for module in outer}
+    matrices = [weight for weight in parameters.values() if settings.optimizer == "muon" and id(weight) in linear]
+    inner = {id(weight) for weight in matrices}
+    rest = [weight for weight in parameters.values() if id(weight) not in inner]
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    found = [torch.optim.AdamW(rest, fused=True, **rates)] if rest else []
+    return found + ([torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates)] if matrices else [])
 
 
 def learning_rate_at(step: int, settings: Training) -> float:
@@ -198,11 +220,11 @@ def format_row(stage: str, row: dict, max_steps: int) -> str:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, model, parameters, optimizer, step, history, window, seconds) -> None:
+def save_checkpoint(folder, model, parameters, optimizers, step, history, window, seconds) -> None:
     """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones."""
     moments = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in _state_of(parameter, optimizers).items():
             moments[f"{name}|{key}"] = value.contiguous()
     # named_parameters lists a tied matrix once, which is what safetensors wants.
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
@@ -217,8 +239,8 @@ def save_checkpoint(folder, model, parameters, optimizer, step, history, window,
     write_history(folder, history)
 
 
-def restore_checkpoint(folder, model, parameters, optimizer) -> dict:
-    """Load the newest checkpoint of a run folder into model and optimizer and return its state (fresh when none)."""
+def restore_checkpoint(folder, model, parameters, optimizers) -> dict:
+    """Load the newest checkpoint of a run folder into model and optimizers and return its state (fresh when none)."""
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if not found:
@@ -232,9 +254,17 @@ def restore_checkpoint(folder, model, parameters, optimizer) -> dict:
             name, moment = key.rsplit("|", 1)
             like = parameters[name]
             # The fused optimizer keeps its step count beside the parameter, too.
-            optimizer.state[like][moment] = file.get_tensor(key).to(like.device)
+            _state_of(like, optimizers)[moment] = file.get_tensor(key).to(like.device)
     print(f"continuing from {newest.name}", flush=True)
     return read_json(newest / "state.json")
+
+
+def _state_of(parameter, optimizers) -> dict:
+    """Return the state dictionary of a parameter in the optimizer that has it."""
+    for optimizer in optimizers:
+        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+            return optimizer.state[parameter]
+    raise KeyError("a trainable parameter belongs to no optimizer")
 
 
 def write_history(folder: Path, history: list[dict]) -> None:

@@ -209,6 +209,7 @@ def test_dropout_and_seed_matter(tmp_path):
         ({"checkpoint_every": -5}, ["checkpoint_every -5"]),
         ({"max_grad_norm": 0.0}, ["max_grad_norm 0.0"]),
         ({"precision": "half"}, ["'half'", "float32"]),
+        ({"optimizer": "sgd"}, ["'sgd'", "muon"]),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_computed(tmp_path, changes, parts):
@@ -222,6 +223,65 @@ def test_a_frozen_model_is_refused(tmp_path):
     model = tiny_bart(1, 1).requires_grad_(False)
     with pytest.raises(InputError, match="frozen"):
         fit(model, loss_fn, batches, settings(), tmp_path)
+
+
+def naive_orthogonal(gradient):
+    """Muon's five Newton-Schulz steps in float64, as Jordan et al. (2024) write them."""
+    x = gradient.double()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if gradient.shape[0] > gradient.shape[1] else x
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_moves_the_inner_matrices_and_adamw_the_rest(tmp_path, tied):
+    model = tiny_bart(1, 1, dropout=0.0)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    before = weights_of(model)
+    loss_fn(model, batches(0)[0])["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    changes = {"max_steps": 1, "optimizer": "muon", "learning_rate": 1e-3, "max_grad_norm": 1e9}
+    fit(model, loss_fn, batches, settings(**changes), tmp_path)
+    inner = 0
+    for name, weight in weights_of(model).items():
+        moved = weight - before[name]
+        if weight.ndim == 2 and "embed" not in name and "shared" not in name and "lm_head" not in name:
+            inner += 1
+            if gradients[name].norm() > 1e-4:
+                expected = -2e-3 * 0.2 * max(weight.shape) ** 0.5 * naive_orthogonal(gradients[name])
+                # It orthogonalises in bf16, hence the tolerance.
+                cosine = torch.nn.functional.cosine_similarity(moved.double().flatten(), expected.flatten(), dim=0)
+                assert cosine > 0.97 and moved.norm() == pytest.approx(float(expected.norm()), rel=0.05), name
+        else:  # AdamW's first step: the learning rate times the gradient's sign
+            assert moved.abs().max() <= 1.001e-3, name
+    assert inner == 4 + 2 + 8 + 2  # projections of three attentions, two feed-forward blocks
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_with_the_state_of_either_optimizer(tmp_path, optimizer):
+    run = settings(max_steps=7, checkpoint_every=3, optimizer=optimizer)
+
+    def stopping_loss(model, batch):
+        if "row15" in batch["ids"]:
+            raise KeyboardInterrupt
+        return loss_fn(model, batch)
+
+    ends = []
+    for name, interrupted in (("stopped", True), ("straight", False)):
+        model = tiny_bart(1, 1, dropout=0.2)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, stopping_loss, batches, run, tmp_path / name)
+            model = tiny_bart(1, 1, dropout=0.2)
+        fit(model, loss_fn, batches, run, tmp_path / name)
+        ends.append(weights_of(model))
+    for name, weight in ends[1].items():
+        torch.testing.assert_close(ends[0][name], weight, rtol=0, atol=0 if artifacts.device().type == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["nan", "infinity", "gradient"])
