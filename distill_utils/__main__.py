@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--profile", default=batch.DEFAULT_PROFILE, metavar="NAME", help="notebooks/profiles/NAME.yaml")
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
-    report.add_argument("--notebooks", type=Path, metavar="FOLDER", help="instead of notebooks/ (or DISTILL_NOTEBOOKS)")
+    report.add_argument("--notebooks", type=Path, default=batch.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
     commands.add_parser("teachers", help="train the embedded teachers from nothing")
     return parser
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def report(arguments: argparse.Namespace) -> int:
     """Check what was asked, then run it."""
-    folder = Path(arguments.notebooks or os.environ.get("DISTILL_NOTEBOOKS") or batch.NOTEBOOKS).resolve()
+    folder = arguments.notebooks.resolve()
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give --notebooks a folder of notebooks")
     if arguments.list:
@@ -56,19 +55,16 @@ def report(arguments: argparse.Namespace) -> int:
     return batch.run_reports(plans, arguments.output)
 
 
-def teachers(arguments: argparse.Namespace) -> int:
-    """Train the embedded teachers."""
-    from distill_utils import teachers as embedded
-
-    print(f"wrote {embedded.build().name}")
-    return batch.OK
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return {"report": report, "teachers": teachers}[arguments.command](arguments)
+        if arguments.command == "report":
+            return report(arguments)
+        from distill_utils import teachers
+
+        print(f"wrote {teachers.build().name}")
+        return batch.OK
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return batch.BAD_INPUT

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
+import fcntl  # Linux and macOS
 import hashlib
 import importlib.metadata
 import json
@@ -117,14 +117,9 @@ def folder_atomic(folder: Path | str):
 
 @contextlib.contextmanager
 def lock(folder: Path | str):
-    """Hold a run folder for this process; the lock of a dead process is free at once.
-
-    Raises InputError when a live process holds it.
-    """
+    """Hold a run folder; InputError when a live process holds it, while the lock of a dead one is free at once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    import fcntl  # Linux and macOS
-
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,16 +148,12 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
             print(f"reusing runs/{folder.name}", flush=True)
         return folder
     with lock(folder):
-        if (folder / "results.json").exists():  # another process finished it while we waited
-            return folder
-        print(f"building runs/{folder.name}", flush=True)
-        write_json(folder / "config.json", settings)
-        start = time.time()
-        results = build(folder)
-        write_json(
-            folder / "results.json",
-            {**results, "build_seconds": round(time.time() - start, 2), "provenance": provenance()},
-        )
+        if not (folder / "results.json").exists():  # else another process finished it while we waited
+            print(f"building runs/{folder.name}", flush=True)
+            write_json(folder / "config.json", settings)
+            start = time.time()
+            results = {**build(folder), "build_seconds": round(time.time() - start, 2), "provenance": provenance()}
+            write_json(folder / "results.json", results)
     return folder
 
 
@@ -178,17 +169,8 @@ def save_notebook_results(
     folder: Path, notebook: str, parameters: dict, rows: list[dict], headline: str, **extra: object
 ) -> None:
     """Write results.json of a notebook: its completion marker, so call it in the last executed cell."""
-    write_json(
-        folder / "results.json",
-        {
-            "notebook": notebook,
-            "parameters": parameters,
-            "headline": headline,
-            "rows": rows,
-            **extra,
-            "provenance": provenance(),
-        },
-    )
+    results = {"notebook": notebook, "parameters": parameters, "headline": headline, "rows": rows, **extra}
+    write_json(folder / "results.json", results | {"provenance": provenance()})
     print(f"wrote runs/{folder.name}/results.json")
 
 
@@ -200,7 +182,8 @@ _progress: dict[str, tuple[float, float, int, str]] = {}
 def report_progress(folder: Path, stage: str, step: int, total: int, unit: str = "steps", **extra: object) -> None:
     """Write progress.json in a run folder, at most once a second and always at the end of a stage.
 
-    Rate is units a second since the stage began in this process; `seconds_left` follows from it.
+    In a batch run also in the notebook's folder, where the runner looks. Rate is units a second since the stage began
+    in this process; `seconds_left` follows from it.
     """
     now = time.monotonic()
     start, last, first_step, last_stage = _progress.get(str(folder), (now, 0.0, step, ""))
@@ -210,22 +193,14 @@ def report_progress(folder: Path, stage: str, step: int, total: int, unit: str =
         return
     _progress[str(folder)] = (start, now, first_step, stage)
     rate = (step - first_step) / (now - start) if now > start else 0.0
-    row = {
-        "stage": stage,
-        "step": step,
-        "total": total,
-        "unit": unit,
-        "rate": round(rate, 3),
-        "seconds_left": round((total - step) / rate) if rate > 0 else None,
-        "time": time.time(),
-        "pid": os.getpid(),
-        **extra,
-    }
+    row = {"stage": stage, "step": step, "total": total, "unit": unit, "rate": round(rate, 3)}
+    row |= {"seconds_left": round((total - step) / rate) if rate > 0 else None, "time": time.time()}
     # Progress is a courtesy: it must never stop a run, so no fsync and no error.
-    with contextlib.suppress(OSError):
-        temporary = folder / f".progress.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(row))
-        os.replace(temporary, folder / "progress.json")
+    for place in {Path(folder), Path(os.environ.get("DISTILL_NOTEBOOK_RUN") or folder)}:
+        with contextlib.suppress(OSError):
+            temporary = place / f".progress.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(row | extra))
+            os.replace(temporary, place / "progress.json")
 
 
 # --------------------------------------------------------------------------------------------------------- the machine
@@ -237,7 +212,7 @@ def provenance() -> dict:
 
     return {
         **git_state(),
-        "packages": {name: _version(name) for name in PACKAGES_NAMED},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES_NAMED},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
@@ -260,23 +235,17 @@ def git_state() -> dict:
         return {"commit": None, "dirty": None}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def processor_name() -> str:
     """Return the processor's marketing name where the system tells it."""
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    found = []
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        else:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or "unknown"
 
 
 def device():
@@ -308,15 +277,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def free_memory() -> None:
-    """Drop what the last traceback holds, collect, and empty the device's cache."""
-    import torch
-
-    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
-        if hasattr(sys, name):
-            delattr(sys, name)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

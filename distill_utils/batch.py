@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,9 +21,10 @@ import threading
 import time
 import tokenize
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 from distill_utils import pages
 from distill_utils.artifacts import REPOSITORY, InputError, config_hash, lock, read_json, runs_dir
@@ -65,9 +67,8 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path.name} is not a readable notebook ({type(error).__name__}): restore it from git"
-        ) from error
+        reason = type(error).__name__
+        raise InputError(f"{path.name} is not a readable notebook ({reason}): restore it from git") from error
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise InputError(f"{path.name} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
@@ -80,29 +81,21 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise InputError(f"{where}: the parameters cell does not parse, line {error.lineno}: {error.msg}") from error
-    comments = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
     parameters = {}
     for node in tree.body:
-        wrong = f"{where}: parameters cell, line {node.lineno}: write `name: type = literal  # help`"
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
-            raise InputError(wrong)
-        kind = ast.unparse(node.annotation)
         try:
-            default = ast.literal_eval(node.value)
-        except ValueError:
-            raise InputError(f"{wrong}; {ast.unparse(node.value)!r} is no literal") from None
-        if kind not in TYPES:
-            raise InputError(f"{wrong}; type {kind!r} is not one of {', '.join(TYPES)}")
-        name, help_text = node.target.id, comments.get(node.end_lineno, "")
-        try:
-            default = checked_value(Parameter(name, kind, default, help_text), default, where)
-        except InputError:
-            raise InputError(f"{wrong}; the default {default!r} is not {kind}") from None
-        parameters[name] = Parameter(name, kind, default, help_text)
+            name, kind = node.target.id, ast.unparse(node.annotation)
+            parameter = Parameter(name, kind, ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
+            if kind not in TYPES:
+                raise ValueError(kind)
+            parameters[name] = replace(parameter, default=checked_value(parameter, parameter.default, where))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(
+                f"{where}: parameters cell, line {node.lineno}: {ast.unparse(node).splitlines()[0]!r} is not "
+                f"`name: type = literal  # help` with a value of its type, one of {', '.join(TYPES)}"
+            ) from None
     return parameters
 
 
@@ -111,48 +104,43 @@ def checked_value(parameter: Parameter, value: object, where: str) -> object:
 
     An int is taken for a float. So is a string that reads as a number: YAML 1.1 calls 1e-4 a string.
     """
-    kind = parameter.type
-    wrong = InputError(
-        f"{where}: {parameter.name} must be {kind}, got {value!r} ({type(value).__name__}); "
-        f"write for example {parameter.name}={as_text(parameter.default)}"
-    )
-    if kind.startswith("list["):
-        if not isinstance(value, list):
-            raise wrong
-        element = Parameter(parameter.name, kind[5:-1], 0, "")
-        try:
-            return [checked_value(element, item, where) for item in value]
-        except InputError:
-            raise wrong from None
-    if kind == "float" and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            raise wrong from None
-    if type(value) is not ELEMENTS[kind]:
-        raise wrong
-    if kind == "float" and not (float("-inf") < value < float("inf")):
-        raise wrong
-    return value
+    is_list, element = parameter.type.startswith("list["), _element_type(parameter)
+    values = value if is_list else [value]
+    fits = isinstance(values, list)
+    if fits and element is float:
+        with contextlib.suppress(ValueError, OverflowError):
+            values = [float(item) if type(item) in (int, str) else item for item in values]
+    if not fits or any(type(item) is not element or (element is float and not math.isfinite(item)) for item in values):
+        raise InputError(
+            f"{where}: {parameter.name} must be {parameter.type}, got {value!r} ({type(value).__name__}); "
+            f"write for example {parameter.name}={as_text(parameter.default)}"
+        )
+    return values if is_list else values[0]
 
 
 def parsed_text(parameter: Parameter, text: str, where: str) -> object:
     """Read a command-line value as the parameter's type. Lists: `6,3` or `[6, 3]`."""
-    kind = parameter.type
-    if kind == "str":
+    if parameter.type == "str":
         return text
-    if kind.startswith("list["):
-        stripped = text.strip().removeprefix("[").removesuffix("]")
-        items = [item.strip().strip("'\"") for item in stripped.split(",")] if stripped.strip() else []
-        element = Parameter(parameter.name, kind[5:-1], parameter.default[0] if parameter.default else 0, "")
-        return [parsed_text(element, item, where) for item in items]
-    value: object = text
-    if kind == "bool":
-        value = {"true": True, "false": False}.get(text.strip().lower(), text)
-    else:
-        with contextlib.suppress(ValueError):
-            value = ELEMENTS[kind](text)
-    return checked_value(parameter, value, where)
+    element, text = _element_type(parameter), text.strip()
+
+    def converted(item: str) -> object:
+        if element is bool:
+            return {"true": True, "false": False}.get(item.lower(), item)
+        try:
+            return element(item)
+        except ValueError:
+            return item  # refused below, as it was typed
+
+    if not parameter.type.startswith("list["):
+        return checked_value(parameter, converted(text), where)
+    inner = text.removeprefix("[").removesuffix("]").strip()
+    items = [item.strip().strip("'\"") for item in inner.split(",")] if inner else []
+    return checked_value(parameter, [converted(item) for item in items], where)
+
+
+def _element_type(parameter: Parameter) -> type:
+    return ELEMENTS[parameter.type.removeprefix("list[").removesuffix("]")]
 
 
 def as_text(value: object) -> str:
@@ -175,7 +163,6 @@ class Plan:
 
     path: Path
     profile: str
-    parameters: dict[str, Parameter]
     values: dict[str, object]
     changed: dict[str, object]
 
@@ -187,40 +174,39 @@ class Plan:
 
 def find_notebook(name: str, folder: Path) -> Path:
     """Find a notebook by number (3 or 03), stem or path."""
-    known = sorted(folder.glob("*.ipynb"))
+    known = _stems(folder)
     if name.isdigit():
-        matches = [path for path in known if re.match(rf"0*{int(name)}_", path.name)]
-        if len(matches) == 1:
-            return matches[0]
+        numbered = [stem for stem in known if re.match(rf"0*{int(name)}_", stem)]
+        name = numbered[0] if len(numbered) == 1 else name
     for path in (folder / f"{name}.ipynb", folder / name, Path(name)):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
-    raise InputError(f"unknown notebook {name!r}: {closest(Path(name).stem, [path.stem for path in known])}")
+    raise InputError(f"unknown notebook {name!r}: {closest(Path(name).stem, known)}")
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.ipynb"))
 
 
 def read_profile(name: str, folder: Path) -> dict[str, dict]:
-    """Read profiles/NAME.yaml: one mapping a notebook stem, and `common` for all that have the parameter."""
+    """Read profiles/NAME.yaml: parameters by notebook stem."""
     import yaml
 
     path = folder / "profiles" / f"{name}.yaml"
     known = sorted({DEFAULT_PROFILE, *(file.stem for file in path.parent.glob("*.yaml"))})
     if name not in known:
         raise InputError(f"unknown profile {name!r}: {closest(name, known)}")
-    if not path.exists():
-        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise InputError(f"profiles/{path.name}, line {line}: not valid YAML; mend that line") from error
-    if not isinstance(content, dict):
-        raise InputError(f"profiles/{path.name} must map notebook stems to parameters, got {type(content).__name__}")
-    stems = ["common", *(file.stem for file in sorted(folder.glob("*.ipynb")))]
-    for stem, values in content.items():
-        if stem not in stems:
-            raise InputError(f"profiles/{path.name}: unknown notebook {stem!r}: {closest(str(stem), stems)}")
-        if not isinstance(values, dict | None):
-            raise InputError(f"profiles/{path.name}: {stem} must map parameter names to values, got {values!r}")
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(values, dict | None) for values in content.values()):
+        raise InputError(f"profiles/{path.name} must map notebook stems to parameter names and values")
+    for stem in content:
+        if stem not in _stems(folder):
+            raise InputError(f"profiles/{path.name}: unknown notebook {stem!r}: {closest(str(stem), _stems(folder))}")
     return {stem: values or {} for stem, values in content.items()}
 
 
@@ -232,35 +218,27 @@ def make_plans(
     An override must be a parameter of each notebook named. With `every`, all notebooks that the profile speaks of.
     """
     settings = read_profile(profile, folder)
+    if profile == DEFAULT_PROFILE:
+        settings = {stem: {} for stem in _stems(folder)} | settings
     if every:
-        names = [path.stem for path in sorted(folder.glob("*.ipynb"))]
-        if profile != DEFAULT_PROFILE and "common" not in settings:
-            names = [name for name in names if name in settings]
-    paths = list(dict.fromkeys(find_notebook(name, folder) for name in names))
-    if not paths:
+        names = [stem for stem in _stems(folder) if stem in settings]
+    if not names:
         raise InputError("no notebook to run: name one (03), or use --all")
-    parameters = {path: notebook_parameters(path) for path in paths}
-    everywhere = {name for path in sorted(folder.glob("*.ipynb")) for name in _names_or_none(path)}
-    for name in settings.get("common", {}):
-        if name not in everywhere:
-            raise InputError(f"profile {profile}: unknown parameter {name!r}: {closest(name, sorted(everywhere))}")
     plans = []
-    for path, known in parameters.items():
-        if profile != DEFAULT_PROFILE and path.stem not in settings and "common" not in settings:
-            raise InputError(
-                f"profile {profile!r} has no settings for {path.stem}: add them to profiles/{profile}.yaml"
-            )
-        values = {name: parameter.default for name, parameter in known.items()}
-        common = {name: value for name, value in settings.get("common", {}).items() if name in known}
-        for name, value in {**common, **settings.get(path.stem, {})}.items():
-            values[name] = checked_value(_known(name, known, path), value, f"profile {profile}, {path.stem}")
+    for path in dict.fromkeys(find_notebook(name, folder) for name in names):
+        parameters = notebook_parameters(path)
+        values = {name: parameter.default for name, parameter in parameters.items()}
+        if profile != DEFAULT_PROFILE and path.stem not in settings:
+            raise InputError(f"profile {profile!r} has no settings for {path.stem}: add it to profiles/{profile}.yaml")
+        for name, value in settings.get(path.stem, {}).items():
+            values[name] = checked_value(_known(name, parameters, path), value, f"profile {profile}, {path.stem}")
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
                 raise InputError(f"-p {override!r} has no value: write -p name=value")
-            values[name] = parsed_text(_known(name, known, path), _seen_from(path.parent, text), path.stem)
-        changed = {name: value for name, value in values.items() if value != known[name].default}
-        plans.append(Plan(path, profile, known, values, changed))
+            values[name] = parsed_text(_known(name, parameters, path), _seen_from(path.parent, text), path.stem)
+        changed = {name: value for name, value in values.items() if value != parameters[name].default}
+        plans.append(Plan(path, profile, values, changed))
     return plans
 
 
@@ -270,17 +248,10 @@ def _seen_from(folder: Path, text: str) -> str:
     return os.path.relpath(text, folder) if relative else text
 
 
-def _known(name: str, known: dict[str, Parameter], path: Path) -> Parameter:
-    if name not in known:
-        raise InputError(f"unknown parameter {name!r} of {path.stem}: {closest(str(name), list(known))}")
-    return known[name]
-
-
-def _names_or_none(path: Path) -> list[str]:
-    try:
-        return list(notebook_parameters(path))
-    except InputError:  # a broken notebook that nobody asked for
-        return []
+def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:
+    if name not in parameters:
+        raise InputError(f"unknown parameter {name!r} of {path.stem}: {closest(str(name), list(parameters))}")
+    return parameters[name]
 
 
 def list_notebooks(folder: Path = NOTEBOOKS) -> str:
@@ -291,10 +262,8 @@ def list_notebooks(folder: Path = NOTEBOOKS) -> str:
     for path in sorted(folder.glob("*.ipynb")):
         title, _ = pages.title_and_question(nbformat.read(path, as_version=4))
         lines = [f"{path.stem}  {title}"]
-        for parameter in notebook_parameters(path).values():
-            lines.append(
-                f"  {f'{parameter.name}: {parameter.type} = {parameter.default!r}':<46}  {parameter.help}".rstrip()
-            )
+        for p in notebook_parameters(path).values():
+            lines.append(f"  {f'{p.name}: {p.type} = {p.default!r}':<46}  {p.help}".rstrip())
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) or f"no notebooks in {folder}"
 
@@ -310,209 +279,159 @@ class RunFailed(Exception):
         self.code = code
 
 
-# The kernel's own stderr goes to a file: it is noise when all is well, and the last words of a kernel that died.
-KERNEL_START = """import os, runpy, sys
-log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-os.dup2(log, 1)
-os.dup2(log, 2)
-runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
-"""
-
-
 @contextlib.contextmanager
-def kernel_environment(folder: Path):
-    """Set the environment of the kernel: this interpreter, this package, no bars, this run folder."""
+def own_kernel(folder: Path):
+    """Make `python3` this interpreter and this package, without bars or start-up files, bound to this run folder.
+
+    The kernel's own output goes to a file: it is noise when all is well, and the last words of a kernel that died.
+    """
     with tempfile.TemporaryDirectory(prefix="distill-kernel-") as temporary:
-        spec = Path(temporary) / "kernels" / "python3"
-        spec.mkdir(parents=True)
-        start = KERNEL_START.format(log=str(folder / "kernel.log"))
-        command = [sys.executable, "-c", start, "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-        (spec / "kernel.json").write_text(
-            json.dumps({"argv": command, "display_name": "python3", "language": "python"})
-        )
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        changes = {
-            "JUPYTER_PATH": temporary,  # searched first, so no other kernelspec named python3 can win
+        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        environment = {
             "IPYTHONDIR": temporary,  # no start-up files of the user
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TQDM_DISABLE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "DISTILL_NOTEBOOK_RUN": str(folder),
+            "DISTILL_KERNEL_LOG": str(folder / "kernel.log"),
         }
-        before = {name: os.environ.get(name) for name in changes}
-        os.environ.update(changes)
-        try:
+        spec = {"display_name": "python3", "language": "python", "env": environment}
+        spec["argv"] = ["/bin/sh", "-c", 'exec "$@" >"$DISTILL_KERNEL_LOG" 2>&1', "sh", *launch]
+        spec["argv"].append("--HistoryManager.enabled=False")
+        folder_of_spec = Path(temporary, "kernels", "python3")
+        folder_of_spec.mkdir(parents=True)
+        (folder_of_spec / "kernel.json").write_text(json.dumps(spec))
+        # Searched first, so that no other kernelspec named python3 can win.
+        with mock.patch.dict(os.environ, JUPYTER_PATH=temporary):
             yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def execute(plan: Plan, folder: Path) -> float:
     """Run a notebook into folder/notebook.ipynb and return its wall time in seconds; RunFailed says how it failed."""
-    for stale in ("results.json", "progress.json"):
-        (folder / stale).unlink(missing_ok=True)
-    executed = folder / "notebook.ipynb"
+    executed, stem = folder / "notebook.ipynb", plan.path.stem
+    for stale in (executed, folder / "results.json", folder / "progress.json"):
+        stale.unlink(missing_ok=True)
     start = time.monotonic()
-    state: dict = {}
-    with kernel_environment(folder), live_progress(plan.path.stem, folder, state):
+    with own_kernel(folder), live_progress(stem, folder):
         import papermill
         from nbclient.exceptions import DeadKernelError
-        from papermill.engines import NBClientEngine, papermill_engines
         from papermill.exceptions import PapermillExecutionError
 
-        class Watched(NBClientEngine):
-            """Papermill's engine, with its notebook in sight of the progress thread."""
-
-            @classmethod
-            def execute_managed_notebook(cls, nb_man, kernel_name, **options):
-                state["cells"] = nb_man.nb.cells
-                return super().execute_managed_notebook(nb_man, kernel_name, **options)
-
-        papermill_engines.register("watched", Watched)
         logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised as well
         try:
             papermill.execute_notebook(
                 str(plan.path),
                 str(executed),
                 parameters=plan.changed,
-                engine_name="watched",
                 kernel_name="python3",
                 progress_bar=False,
                 start_timeout=180,  # seconds; a loaded machine starts kernels slowly
                 cwd=str(plan.path.parent),
             )
         except PapermillExecutionError as error:
-            raise _raised(error, plan.path.stem, state["cells"], executed) from error
+            raise _raised(error, stem, executed) from error
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "Kernel" not in str(error):
                 raise
-            raise RunFailed(KERNEL_DIED, _last_words(plan.path.stem, state, folder)) from error
+            raise RunFailed(KERNEL_DIED, _last_words(stem, folder)) from error
     if not (folder / "results.json").exists():
-        message = f"{plan.path.stem} ended without results.json: its last cell must call save_notebook_results"
-        raise RunFailed(NO_RESULTS, message)
+        raise RunFailed(NO_RESULTS, f"{stem} ended without results.json: its last cell must call save_notebook_results")
     return time.monotonic() - start
 
 
-def _raised(error, stem: str, cells, executed: Path) -> RunFailed:
+def _raised(error, stem: str, executed: Path) -> RunFailed:
     if error.ename == "InputError":
         return RunFailed(BAD_INPUT, " ".join(error.evalue.split()))
-    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback]
     # Without InputError's courtesy, show where it happened: the last frames, as they stand in the notebook.
-    tail = "\n".join(plain).rstrip().splitlines()[-12:]
-    number, total = cell_position(cells)
-    lines = [f"{stem}: code cell {number} of {total} raised {error.ename}", *(f"  {line}" for line in tail)]
-    return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, f"executed so far: {_short(executed)}"]))
+    tail = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-12:]
+    lines = [f"{stem}: code cell {_of(executed)} raised {error.ename}", *(f"  {line}" for line in tail)]
+    return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, f"executed so far: {os.path.relpath(executed)}"]))
 
 
-def _last_words(stem: str, state: dict, folder: Path) -> str:
-    number, total = cell_position(state.get("cells", []))
-    lines = [
-        f"{stem}: the kernel died in code cell {number} of {total}; most often memory ran out: lower the batch size"
-    ]
+def _last_words(stem: str, folder: Path) -> str:
+    at = _of(folder / "notebook.ipynb")
+    lines = [f"{stem}: the kernel died in code cell {at}; most often memory ran out: lower the batch size"]
     with contextlib.suppress(OSError):
         log = (folder / "kernel.log").read_text(errors="replace").splitlines()
         lines += [f"  {line}" for line in log if "TCP without encryption" not in line][-3:]  # ipykernel 7 always warns
     return "\n".join(lines)
 
 
-def _short(path: Path) -> str:
-    """Name a path from the current folder when it lies in it."""
-    with contextlib.suppress(ValueError):
-        return str(path.resolve().relative_to(Path.cwd()))
-    return str(path)
+def _of(executed: Path) -> str:
+    number, total = cell_position(executed) or (0, 0)
+    return f"{number} of {total}"
 
 
 # ------------------------------------------------------------------------------------------------------ live progress
 
 
-def cell_position(cells) -> tuple[int, int]:
-    """Return the number of the code cell that runs (or ran last) and the number of code cells.
+def cell_position(executed: Path) -> tuple[int, int] | None:
+    """Return the number of the code cell that runs (or ran last) and how many there are, from papermill's output file.
 
-    Counted by start time: after a kernel's death papermill marks cells that never ran as completed.
-    The cell that papermill adds for parameters is not counted, so the numbers are those of the source.
+    None while that file is missing or half written. Counted by start time: after a kernel's death papermill marks cells
+    that never ran as completed. The cell that papermill adds for parameters is not counted.
     """
-    code = [
-        cell
-        for cell in cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
-    return sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in code), len(code)
+    try:
+        cells = read_json(executed)["cells"]
+    except (OSError, ValueError):
+        return None
+    added = "injected-parameters"
+    code = [c["metadata"] for c in cells if c["cell_type"] == "code" and added not in c["metadata"].get("tags", [])]
+    return sum(bool(metadata.get("papermill", {}).get("start_time")) for metadata in code), len(code)
 
 
-def newest_progress(folder: Path, since: float) -> dict | None:
-    """Return the latest progress.json of this notebook's processes, or None.
-
-    Looks into the notebook's folder and every run folder, for files written after `since` (seconds since the epoch);
-    other runs on the machine write there too, so the writer has to be a descendant of this process.
-    """
-    import psutil  # ipykernel needs it as well
-
-    found = []
-    for path in [folder / "progress.json", *runs_dir().glob("*/progress.json")]:
-        with contextlib.suppress(OSError):
-            modified = path.stat().st_mtime
-            if modified >= since:
-                found.append((modified, path))
-    ours = {child.pid for child in psutil.Process().children(recursive=True)} if found else set()
-    for _, path in sorted(found, reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            progress = read_json(path)
-            if progress.get("pid") in ours:
-                return progress
+def latest_progress(folder: Path, since: float) -> dict | None:
+    """Return what the kernel last reported (artifacts.report_progress), unless before `since` (epoch seconds)."""
+    with contextlib.suppress(OSError, ValueError):
+        progress = read_json(folder / "progress.json")
+        return progress if progress["time"] >= since else None
     return None
 
 
-def status_line(stem: str, position: tuple[int, int], progress: dict | None, elapsed: float) -> str:
+def status_line(stem: str, position: tuple[int, int] | None, progress: dict | None, elapsed: float) -> str:
     """Write one line: notebook, cell, and from inside the cell stage, step, rate and time left."""
-    parts = [stem, f"cell {position[0]}/{position[1]}" if position[1] else "starting"]
+    parts = [stem, f"cell {position[0]}/{position[1]}" if position else "starting"]
     if progress is None:
-        return "  ".join([*parts, clock(elapsed)])
-    unit = progress.get("unit") or "steps"
-    unit = "step" if unit == "steps" else unit
-    parts += [str(progress.get("stage", "")), f"{unit} {progress.get('step', '?')}/{progress.get('total', '?')}"]
-    if progress.get("rate"):
-        parts.append(f"{progress['rate']:.1f}/s")
-    if progress.get("seconds_left") is not None:
-        parts.append(f"{clock(progress['seconds_left'])} left")
-    return "  ".join(part for part in parts if part)
+        parts.append(clock(elapsed))
+    else:
+        parts += [progress["stage"], f"{progress['unit']} {progress['step']}/{progress['total']}"]
+        parts += [f"{progress['rate']:.1f}/s"] if progress["rate"] else []
+        parts += [f"{clock(progress['seconds_left'])} left"] if progress["seconds_left"] is not None else []
+    return "  ".join(parts)
 
 
 def clock(seconds: float) -> str:
-    """Format seconds as 0:22, 12:05 or 3:07:00."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """Format seconds as 00:22, 12:05 or 3:07:00."""
+    return str(timedelta(seconds=int(seconds))).removeprefix("0:")
 
 
 @contextlib.contextmanager
-def live_progress(stem: str, folder: Path, state: dict, every: float = 10.0):
+def live_progress(stem: str, folder: Path, every: float = 10.0):
     """Show status lines from a thread while the block runs.
 
-    On a terminal one line is rewritten each second. Elsewhere a line is printed at most every `every` seconds, and
-    when the stage changes.
+    On a terminal one line is rewritten each second. Elsewhere a line is printed every `every` seconds and when the
+    stage changes.
     """
     out, done, start = sys.stdout, threading.Event(), time.time()
     terminal = out.isatty()
 
     def watch() -> None:
-        printed, stage, cell, cell_start = start, None, 0, start
+        position, cell_start, stage, printed = None, start, None, start
         while not done.wait(1.0):
-            position = cell_position(state.get("cells", []))
-            if position[0] != cell:
-                cell, cell_start = position[0], time.time() - 1.0
-            progress = newest_progress(folder, cell_start)
+            found = cell_position(folder / "notebook.ipynb") or position
+            if found != position:
+                position, cell_start = found, time.time() - 1.0
+            progress = latest_progress(folder, cell_start)
             line = status_line(stem, position, progress, time.time() - start)
+            before, stage = stage, progress["stage"] if progress else stage
             if terminal:
-                width = shutil.get_terminal_size().columns - 1
-                out.write(f"\r\x1b[K{line[:width]}")
-            elif time.time() - printed >= every or (progress and progress.get("stage") != stage):
+                out.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            elif time.time() - printed >= every or stage != before:
                 out.write(line + "\n")
                 printed = time.time()
-            stage = progress.get("stage") if progress else stage
             out.flush()
         if terminal:
             out.write("\r\x1b[K")
@@ -542,7 +461,7 @@ def make_report(plan: Plan, reports: Path) -> Path:
     for warning in warnings:
         print(f"{plan.path.stem}  note: {warning}")
     size = page.stat().st_size / 1000
-    print(f"{plan.path.stem}  wrote {_short(page)} ({size:.0f} kB) in {pages.duration(seconds)}", flush=True)
+    print(f"{plan.path.stem}  wrote {os.path.relpath(page)} ({size:.0f} kB) in {pages.duration(seconds)}", flush=True)
     return page
 
 
@@ -551,46 +470,25 @@ def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Pa
     import nbformat
 
     scrub = pages.scrubber(plan.path.parent)
-    notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-    notebook = nbformat.from_dict(pages.scrub_all(notebook, scrub))
-    results = pages.scrub_all(read_json(folder / "results.json"), scrub)
+    notebook = nbformat.from_dict(pages.cleaned(nbformat.read(folder / "notebook.ipynb", as_version=4), scrub))
+    results = pages.cleaned(read_json(folder / "results.json"), scrub)
     title, question = pages.title_and_question(notebook)
-    provenance = results.get("provenance") or {}
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    changed = pages.scrub_all(plan.changed, scrub)
-    rows = [
-        {
-            "name": name,
-            "value": scrub(as_text(value)),
-            "default": scrub(as_text(plan.parameters[name].default)),
-            "help": plan.parameters[name].help,
-            "changed": name in plan.changed,
-        }
-        for name, value in plan.values.items()
-    ]
-    report = {
-        "name": plan.name,
+    entry = {"headline": "", "rows": [], "provenance": {}, **results} | {
+        "notebook": plan.path.stem,
         "title": title or plan.path.stem,
+        "question": question,
+        "profile": plan.profile,
+        "changed": pages.cleaned(plan.changed, scrub),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "wall_seconds": round(seconds, 1),
+    }
+    report = {
+        "title": entry["title"],
         "root": "../" * plan.name.count("/"),
         "folder": (reports / plan.name).parent,
-        "facts": page_facts(plan, changed, provenance, date, seconds),
-        "parameters": rows,
+        "facts": page_facts(entry),
     }
     html, warnings = pages.export_page(notebook, report)
-    entry = {
-        "notebook": plan.path.stem,
-        "title": report["title"],
-        "question": question,
-        "headline": results.get("headline", ""),
-        "profile": plan.profile,
-        "changed": changed,
-        "date": date,
-        "wall_seconds": round(seconds, 1),
-        "seconds": results.get("seconds") or {},
-        "fingerprint": results.get("fingerprint"),
-        "provenance": provenance,
-        "rows": results.get("rows") or [],
-    }
     page = pages.write_page(reports, plan.name, html, entry)
     pages.write_index(reports)
     pages.write_csv(reports)
@@ -599,25 +497,21 @@ def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Pa
     return page, warnings
 
 
-def page_facts(plan: Plan, changed: dict, provenance: dict, date: str, seconds: float) -> list[tuple[str, str]]:
+def page_facts(entry: dict) -> list[tuple[str, str]]:
     """Return the footer's lines: what was run, on what, when."""
-    packages = provenance.get("packages") or {}
-    commit = provenance.get("commit")
-    facts = [
-        ("notebook", f"{plan.path.stem}.ipynb"),
-        ("profile", plan.profile),
-        ("parameters changed", ", ".join(f"{name} = {as_text(value)}" for name, value in changed.items()) or "none"),
-        ("commit", f"{commit} with uncommitted changes" if commit and provenance.get("dirty") else commit),
-        ("device", provenance.get("gpu")),
-        ("processor", provenance.get("processor")),
-        ("threads", provenance.get("threads")),
-        ("platform", provenance.get("platform")),
-        ("python", provenance.get("python")),
-        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version)),
-        ("date", date),
-        ("duration", pages.duration(seconds)),
-    ]
-    return [(name, str(value)) for name, value in facts if value]
+    made, commit = entry["provenance"], entry["provenance"].get("commit")
+    facts = {
+        "notebook": f"{entry['notebook']}.ipynb",
+        "profile": entry["profile"],
+        "parameters changed": ", ".join(f"{k} = {as_text(v)}" for k, v in entry["changed"].items()) or "none",
+        "commit": f"{commit} with uncommitted changes" if made.get("dirty") else commit,
+        "device": made.get("gpu"),
+        **{name: made.get(name) for name in ("processor", "threads", "platform", "python")},
+        "packages": ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items()),
+        "date": entry["date"],
+        "duration": pages.duration(entry["wall_seconds"]),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]
 
 
 def run_reports(plans: Sequence[Plan], reports: Path) -> int:
@@ -626,13 +520,8 @@ def run_reports(plans: Sequence[Plan], reports: Path) -> int:
     for plan in plans:
         try:
             make_report(plan, reports)
-        except RunFailed as error:
+        except (RunFailed, pages.PageError, InputError) as error:
             print(error, file=sys.stderr, flush=True)
-            code = code or error.code
-        except pages.PageError as error:
-            print(error, file=sys.stderr, flush=True)
-            code = code or PAGE_REFUSED
-        except InputError as error:
-            print(error, file=sys.stderr, flush=True)
-            code = code or BAD_INPUT
+            codes = {pages.PageError: PAGE_REFUSED, InputError: BAD_INPUT}
+            code = code or codes.get(type(error)) or error.code
     return code

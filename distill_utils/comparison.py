@@ -5,6 +5,7 @@ Not here: training or measuring anything. Everything is read from finished artif
 
 from __future__ import annotations
 
+import csv
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,18 @@ def rule_rows(train: Dataset, test: Dataset, named: bool) -> list[dict]:
     ]
 
 
+def decoding_row(name: str, setting: Mapping, tested: Path) -> dict:
+    """Return one row of a decoding sweep: model, its method, the setting, quality, length and speed."""
+    method, _, rest = name.partition("-")
+    keys = ["rouge2", "rouge2_low", "rouge2_high", "words", "latency_ms", "throughput"]
+    found = read_json(tested / "results.json")
+    text = f"{setting['num_beams']} beam{'s' if setting['num_beams'] > 1 else ''}"
+    text += f", penalty {setting['length_penalty']:g}" if "length_penalty" in setting else ""
+    shape = rest.rpartition("-s")[0]
+    row = {"name": method_label(method, shape), "method": method, "setting": text, **setting}
+    return row | {key: found.get(key) for key in keys}
+
+
 def reference_row(test: Dataset) -> dict:
     """Return the text diagnostics of the references themselves."""
     return {"name": "reference", **text_diagnostics(list(test["document"]), list(test["summary"]))}
@@ -108,7 +121,9 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
     return {
         "method": run.method,
         "student": run.shape,
+        "variant": run.variant,
         "seed": run.training.seed,
+        "run": run.name,
         "parameters_m": round(training["parameters"]["total"] / 1e6, 3),
         "trainable_m": round(training["parameters"]["trainable"] / 1e6, 3),
         "num_train": training["num_train"],
@@ -137,20 +152,20 @@ def add_speedup(rows: list[dict]) -> None:
 
 
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:
-    """Return one row for each method and shape; a student's scores are first averaged over seeds, document by document.
+    """Return one row for each method, shape and variant; scores are first averaged over seeds, document by document.
 
     Intervals and the paired test against the teacher are then over documents, as for a single seed.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["student"]), []).append(row)
+        groups.setdefault((row["method"], row["student"], row.get("variant", "")), []).append(row)
     means = []
-    for (method, shape), members in groups.items():
+    for (method, shape, variant), members in groups.items():
         numbers = [k for k, v in members[0].items() if isinstance(v, int | float) and k != "seed"]
         mean = members[0] | {k: float(np.mean([row[k] for row in members if row.get(k) is not None])) for k in numbers}
         mean.pop("seed", None)
-        mean |= {"name": method_label(method, shape), "seeds": len(members)}
-        folders = [tested[f"{method}-{shape}-s{row['seed']}"] for row in members if "seed" in row]
+        mean |= {"name": " ".join(filter(None, (method_label(method, shape), variant))), "seeds": len(members)}
+        folders = [tested[row["run"]] for row in members if "run" in row]
         if folders:
             teacher = runs.read_scores(teacher_test)
             for metric in METRICS:
@@ -182,7 +197,7 @@ def compare_methods(
         if method == baseline or (baseline, shape) not in folders:
             continue
         test = paired_test(_mean_scores(found, metric), _mean_scores(folders[baseline, shape], metric))
-        rows.append({"name": method_label(method, shape), **test})
+        rows.append({"name": method_label(method, shape), "student": shape, **test})
     return rows
 
 
@@ -190,16 +205,19 @@ def cost_table(
     plan: Sequence[runs.StudentRun], trained: Mapping[str, Path], label_seconds: float, forecast: Sequence[dict]
 ) -> list[dict]:
     """Return measured beside predicted training seconds of each run, and what the teacher added."""
-    predicted = {row["student"]: row["predicted_seconds"] for row in forecast}
+    predicted = {row["student"]: row for row in forecast}
     rows = []
     for run in plan:
         result = read_json(trained[run.name] / "results.json")
-        decoder = run.method in ("kd", "pl_kl")
+        decoder = run.method in ("kd", "pl_kl", "on_policy")
+        step = predicted[run.name.rpartition("-s")[0]]
         rows.append(
             {
                 "name": run.name,
                 "train_seconds": result["seconds"],
-                "predicted_seconds": predicted[f"{run.method} {run.shape}"],
+                "predicted_seconds": step["predicted_seconds"],
+                "ms/step": step["ms/step"],
+                "activations (MB)": step["activations (MB)"],
                 "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
                 "teacher passes": run.training.max_steps * run.training.batch_size if decoder else 0,
                 "examples/s": result["final"]["examples_per_second"],
@@ -235,6 +253,29 @@ def side_by_side(teacher_test: Path, tested: Mapping[str, Path], num: int, seed:
     ]
 
 
+def published(dataset: str, teacher: str) -> list[dict]:
+    """Return published figures on this data set and teacher (hub names), preferred sources first; [] without any."""
+    with open(students.ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["dataset"], row["teacher"]) == (dataset, teacher)]
+    numbers = (*METRICS, "length", "ms_per_document", "speedup", "parameters_m")
+    return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
+
+
+def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[dict]:
+    """Return one row for each result that has a published figure of the same method and shape."""
+    found: dict[tuple, dict] = {}
+    for row in published(dataset, teacher):
+        if row["rouge2"] is not None:
+            found.setdefault((row["method"], row["student"]), row)
+    pairs = [(ours, found.get((ours["method"], ours["student"]))) for ours in means if not ours.get("variant")]
+    return [
+        {"name": ours["name"], "rouge2": ours["rouge2"], "ROUGE-2 (published)": theirs["rouge2"],
+         "rougeL": ours["rougeL"], "ROUGE-L (published)": theirs["rougeL"],
+         "times faster a document (published)": theirs["speedup"], "source": theirs["source"], "note": theirs["note"]}
+        for ours, theirs in pairs if theirs
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- computed text
 
 
@@ -255,6 +296,30 @@ def describe_front(means: Sequence[dict]) -> str:
     parts = [f"{row['name']} {row['rouge2']:.1f} at {row['ms_per_token']:.2f} ms" for row in rows]
     start = f"Teacher {teacher['rouge2']:.1f} ROUGE-2 at {teacher['ms_per_token']:.2f} ms per token"
     return f"{start}; students: {', '.join(parts)}."
+
+
+def describe_decoding(rows: Sequence[dict]) -> str:
+    """Return what a decoding sweep says of quality at equal latency, computed from its rows."""
+    teacher = [row for row in rows if row["method"] == "teacher"]
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows if row["method"] != "teacher"):
+        best = max((row for row in rows if row["name"] == name), key=lambda row: row["rouge2"])
+        as_fast = [row for row in teacher if row["latency_ms"] <= best["latency_ms"]]
+        start = f"{name} is best with {best['setting']}: {best['rouge2']:.2f} ROUGE-2 at {best['latency_ms']:.0f} ms"
+        if not as_fast:
+            quickest = min(teacher, key=lambda row: row["latency_ms"])
+            lines.append(
+                f"{start}; no setting of the teacher is as fast "
+                f"(its fastest, {quickest['setting']}: {quickest['rouge2']:.2f} at {quickest['latency_ms']:.0f} ms)."
+            )
+            continue
+        rival = max(as_fast, key=lambda row: row["rouge2"])
+        apart = best["rouge2_low"] > rival["rouge2_high"] or best["rouge2_high"] < rival["rouge2_low"]
+        lines.append(
+            f"{start}; within that time the teacher reaches {rival['rouge2']:.2f} with {rival['setting']}"
+            f"{'' if apart else ', and the intervals overlap'}."
+        )
+    return " ".join(lines)
 
 
 def headline(means: Sequence[dict], versus: Sequence[dict], num_test: int, seeds: int, max_steps: int) -> str:

@@ -135,6 +135,11 @@ def summarize_ctranslate2(
     prefix: str = "",
     return_scores: bool = True,
     num_threads: int = 0,
+    num_candidates: int = 1,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[str], list[float | None]]:
     """Write one summary a document with a model converted by `to_ctranslate2`; return (summaries, scores).
@@ -143,11 +148,15 @@ def summarize_ctranslate2(
     penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens` counts a forced first token and the
     forced end, and `min_length` counts the decoder's start token too. Beam search stops early (as `early_stopping=True`
     does), so beam outputs agree with `generate` over a corpus, not string by string. Runs on the CPU. Scores (see
-    generation.py) are None for empty documents and without `return_scores`.
+    generation.py) are None for empty documents and without `return_scores`. A document's candidates follow one another,
+    best first: as beam search ranks them, samples by score.
 
     Args:
-        batch_tokens: padded source tokens a batch; beams multiply the memory.
+        batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
         num_threads: 0 means as many as torch uses.
+        temperature: draw tokens at this temperature in place of beams, from the `top_k` likeliest or from the likeliest
+            that together reach the probability `top_p` (at that temperature, as `generate` does). The same seed and
+            batches draw the same.
     """
     import ctranslate2
 
@@ -156,7 +165,13 @@ def summarize_ctranslate2(
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
     first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
     num_threads = num_threads or torch.get_num_threads()
-    workers = max(1, num_threads // 4)
+    # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
+    workers = max(1, num_threads // 4) if temperature is None else 1
+    sampling = {}
+    if temperature is not None:
+        ctranslate2.set_random_seed(seed)
+        sampling = {"sampling_temperature": temperature, "sampling_topk": top_k or 0, "sampling_topp": top_p or 1.0}
+        decoding |= {"num_beams": 1, "length_penalty": 1.0}
     translator = ctranslate2.Translator(
         str(folder), inter_threads=workers, intra_threads=max(1, num_threads // workers), max_queued_batches=-1
     )
@@ -166,6 +181,7 @@ def summarize_ctranslate2(
             [tokenizer.convert_ids_to_tokens(source_ids[i]) for i in chosen],
             target_prefix=[first] * len(chosen) if first else None,
             beam_size=decoding["num_beams"],
+            num_hypotheses=num_candidates,
             length_penalty=decoding["length_penalty"],
             no_repeat_ngram_size=decoding["no_repeat_ngram_size"],
             repetition_penalty=settings.repetition_penalty or 1.0,
@@ -177,16 +193,17 @@ def summarize_ctranslate2(
             return_end_token=True,
             end_token=as_list(settings.eos_token_id) or None,
             asynchronous=True,
+            **sampling,
         )
         waiting += zip(chosen, futures, strict=True)
-    summaries, scores = [""] * len(documents), [None] * len(documents)
+    summaries, scores = [""] * len(documents) * num_candidates, [None] * len(documents) * num_candidates
     for done, (i, future) in enumerate(waiting, start=len(documents) - len(waiting) + 1):
         result = future.result()
-        tokens = result.hypotheses[0]
-        summaries[i] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
-        if return_scores:  # the engine divides the sum by length ** penalty, the prefix counted with 0
-            total = result.scores[0] * len(tokens) ** decoding["length_penalty"]
-            scores[i] = round(total / max(1, len(tokens) - len(first)), 6)
+        for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
+            summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+            if return_scores:  # the engine divides the sum by length ** penalty, the prefix counted with 0
+                total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
+                scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
         if progress and (done % 16 == 0 or done == len(documents)):
             progress(done, len(documents))
     return summaries, scores

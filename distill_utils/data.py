@@ -13,6 +13,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,14 @@ SPLITS = pydocs.SPLITS
 TASKS = {"belongs": pydocs.belongs_task, "family": pydocs.family_task}
 HUB_CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}
 HUB_COLUMNS = {"abisee/cnn_dailymail": ("article", "highlights")}
-FILE_ENDINGS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
 def load_pairs(
-    name_or_path: str,
-    split: str,
-    num: int = 0,
-    document_column: str = "document",
-    summary_column: str = "summary",
+    name_or_path: str, split: str, num: int = 0, document_column: str = "document", summary_column: str = "summary"
 ) -> Dataset:
     """Return a data set with the columns id, document and summary.
 
@@ -48,47 +45,37 @@ def load_pairs(
     Raises InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
     """
     _check(split, num)
+    name, path = f"{name_or_path} ({split})", Path(name_or_path).expanduser()
     if name_or_path == "pydocs":
-        rows = Dataset.from_parquet(str(corpus_folder() / f"pairs-{split}.parquet"), keep_in_memory=True)
-    elif _is_path(name_or_path):
-        rows = _read_files(Path(name_or_path), split, num)
+        found = _corpus_table("pairs", split)
+    elif path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(FILE_ENDINGS):
+        found = _read_files(path, split)
     else:
-        rows = _read_hub(name_or_path, split)
+        found = _read_hub(name_or_path, split)
         if (document_column, summary_column) == ("document", "summary"):
             document_column, summary_column = HUB_COLUMNS.get(name_or_path, (document_column, summary_column))
     for column in (document_column, summary_column):
-        if column not in rows.column_names:
+        if column not in found.column_names:
             raise InputError(
-                f"column {column!r} is missing in {name_or_path} ({split}): it has {', '.join(rows.column_names)}; "
+                f"column {column!r} is missing in {name}: it has {', '.join(found.column_names)}; "
                 "name the right ones by document_column and summary_column"
             )
-    documents = [str(text or "").strip() for text in rows[document_column]]
-    summaries = [str(text or "").strip() for text in rows[summary_column]]
-    kept = [i for i, pair in enumerate(zip(documents, summaries, strict=True)) if all(pair)]
-    if len(kept) < len(documents):
-        print(f"{name_or_path} ({split}): dropped {len(documents) - len(kept)} rows with an empty document or summary")
+    ids = found["id"] if "id" in found.column_names else range(len(found))
+    texts = zip(ids, found[document_column], found[summary_column], strict=True)
+    rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
+    kept = [row for row in rows if row["document"] and row["summary"]]
+    if len(kept) < len(rows):
+        print(f"{name}: dropped {len(rows) - len(kept)} rows with an empty document or summary")
     if not kept:
-        raise InputError(f"{name_or_path} ({split}) has no row with a document and a summary: check the file")
-    if _is_path(name_or_path) and Path(name_or_path).expanduser().is_file():
-        kept = [i for i in kept if _drawn_split(documents[i]) == split]
+        raise InputError(f"{name} has no row with a document and a summary: check the file")
+    if path.is_file():
+        kept = [row for row in kept if _drawn_split(row["document"]) == split]
         print(f"{name_or_path} is one file: {len(kept)} rows drawn for {split} by a hash of the document")
         if not kept:
-            raise InputError(
-                f"{name_or_path} leaves no row for {split}: give more rows or a folder with a file a split"
-            )
+            raise InputError(f"{name} leaves no row for {split}: give more rows or a folder with a file a split")
     if num > len(kept):
-        raise InputError(
-            f"{name_or_path} ({split}) has {len(kept)} usable rows, {num} were asked for: lower the number"
-        )
-    kept = kept[:num] if num else kept
-    ids = [str(value) for value in rows["id"]] if "id" in rows.column_names else [str(i) for i in range(len(documents))]
-    return Dataset.from_dict(
-        {
-            "id": [ids[i] for i in kept],
-            "document": [documents[i] for i in kept],
-            "summary": [summaries[i] for i in kept],
-        }
-    )
+        raise InputError(f"{name} has {len(kept)} usable rows, {num} were asked for: lower the number")
+    return Dataset.from_list(kept[:num] if num else kept)
 
 
 def _drawn_split(document: str) -> str:
@@ -100,8 +87,7 @@ def _drawn_split(document: str) -> str:
 def load_text(split: str) -> list[str]:
     """Return the corpus's raw text of a split: docstrings and comments, one string each."""
     _check(split)
-    rows = Dataset.from_parquet(str(corpus_folder() / f"text-{split}.parquet"), keep_in_memory=True)
-    return list(rows["text"])
+    return list(_corpus_table("text", split)["text"])
 
 
 def load_classification(task: str, split: str, num: int = 0) -> Dataset:
@@ -109,9 +95,8 @@ def load_classification(task: str, split: str, num: int = 0) -> Dataset:
     if task not in TASKS:
         raise InputError(f"classification task {task!r} is unknown: use one of {', '.join(TASKS)}")
     _check(split, num)
-    pairs = Dataset.from_parquet(str(corpus_folder() / f"pairs-{split}.parquet"), keep_in_memory=True)
-    rows = Dataset.from_list(TASKS[task](pairs.to_list()))
-    return rows.select(range(min(num, len(rows)))) if num else rows
+    rows = TASKS[task](_corpus_table("pairs", split).to_list())
+    return Dataset.from_list(rows[:num] if num else rows)
 
 
 def corpus_folder() -> Path:
@@ -137,6 +122,10 @@ def corpus_folder() -> Path:
     return artifact("pydocs", pydocs.corpus_settings(), build, quiet=True)
 
 
+def _corpus_table(kind: str, split: str) -> Dataset:
+    return Dataset.from_parquet(str(corpus_folder() / f"{kind}-{split}.parquet"), keep_in_memory=True)
+
+
 def corpus_facts() -> dict:
     """Return what is known of the built corpus: fingerprint, sizes, and what was removed for which reason."""
     return read_json(corpus_folder() / "results.json")
@@ -157,10 +146,6 @@ def _check(split: str, num: int = 0) -> None:
         raise InputError(f"number of examples {num} is negative: use 0 for all of them")
 
 
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith(tuple(FILE_ENDINGS))
-
-
 def _read_hub(name: str, split: str) -> Dataset:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"data set {name!r} is unknown: use pydocs, a hub name like EdinburghNLP/xsum, or a path")
@@ -173,58 +158,47 @@ def _read_hub(name: str, split: str) -> Dataset:
         ) from error
 
 
-def _read_files(path: Path, split: str, num: int) -> Dataset:
+def _read_files(path: Path, split: str) -> Dataset:
     """Read a split from a folder (files named after splits) or from one file, by its ending."""
-    path = path.expanduser()
     if not path.exists():
         raise InputError(f"data path {path.name!r} does not exist: check the spelling")
     if path.is_dir():
         names = (split, "val", "valid", "dev") if split == "validation" else (split,)
         found = [path / f"{name}{ending}" for name in names for ending in FILE_ENDINGS]
-        found = [file for file in found if file.exists()]
-        if not found:
-            raise InputError(f"folder {path.name!r} has no file for {split}: expected one like {split}.jsonl.gz")
-        path = found[0]
-    ending = next((e for e in sorted(FILE_ENDINGS, key=len, reverse=True) if path.name.endswith(e)), None)
-    if ending is None:
+        folder, path = path, next((file for file in found if file.exists()), None)
+        if path is None:
+            raise InputError(f"folder {folder.name!r} has no file for {split}: expected one like {split}.jsonl.gz")
+    if not path.name.endswith(FILE_ENDINGS):
         raise InputError(f"file {path.name!r} has an unknown ending: use one of {', '.join(FILE_ENDINGS)}")
     if path.stat().st_size == 0:
         raise InputError(f"file {path.name!r} is empty: give a file with at least one row")
-    if FILE_ENDINGS[ending] == "json":
+    reader = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix)
+    if reader is None:
         return _read_json_lines(path)
-    reader = Dataset.from_csv if ending == ".csv" else Dataset.from_parquet
     try:
         return reader(str(path), keep_in_memory=True)
     except Exception as error:  # the readers raise many kinds; where one is wrapped, its cause names the line
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise InputError(f"file {path.name!r} cannot be read as {ending[1:]}: {reason}") from error
+        raise InputError(f"file {path.name!r} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
 def _read_json_lines(path: Path) -> Dataset:
-    opener = gzip.open if path.name.endswith(".gz") else open
     rows = []
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path.name} line {number} is not JSON ({error.msg}): mend or remove it"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise InputError(
-                        f"{path.name} line {number} is not an object: expected one row like {{...}} a line"
-                    )
-                rows.append(row)
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise InputError(f"{path.name} line {number} is not an object: expected one row {{...}} a line")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): mend or remove it") from error
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} cannot be read: {error}; save it as UTF-8 text, whole") from error
     if not rows:
         raise InputError(f"{path.name} has no rows: give a file with at least one line")
-    columns = {key: None for row in rows for key in row}
-    return Dataset.from_dict({c: [_text(row.get(c)) for row in rows] for c in columns})
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return Dataset.from_dict({name: [_text(row.get(name)) for row in rows] for name in columns})
 
 
 def _text(value: object) -> str:
@@ -237,10 +211,15 @@ def _text(value: object) -> str:
 def tokenize_pairs(
     dataset: Dataset, tokenizer, max_source_length: int, max_target_length: int, prefix: str = ""
 ) -> Dataset:
-    """Return the columns id, input_ids and labels: lists of token ids, cut to the given lengths, end token included."""
+    """Return the columns id, input_ids and labels: lists of token ids, cut to the given lengths, end token included.
+
+    Line breaks in a summary become what the tokenizer has for them.
+    """
     sources = [prefix + text for text in dataset["document"]]
     encoded = tokenizer(sources, truncation=True, max_length=max_source_length)["input_ids"]
-    labels = tokenizer(text_target=list(dataset["summary"]), truncation=True, max_length=max_target_length)["input_ids"]
+    line = "<n>" if "<n>" in tokenizer.get_vocab() else " "  # Pegasus has a token for it; BART never saw a line break
+    summaries = [re.sub(r"\s*\n\s*", line, text) for text in dataset["summary"]]
+    labels = tokenizer(text_target=summaries, truncation=True, max_length=max_target_length)["input_ids"]
     # A start token in the labels would teach the student to write it twice: the model's shift adds its own.
     start = tokenizer.bos_token_id
     labels = [ids[1:] if ids and start is not None and ids[0] == start and len(ids) > 1 else ids for ids in labels]
@@ -252,21 +231,18 @@ def collate(rows: list[dict], pad_token_id: int, pad_to_multiple: int = 8) -> di
 
     decoder_input_ids are left to the model, whose own shift knows its start token.
     """
-    source_length = _round_up(max(len(row["input_ids"]) for row in rows), pad_to_multiple)
-    target_length = _round_up(max(len(row["labels"]) for row in rows), pad_to_multiple)
-    input_ids = torch.full((len(rows), source_length), pad_token_id)
-    attention_mask = torch.zeros((len(rows), source_length), dtype=torch.long)
-    labels = torch.full((len(rows), target_length), -100)
-    for i, row in enumerate(rows):
-        source, target = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
-        input_ids[i, : len(source)] = source
-        attention_mask[i, : len(source)] = 1
-        labels[i, : len(target)] = target
+
+    def padded(key: str, padding: int) -> torch.Tensor:
+        length = -(-max(len(row[key]) for row in rows) // pad_to_multiple) * pad_to_multiple
+        values = torch.full((len(rows), length), padding)
+        for line, row in zip(values, rows, strict=True):
+            line[: len(row[key])] = torch.as_tensor(row[key])
+        return values
+
+    input_ids, labels = padded("input_ids", pad_token_id), padded("labels", -100)
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths).long()
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "ids": [r["id"] for r in rows]}
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -300,26 +276,16 @@ def pair_stream(
     """
     if not len(rows):
         raise InputError("there are no training rows: check the data set and num_train")
-    sources, targets, ids = list(rows["input_ids"]), list(rows["labels"]), list(rows["id"])
+    columns = {name: list(rows[name]) for name in ("id", "input_ids", "labels")}
     # By source alone: pseudo-labels have other lengths than references, and the order must not depend on the method.
-    lengths = [len(source) for source in sources]
-    epochs: dict[int, list[list[int]]] = {}
-    per_epoch = -(-len(lengths) // batch_size)
+    lengths = [len(source) for source in columns["input_ids"]]
+    per_epoch, size = -(-len(lengths) // batch_size), micro_batch_size or batch_size
+    epoch_batches = lru_cache(maxsize=1)(lambda epoch: length_batches(lengths, batch_size, seed, epoch))
 
     def batches(step: int) -> list[dict]:
-        epoch, place = divmod(step, per_epoch)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = length_batches(lengths, batch_size, seed, epoch)
-        numbers = epochs[epoch][place]
-        size = micro_batch_size or batch_size
-        return [
-            collate(
-                [{"id": ids[i], "input_ids": sources[i], "labels": targets[i]} for i in numbers[start : start + size]],
-                pad_token_id,
-            )
-            for start in range(0, len(numbers), size)
-        ]
+        numbers = epoch_batches(step // per_epoch)[step % per_epoch]
+        chosen = [{name: column[i] for name, column in columns.items()} for i in numbers]
+        return [collate(chosen[i : i + size], pad_token_id) for i in range(0, len(chosen), size)]
 
     return batches
 
@@ -337,22 +303,16 @@ def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:
 
 
 def infill(
-    tokens: np.ndarray,
-    mask_id: int,
-    generator: np.random.Generator,
-    share: float = 0.3,
-    mean: float = 3.0,
+    tokens: np.ndarray, mask_id: int, generator: np.random.Generator, share: float = 0.3, mean: float = 3.0,
     collapse: bool = True,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Return BART text infilling of one token sequence: spans of Poisson(mean) tokens, each replaced by one mask.
 
     `share` of the tokens is masked in expectation (Lewis et al. 2020, section 2.2); spans of length 0 insert a mask.
     Without `collapse` every token of a span becomes a mask of its own and spans of length 0 change nothing, so that
     source and target stay aligned position by position.
     """
-    budget = int(round(share * len(tokens)))
-    pieces, kept_from = [], 0
-    spans = []
+    budget, spans = int(round(share * len(tokens))), []
     while budget > 0 and len(spans) < len(tokens):
         length = min(int(generator.poisson(mean)), budget)
         spans.append(length)
@@ -360,7 +320,7 @@ def infill(
     # Gaps between spans: a random composition of the tokens that stay, so that spans never touch the same token.
     free = len(tokens) - sum(spans)
     cuts = np.sort(generator.integers(0, free + 1, size=len(spans)))
-    taken = 0
+    pieces, kept_from, taken = [], 0, 0
     for cut, length in zip(cuts, spans, strict=True):
         start = cut + taken
         pieces += [tokens[kept_from:start], [mask_id] * (1 if collapse else length)]
@@ -382,19 +342,14 @@ def infilling_stream(
     count = len(tokens) // window
     per_epoch = count // batch_size
     if not per_epoch:
-        raise InputError(
-            f"the text has {count} windows of {window} tokens, batch_size {batch_size} needs more: lower it"
-        )
-    orders: dict[int, np.ndarray] = {}
+        raise InputError(f"the text has {count} windows of {window} tokens: lower batch_size {batch_size}")
+    epoch_order = lru_cache(maxsize=1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
 
     def batches(step: int) -> list[dict]:
         epoch, place = divmod(step, per_epoch)
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
         generator = np.random.default_rng([seed, 1, step])
         rows = []
-        for number in orders[epoch][place * batch_size : (place + 1) * batch_size]:
+        for number in epoch_order(epoch)[place * batch_size : (place + 1) * batch_size]:
             text = tokens[number * window : (number + 1) * window].astype(np.int64)
             source = infill(text, tokenizer.mask_token_id, generator, collapse=step >= aligned_steps)
             source = np.concatenate([[tokenizer.bos_token_id], source, [tokenizer.eos_token_id]])[:length]
@@ -410,14 +365,12 @@ def gap_pairs(texts: list[str], max_words: int = 40) -> Dataset:
 
     This is gap-sentence generation (Zhang et al. 2020, Pegasus) with the sentence chosen by position.
     """
-    documents, summaries = [], []
+    rows = []
     for text in texts:
         name, separator, rest = text.partition("\n")
         first, _, body = rest.partition("\n\n")
         first = " ".join(first.split())
         if separator and 3 <= len(first.split()) <= max_words and len(body) > 20:
-            documents.append(f"{name} <mask> {' '.join(body.split())[: pydocs.MAX_DOCUMENT_CHARACTERS]}")
-            summaries.append(first)
-    return Dataset.from_dict(
-        {"id": [f"gap {i}" for i in range(len(documents))], "document": documents, "summary": summaries}
-    )
+            document = f"{name} <mask> {' '.join(body.split())[: pydocs.MAX_DOCUMENT_CHARACTERS]}"
+            rows.append({"id": f"gap {len(rows)}", "document": document, "summary": first})
+    return Dataset.from_list(rows)

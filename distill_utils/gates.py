@@ -47,6 +47,7 @@ def step0_gate(
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
     options = {"max_source_length": max_source_length, "batch_size": batch_size, "prefix": prefix, "num_beams": 1}
+    options["min_length"] = 0  # the model's own may be beyond max_new_tokens
     try:
         teacher_out, student_out = _forward("teacher", teacher, batch), _forward("student", student, batch)
         labels = batch["labels"].to(student.device)
@@ -139,6 +140,7 @@ def round_trip(
     """
     folder, documents = Path(folder), list(documents)
     settings = {"max_source_length": max_source_length, "max_new_tokens": max_new_tokens, "prefix": prefix}
+    settings["min_length"] = 0  # the model's own may be beyond max_new_tokens, which CTranslate2 refuses
     was_training = model.training
     model.eval()
     try:

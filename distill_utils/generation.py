@@ -53,9 +53,13 @@ def summarize(
 @torch.inference_mode()
 def summarize_with_scores(
     model, tokenizer, documents, max_source_length, batch_size=32, prefix="", dtype=None, progress=None,
-    with_scores=True, **generation_settings,
+    with_scores=True, num_candidates: int = 1, seed: int | None = None, **generation_settings,
 ) -> tuple[list[str], list[float | None]]:  # fmt: skip
-    """Return (summaries, scores) as `summarize` does; a score is None for an empty document or without scores."""
+    """Return (summaries, scores) as `summarize` does; a score is None for an empty document or without scores.
+
+    A document's candidates follow one another, best first: as beam search ranks them, samples by score. `seed` fixes
+    what `do_sample` draws (with the same batches) and leaves the random state outside as it was.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix, limit)
     settings = complete_settings(model.generation_config, generation_settings)
@@ -63,26 +67,44 @@ def summarize_with_scores(
     if dtype is None and device.type == "cuda":
         dtype = artifacts.autocast_dtype(device)
     cast = dtype is not None and dtype != torch.float32
-    summaries, scores = [""] * len(documents), [None] * len(documents)
-    was_training = model.training
-    model.eval()
-    try:
+    if num_candidates > 1:
+        settings["num_return_sequences"] = num_candidates
+    summaries, scores = [""] * len(documents) * num_candidates, [None] * len(documents) * num_candidates
+    with _evaluation_mode(model, seed):
         for chosen in batches_by_length([len(ids) for ids in source_ids], batch_size=batch_size, progress=progress):
             with torch.autocast(device.type, dtype=dtype) if cast else contextlib.nullcontext():
                 inputs = pad([source_ids[i] for i in chosen], tokenizer.pad_token_id, device)
                 if with_scores:
                     sequences, batch_scores = _generate_with_scores(model, inputs, settings)
                 else:
-                    sequences, batch_scores = model.generate(**inputs, **settings), [None] * len(chosen)
-            for i, sequence, score in zip(chosen, sequences.tolist(), batch_scores, strict=True):
-                summaries[i], scores[i] = to_text(tokenizer, sequence), score
-    finally:
-        model.train(was_training)
+                    sequences = model.generate(**inputs, **settings)
+                    batch_scores = [None] * len(sequences)
+            sequences = sequences.tolist()
+            for row, i in enumerate(chosen):
+                rows = list(range(row * num_candidates, (row + 1) * num_candidates))
+                if settings.get("do_sample") and with_scores:
+                    rows.sort(key=lambda candidate: -batch_scores[candidate])
+                for place, candidate in enumerate(rows, start=i * num_candidates):
+                    summaries[place], scores[place] = to_text(tokenizer, sequences[candidate]), batch_scores[candidate]
     return summaries, scores
 
 
+@contextlib.contextmanager
+def _evaluation_mode(model, seed: int | None):
+    """Put the model in eval mode and, with a seed, torch's random state at it; both are put back at the end."""
+    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
 def _generate_with_scores(model, inputs: dict[str, Tensor], settings: dict) -> tuple[Tensor, list[float]]:
-    """Return token ids (batch, length) and scores; the encoder runs once for both passes."""
+    """Return token ids (batch x candidates, length) and scores; the encoder runs once for both passes."""
     hidden = model.get_encoder()(**inputs).last_hidden_state  # (batch, source, dim)
     mask = inputs["attention_mask"]
     # generate() repeats the encoder output for each beam inside the object it gets, so it gets an own one.
@@ -90,12 +112,13 @@ def _generate_with_scores(model, inputs: dict[str, Tensor], settings: dict) -> t
     sequences = model.generate(encoder_outputs=own, attention_mask=mask, **settings)
     config = copy.deepcopy(model.generation_config)
     config.update(**settings)
-    counted = _counted_tokens(sequences, config)  # (batch, length - 1)
-    scores = []
+    counted = _counted_tokens(sequences, config)  # (batch x candidates, length - 1)
+    num_candidates, scores = len(sequences) // len(hidden), []
     for rows in torch.arange(len(sequences)).split(8):  # a few at a time: logits are (rows, length, vocabulary)
+        sources = rows // num_candidates
         logits = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden[rows]),
-            attention_mask=mask[rows],
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden[sources]),
+            attention_mask=mask[sources],
             decoder_input_ids=sequences[rows, :-1],
         ).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[rows, 1:], reduction="none")

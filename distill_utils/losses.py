@@ -5,6 +5,7 @@ Not here: models, batches and weights between terms; those are in objectives.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 
 def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,25 +27,42 @@ def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return _ce_sum(logits[valid], labels[valid]) / valid.sum().clamp(min=1)
 
 
-def kl_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the forward KL, KL(teacher || student), per target token in nats, times temperature squared.
+def kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+) -> Tensor:
+    """Return a divergence between teacher p and student q per target token: KL(p || q) in nats unless told otherwise.
 
-    Shapes: logits (batch, target, vocab), labels (batch, target) with -100 for padding. The factor keeps the size
-    of the gradient when the temperature changes (Hinton et al. 2015, section 2). Without any valid token the result is
-    0 and still has a gradient path. Raises ValueError when the shapes do not fit.
+    `forward_kl` is KL(p || q), `reverse_kl` KL(q || p). `jsd` is b KL(p || m) + (1 - b) KL(q || m) with the mixture
+    m = b p + (1 - b) q and b = `jsd_beta` (Agarwal et al. 2024, GKD): for small b it is b times the forward KL, near 1
+    it is 1 - b times the reverse. `tvd` is half the sum of |p - q|, without unit (Wen et al. 2023).
+
+    Both distributions are softened by the temperature, and the result is multiplied by its square, which keeps the size
+    of the gradient when it changes (Hinton et al. 2015, section 2). TVD is multiplied by the temperature itself: its
+    gradient holds the sign of p - q, not the difference, and so shrinks by one power only. It lies in [0, temperature].
+
+    Shapes: logits (batch, target, vocab), labels (batch, target) with -100 for padding. Without any valid token the
+    result is 0 and still has a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
     """
+    check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_logits)
     _valid_tokens(labels, teacher_logits)
-    return _kl_sum(student_logits[valid], teacher_logits[valid], temperature) / valid.sum().clamp(min=1)
+    total = _divergence_sum(student_logits[valid], teacher_logits[valid], temperature, divergence, jsd_beta)
+    return total / valid.sum().clamp(min=1)
 
 
-def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) -> Tensor:
+def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
     """Return the mean squared error between two layer outputs, each token normalised by itself first.
 
     Shapes: hidden (batch, length, dim), mask (batch, length), true or 1 where a token counts. Every token's vector is
     brought to mean 0 and variance 1 over dim, so the loss lies between 0 and 4, no layer with large states outweighs
     the rest, and padding changes nothing (Shleifer & Rush normalise over the whole padded tensor, which it would).
-    Raises ValueError when the shapes do not fit.
+    Without `normalize` it is the plain error, a mean over tokens and dim, and has no bound. Raises ValueError when
+    the shapes do not fit.
     """
     if student_hidden.shape != teacher_hidden.shape or student_hidden.shape[:-1] != mask.shape:
         raise ValueError(
@@ -52,8 +71,10 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) ->
         )
     valid = mask.bool()
     width = student_hidden.shape[-1:]
-    student_hidden = F.layer_norm(student_hidden[valid].float(), width, eps=1e-6)  # (tokens, dim)
-    teacher_hidden = F.layer_norm(teacher_hidden[valid].float(), width, eps=1e-6)
+    student_hidden, teacher_hidden = student_hidden[valid].float(), teacher_hidden[valid].float()  # (tokens, dim)
+    if normalize:
+        student_hidden = F.layer_norm(student_hidden, width, eps=1e-6)
+        teacher_hidden = F.layer_norm(teacher_hidden, width, eps=1e-6)
     return F.mse_loss(student_hidden, teacher_hidden, reduction="sum") / (valid.sum().clamp(min=1) * width[0])
 
 
@@ -65,39 +86,89 @@ def chunked_token_losses(
     teacher_project: Callable[[Tensor], Tensor] | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    with_ce: bool = True,
 ) -> dict[str, Tensor]:
-    """Return `ce_loss`, and `kl_loss` when a teacher is given, without ever holding all logits.
+    """Return `ce_loss`, and the divergence as `kl_loss` when a teacher is given, without ever holding all logits.
 
     Same values and gradients as the dense functions on the projected states. Padding is dropped before the projection
     to the vocabulary; then `chunk_tokens` tokens at a time are projected, and projected again in the backward pass, so
     the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher is projected without gradients.
+    Without `with_ce` the cross-entropy is neither computed nor returned.
 
     Shapes: hidden (batch, target, dim), labels (batch, target); the projections map (tokens, dim) to (tokens, vocab).
     """
+    check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_hidden)
-    student_hidden, labels = student_hidden[valid], labels[valid]  # (tokens, dim), (tokens,)
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden[valid]
 
-    def chunk_sums(student_hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, ...]:
+    def chunk_sums(student_hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None) -> dict[str, Tensor]:
         student_logits = student_project(student_hidden)  # (chunk, vocab)
-        if teacher_hidden is None:
-            return (_ce_sum(student_logits, labels),)
-        with torch.no_grad():
-            teacher_logits = teacher_project(teacher_hidden)
-        return _ce_sum(student_logits, labels), _kl_sum(student_logits, teacher_logits, temperature)
+        sums = {"ce_loss": _ce_sum(student_logits, labels)} if with_ce else {}
+        if teacher_hidden is not None:
+            with torch.no_grad():
+                teacher_logits = teacher_project(teacher_hidden)
+            sums["kl_loss"] = _divergence_sum(student_logits, teacher_logits, temperature, divergence, jsd_beta)
+        return sums
 
-    num_tokens = len(labels)
+    teacher_hidden = None if teacher_hidden is None else teacher_hidden[valid]
+    return _mean_over_chunks(chunk_sums, (student_hidden[valid], labels[valid], teacher_hidden), chunk_tokens)
+
+
+def chunked_cached_losses(
+    student_hidden: Tensor,
+    student_project: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    with_ce: bool = True,
+) -> dict[str, Tensor]:
+    """Return `ce_loss` and `kl_loss` as `chunked_token_losses` does, from k of the teacher's probabilities a token.
+
+    The rest of the vocabulary is one bucket that holds what is missing to 1, on both sides: a lower bound of the
+    forward KL at the temperature the targets were made with, and equal to it when all ids are there. Probabilities
+    that are shares of samples drawn from the teacher (`targets.choose_targets`) add up to 1 and leave no rest: the
+    gradient is then that of the forward KL in expectation, whereas the value, KL(shares || q), lies above it on
+    average (Anshumann et al. 2025, Sparse Logit Sampling).
+
+    Shapes: hidden (batch, target, dim), labels (batch, target), ids and probabilities (batch, target, k). An id may
+    come twice with probability 0, as padding.
+    """
+    valid = _valid_tokens(labels, student_hidden)
+    _valid_tokens(labels, target_ids)
+
+    def chunk_sums(student_hidden: Tensor, labels: Tensor, ids: Tensor, probs: Tensor) -> dict[str, Tensor]:
+        logits = student_project(student_hidden)  # (chunk, vocab)
+        sums = {"ce_loss": _ce_sum(logits, labels)} if with_ce else {}
+        return sums | {"kl_loss": _cached_kl_sum(logits, ids.long(), probs.float(), temperature)}
+
+    inputs = (student_hidden[valid], labels[valid], target_ids[valid], target_probs[valid])
+    return _mean_over_chunks(chunk_sums, inputs, chunk_tokens)
+
+
+def check_divergence(divergence: str, jsd_beta: float = 0.5) -> None:
+    """Raise ValueError for an unknown divergence or a mixture weight outside of (0, 1)."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence {divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(f"jsd_beta {jsd_beta} is not between 0 and 1: use 0.5, or forward_kl, reverse_kl for the ends")
+
+
+def _mean_over_chunks(
+    chunk_sums: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...], chunk_tokens: int
+) -> dict[str, Tensor]:
+    """Return the mean per token of what `chunk_sums` adds up for some tokens, recomputed in the backward pass."""
+    num_tokens = len(inputs[0])
     chunks = []
     for start in range(0, max(num_tokens, 1), chunk_tokens):  # no valid token: one empty chunk, 0 with a gradient
-        part = slice(start, start + chunk_tokens)
-        inputs = (student_hidden[part], labels[part], None if teacher_hidden is None else teacher_hidden[part])
+        part = [None if values is None else values[start : start + chunk_tokens] for values in inputs]
         if num_tokens <= chunk_tokens:  # a single chunk is within the bound already, recomputing only costs time
-            chunks.append(chunk_sums(*inputs))
+            chunks.append(chunk_sums(*part))
         else:
-            chunks.append(checkpoint(chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False))
-    sums = [torch.stack(terms).sum() / max(num_tokens, 1) for terms in zip(*chunks, strict=True)]
-    return dict(zip(("ce_loss", "kl_loss"), sums, strict=False))
+            chunks.append(checkpoint(chunk_sums, *part, use_reentrant=False, preserve_rng_state=False))
+    return {name: torch.stack([sums[name] for sums in chunks]).sum() / max(num_tokens, 1) for name in chunks[0]}
 
 
 def _valid_tokens(labels: Tensor, values: Tensor) -> Tensor:
@@ -112,7 +183,9 @@ def _ce_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def _kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def _divergence_sum(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float
+) -> Tensor:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student has {student_logits.shape[-1]} vocabulary entries and teacher {teacher_logits.shape[-1]}; "
@@ -120,5 +193,27 @@ def _kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
         )
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    # Argument order trap: F.kl_div(input, target) is KL(target || input). Input is the student, target the teacher.
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+    if divergence == "forward_kl":
+        return _kl_sum(log_p, log_q) * temperature**2
+    if divergence == "reverse_kl":
+        return _kl_sum(log_q, log_p) * temperature**2
+    if divergence == "jsd":
+        log_m = torch.logaddexp(log_p + math.log(jsd_beta), log_q + math.log(1 - jsd_beta))
+        return (jsd_beta * _kl_sum(log_p, log_m) + (1 - jsd_beta) * _kl_sum(log_q, log_m)) * temperature**2
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum() * temperature
+
+
+def _kl_sum(log_a: Tensor, log_b: Tensor) -> Tensor:
+    # Argument order trap: F.kl_div(input, target) is KL(target || input).
+    return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
+
+
+def _cached_kl_sum(logits: Tensor, ids: Tensor, probs: Tensor, temperature: float) -> Tensor:
+    log_q = F.log_softmax(logits.float() / temperature, dim=-1)  # (tokens, vocab)
+    total = (torch.xlogy(probs, probs) - probs * log_q.gather(-1, ids)).sum()
+    if ids.shape[-1] < logits.shape[-1]:
+        rest = (1 - probs.sum(-1)).clamp(min=0)  # float16 probabilities may add up to a little more than 1
+        # From the ids left over, not as 1 - sum: a sure student would leave nothing but rounding errors.
+        log_rest = log_q.scatter(-1, ids, -math.inf).logsumexp(-1)
+        total = total + (torch.xlogy(rest, rest) - rest * log_rest).sum()
+    return total * temperature**2

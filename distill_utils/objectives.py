@@ -5,7 +5,8 @@ objective of their own: they are `sft` on summaries that the teacher wrote.
 
 A batch holds input_ids and attention_mask (batch, source) and labels (batch, target) with -100 for padding. Decoder
 inputs come from the labels by the model's own shift. `shared_encoder` says that the student's encoder is the teacher's,
-frozen (`students.has_teacher_encoder`): it then runs once and serves both.
+frozen (`students.has_teacher_encoder`): it then runs once and serves both. A term of weight 0 is neither computed nor
+returned. `kl_loss` is the divergence in use, forward KL unless `divergence` names another of losses.DIVERGENCES.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from distill_utils.losses import IGNORED, chunked_token_losses, hidden_loss
+from distill_utils.artifacts import InputError
+from distill_utils.losses import (
+    IGNORED,
+    check_divergence,
+    chunked_cached_losses,
+    chunked_token_losses,
+    hidden_loss,
+)
 from distill_utils.students import decoder_layers, encoder_layers, project
+
+MATCHES = ("outputs", "inputs")
 
 
 def sft(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Shrink and fine-tune: cross-entropy on the labels, the teacher unused (Shleifer & Rush 2020)."""
     encoded, _ = encode(student, batch)
     decoded, _ = decode(student, batch, encoded)
-    losses = chunked_token_losses(decoded, partial(project, student), batch["labels"])
-    return {"loss": losses["ce_loss"], **losses}
+    return weigh(chunked_token_losses(decoded, partial(project, student), batch["labels"]), ce_loss=1.0)
 
 
 def kd(
@@ -42,29 +51,44 @@ def kd(
     hidden_weight: float = 3.0,
     temperature: float = 2.0,
     shared_encoder: bool = False,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    match: str = "outputs",
+    normalize_hidden: bool = True,
+    teacher_dropout: bool = False,
 ) -> dict[str, Tensor]:
     """Knowledge distillation: labels, the teacher's distribution and its hidden states (Shleifer & Rush 2020).
 
-    The output of student layer i imitates the output of teacher layer ids[i]. `hidden_loss` is the mean over the
-    encoder's matched layers plus the mean over the decoder's, so its size does not depend on the depth. Empty lists
-    of ids leave the hidden states out.
+    The output of student layer i imitates the output of teacher layer ids[i]; with `match="inputs"`, as published, it
+    is the input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
+    encoder's matched layers plus the mean over the decoder's, so its size does not depend on the depth (published: the
+    sum). Empty lists of ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the
+    released code does by accident; a shared encoder never has any.
     """
+    check_options(divergence=divergence, jsd_beta=jsd_beta, match=match)
     labels = batch["labels"]
-    encoder_layer_ids = () if shared_encoder else encoder_layer_ids  # one encoder has nothing to match with itself
-    encoded, encoder_hidden = encode(student, batch, range(len(encoder_layer_ids)))
-    decoded, decoder_hidden = decode(student, batch, encoded, range(len(decoder_layer_ids)))
-    with teacher_mode(teacher):
-        teacher_encoded, teacher_encoder_hidden = (
-            (encoded, []) if shared_encoder else encode(teacher, batch, encoder_layer_ids)
-        )
-        teacher_decoded, teacher_decoder_hidden = decode(teacher, batch, teacher_encoded, decoder_layer_ids)
+    decoder_layer_ids = decoder_layer_ids if hidden_weight else ()
+    # One encoder has nothing to match with itself.
+    encoder_layer_ids = encoder_layer_ids if hidden_weight and not shared_encoder else ()
+    encoded, encoder_hidden = encode(student, batch, range(len(encoder_layer_ids)), match)
+    decoded, decoder_hidden = decode(student, batch, encoded, range(len(decoder_layer_ids)), match)
+    teacher_decoded = None
+    if kl_weight or hidden_weight:
+        with teacher_mode(teacher, teacher_dropout):
+            teacher_encoded, teacher_encoder_hidden = (
+                (encoded, []) if shared_encoder else encode(teacher, batch, encoder_layer_ids, match)
+            )
+            teacher_decoded, teacher_decoder_hidden = decode(teacher, batch, teacher_encoded, decoder_layer_ids, match)
     losses = chunked_token_losses(
-        decoded, partial(project, student), labels, teacher_decoded, partial(project, teacher), temperature
-    )
-    encoder_loss = match_layers(encoder_hidden, teacher_encoder_hidden, batch["attention_mask"])
-    losses["hidden_loss"] = encoder_loss + match_layers(decoder_hidden, teacher_decoder_hidden, labels != IGNORED)
-    loss = ce_weight * losses["ce_loss"] + kl_weight * losses["kl_loss"] + hidden_weight * losses["hidden_loss"]
-    return {"loss": loss, **losses}
+        decoded, partial(project, student), labels, teacher_decoded if kl_weight else None, partial(project, teacher),
+        temperature, divergence=divergence, jsd_beta=jsd_beta, with_ce=ce_weight != 0,
+    )  # fmt: skip
+    if hidden_weight:
+        mask = batch["attention_mask"]
+        losses["hidden_loss"] = match_layers(encoder_hidden, teacher_encoder_hidden, mask, normalize_hidden)
+        mask = labels != IGNORED
+        losses["hidden_loss"] += match_layers(decoder_hidden, teacher_decoder_hidden, mask, normalize_hidden)
+    return weigh(losses, ce_loss=ce_weight, kl_loss=kl_weight, hidden_loss=hidden_weight)
 
 
 def pl_kl(
@@ -76,80 +100,205 @@ def pl_kl(
     kl_weight: float = 1.0,
     temperature: float = 2.0,
     shared_encoder: bool = False,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    teacher_dropout: bool = False,
 ) -> dict[str, Tensor]:
     """Pseudo-labels with KL: the teacher's summaries and its distribution over them (Gandhi et al. 2023)."""
+    return kd(
+        student, teacher, batch, encoder_layer_ids=(), decoder_layer_ids=(), hidden_weight=0.0, ce_weight=ce_weight,
+        kl_weight=kl_weight, temperature=temperature, shared_encoder=shared_encoder, divergence=divergence,
+        jsd_beta=jsd_beta, teacher_dropout=teacher_dropout,
+    )  # fmt: skip
+
+
+def on_policy(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    *,
+    max_new_tokens: int,
+    share: float = 0.5,
+    ce_weight: float = 0.8,
+    kl_weight: float = 1.0,
+    temperature: float = 2.0,
+    shared_encoder: bool = False,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    teacher_dropout: bool = False,
+) -> dict[str, Tensor]:
+    """On-policy distillation: on a share of the rows the student is corrected on its own samples (Agarwal et al. 2024).
+
+    These rows' labels are replaced by summaries drawn from the student's own distribution, and only the divergence
+    counts there, as `own_kl_loss`; the others are `pl_kl`. Each kind counts by its share of rows, so that long samples
+    do not outweigh labels. Sampling has no gradient.
+    """
+    check_options(share=share)
+    rows = len(batch["labels"])
+    num_own = max(1, round(share * rows))
+    own = torch.arange(num_own) * rows // num_own  # evenly over the batch, whose rows are sorted by length
+    given = torch.ones(rows, dtype=torch.bool).index_fill(0, own, False).nonzero().flatten()
+    imitate = partial(
+        pl_kl, student, teacher, temperature=temperature, shared_encoder=shared_encoder, divergence=divergence,
+        jsd_beta=jsd_beta, teacher_dropout=teacher_dropout,
+    )  # fmt: skip
+    samples = draw_samples(
+        student, {name: batch[name][own] for name in ("input_ids", "attention_mask")}, max_new_tokens
+    )
+    losses = {"own_kl_loss": imitate(samples, ce_weight=0.0)["kl_loss"]}
+    if len(given):
+        labelled = {name: batch[name][given] for name in ("input_ids", "attention_mask", "labels")}
+        losses |= imitate(labelled, ce_weight=ce_weight, kl_weight=kl_weight)
+    return weigh(losses, loss=len(given) / rows, own_kl_loss=kl_weight * num_own / rows)
+
+
+def kd_cached(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: dict[str, Tensor],
+    *,
+    ce_weight: float = 0.2,
+    kl_weight: float = 0.8,
+) -> dict[str, Tensor]:
+    """Knowledge distillation from cached targets: `kd` without hidden states, the teacher unused.
+
+    The batch comes from `targets.with_targets` and carries target_ids and target_probs (batch, target, k), and the
+    target_temperature they were made with. `kl_loss` is a lower bound of the forward KL, or an unbiased estimate of its
+    gradient (`losses.chunked_cached_losses`).
+    """
     encoded, _ = encode(student, batch)
     decoded, _ = decode(student, batch, encoded)
-    with teacher_mode(teacher):
-        teacher_encoded = encoded if shared_encoder else encode(teacher, batch)[0]
-        teacher_decoded, _ = decode(teacher, batch, teacher_encoded)
-    losses = chunked_token_losses(
-        decoded, partial(project, student), batch["labels"], teacher_decoded, partial(project, teacher), temperature
-    )
-    return {"loss": ce_weight * losses["ce_loss"] + kl_weight * losses["kl_loss"], **losses}
+    losses = chunked_cached_losses(
+        decoded, partial(project, student), batch["labels"], batch["target_ids"], batch["target_probs"],
+        batch["target_temperature"], with_ce=ce_weight != 0,
+    )  # fmt: skip
+    return weigh(losses, ce_loss=ce_weight, kl_loss=kl_weight)
 
 
 # ------------------------------------------------------------------------------------------------------ their parts
 
 
+def check_options(
+    divergence: str = "forward_kl", jsd_beta: float = 0.5, match: str = "outputs", share: float = 1.0, **others
+) -> None:
+    """Refuse an unknown name or an impossible number among an objective's options, before anything is computed."""
+    try:
+        check_divergence(divergence, jsd_beta)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if match not in MATCHES:
+        raise InputError(f"match {match!r} is unknown: use {', '.join(MATCHES)}")
+    if not 0 < share <= 1:
+        raise InputError(f"share {share} of own samples is not above 0 and at most 1: use for example 0.5")
+
+
+def weigh(losses: dict[str, Tensor], **weights: float) -> dict[str, Tensor]:
+    """Return the terms with their weighted sum as `loss` before them."""
+    terms = [weight * losses[name] for name, weight in weights.items() if name in losses]
+    if not terms:
+        raise InputError(f"every weight of the objective is 0: make that of {' or '.join(weights)} positive")
+    return {"loss": sum(terms)} | losses | {"loss": sum(terms)}  # of those given, one may be called loss itself
+
+
 def encode(
-    model: PreTrainedModel, batch: dict[str, Tensor], layer_ids: Sequence[int] = ()
+    model: PreTrainedModel, batch: dict[str, Tensor], layer_ids: Sequence[int] = (), match: str = "outputs"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the encoder's last hidden state (batch, source, dim) and the outputs of the given layers.
+    """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
     A frozen encoder runs without dropout: it is a fixed function, the same for teacher, student and every objective.
     """
     encoder = model.get_encoder()
-    encoder.train(model.training and any(weight.requires_grad for weight in encoder.parameters()))
-    with layer_outputs(encoder_layers(model), layer_ids) as outputs:
+    if torch.is_grad_enabled():  # not for a teacher, whose mode is `teacher_mode`'s
+        encoder.train(model.training and any(weight.requires_grad for weight in encoder.parameters()))
+    with layer_outputs(encoder_layers(model), layer_ids, match) as states:
         encoded = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return encoded.last_hidden_state, [outputs[i] for i in layer_ids]
+    return encoded.last_hidden_state, [states[i] for i in layer_ids]
 
 
 def decode(
-    model: PreTrainedModel, batch: dict[str, Tensor], encoded: Tensor, layer_ids: Sequence[int] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the decoder's last hidden state (batch, target, dim) and the outputs of the given layers; no logits."""
-    with layer_outputs(decoder_layers(model), layer_ids) as outputs:
+    model: PreTrainedModel, batch: dict[str, Tensor], encoded: Tensor, layer_ids: Sequence[int] = (),
+    match: str = "outputs",
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Return the decoder's last hidden state (batch, target, dim) and the outputs (or inputs) of the given layers."""
+    inputs = batch.get("decoder_input_ids")  # only samples have their own
+    inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"]) if inputs is None else inputs
+    with layer_outputs(decoder_layers(model), layer_ids, match) as states:
         decoded = model.get_decoder()(
-            input_ids=model.prepare_decoder_input_ids_from_labels(batch["labels"]),
+            input_ids=inputs,
             encoder_hidden_states=encoded.to(model.dtype),
             encoder_attention_mask=batch["attention_mask"],
             use_cache=False,
         )
-    return decoded.last_hidden_state, [outputs[i] for i in layer_ids]
+    return decoded.last_hidden_state, [states[i] for i in layer_ids]
 
 
-def match_layers(student_hidden: list[Tensor], teacher_hidden: list[Tensor], mask: Tensor) -> Tensor:
-    """Return the mean `hidden_loss` over pairs of layer outputs, or 0 without any."""
+@torch.no_grad()
+def draw_samples(student: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int) -> dict[str, Tensor]:
+    """Return the batch with labels (batch, length) drawn from the student's own distribution, -100 after the end token.
+
+    Nothing bends the distribution: no beams, no truncation, none of the decoding settings the student carries. Dropout
+    is off; the random state is the caller's. decoder_input_ids are those drawn from, because mBART's shift takes the
+    start token from the end of the labels, where a sample cut by its length has none.
+    """
+    config, own = student.config, student.generation_config
+    modes = [(module, module.training) for module in student.modules()]
+    special = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    # Settings left out would be filled up from those the student carries, so these are replaced as a whole.
+    student.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, bad_words_ids=own.bad_words_ids,  # Marian's padding
+        **{name: getattr(config, name) for name in special},
+    )  # fmt: skip
+    student.eval()
+    try:
+        drawn = student.generate(**batch)  # (batch, 1 + length), the start token first
+    finally:
+        student.generation_config = own
+        for module, training in modes:
+            module.training = training
+    labels = drawn[:, 1:]
+    is_end = torch.isin(labels, torch.tensor(config.eos_token_id, device=labels.device))
+    labels = labels.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORED)
+    return batch | {"decoder_input_ids": drawn[:, :-1], "labels": labels}
+
+
+def match_layers(
+    student_hidden: list[Tensor], teacher_hidden: list[Tensor], mask: Tensor, normalize: bool = True
+) -> Tensor:
+    """Return the mean `hidden_loss` over pairs of layer states, or 0 without any."""
     pairs = zip(student_hidden, teacher_hidden, strict=True)
-    losses = [hidden_loss(ours, theirs, mask) for ours, theirs in pairs]
+    losses = [hidden_loss(ours, theirs, mask, normalize) for ours, theirs in pairs]
     return torch.stack(losses).mean() if losses else torch.zeros((), device=mask.device)
 
 
 @contextmanager
-def teacher_mode(teacher: PreTrainedModel) -> Iterator[None]:
-    """Hold the teacher in eval mode without gradients, whatever a training loop did to it before."""
-    teacher.eval()
-    with torch.no_grad():
-        yield
+def teacher_mode(teacher: PreTrainedModel, dropout: bool = False) -> Iterator[None]:
+    """Hold the teacher without gradients in eval mode, or with dropout and in eval mode again afterwards."""
+    teacher.train(dropout)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        teacher.eval()
 
 
 @contextmanager
-def layer_outputs(layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect {layer id: output (batch, length, dim)} of every forward pass inside the block.
+def layer_outputs(
+    layers: nn.ModuleList, layer_ids: Sequence[int], match: str = "outputs"
+) -> Iterator[dict[int, Tensor]]:
+    """Collect {layer id: output, or input, (batch, length, dim)} of every forward pass inside the block.
 
     Unlike `output_hidden_states`, whose last entry is after the final norm in Pegasus, mBART and T5, these are all what
     the layers return, so that a student's last layer can be compared with a teacher's middle one.
     """
-    outputs: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
 
     def keep(layer_id: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-        outputs[layer_id] = output[0] if isinstance(output, tuple) else output
+        state = inputs if match == "inputs" else output
+        states[layer_id] = state[0] if isinstance(state, tuple) else state
 
     hooks = [layers[i].register_forward_hook(partial(keep, i)) for i in layer_ids]
     try:
-        yield outputs
+        yield states
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -19,7 +20,7 @@ from distill_utils.artifacts import REPOSITORY, read_json, runs_dir, write_atomi
 
 MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(__file__).resolve().parent
-NO_ALT = "No description has been provided for this image"  # what nbconvert writes when alt is missing
+HEADINGS = re.compile(r"^h[1-6]$")
 FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
 RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
 
@@ -28,42 +29,38 @@ class PageError(Exception):
     """A page that must not be published, with the reason in one line."""
 
 
-# --------------------------------------------------------------------------------------------------------- scrubbing
+# ---------------------------------------------------------------------------------------------------------- cleaning
 
 
 def scrubber(notebooks: Path) -> Callable[[str], str]:
     """Return a function that takes this machine's folders out of a text."""
-    named = [(runs_dir(), "runs"), (notebooks, "notebooks"), (Path(sys.prefix), ".venv"), (Path.home(), "~")]
-    named += [(path.resolve(), name) for path, name in named]
-    rules = []
-    for path, name in sorted(named, key=lambda pair: -len(str(pair[0]))):
-        if len(path.parts) > 1:  # a home of "/" would match everything
-            rules.append((re.compile(rf"(?<![\w.~-]){re.escape(str(path))}(?![\w-])"), name))
-    repository = re.escape(str(REPOSITORY))
-    inside = [(re.compile(rf"(?<![\w.~-]){repository}/"), ""), (re.compile(rf"(?<![\w.~-]){repository}(?![\w-])"), ".")]
-    general = [
-        (re.compile(r"(?<!\w)/[^\s'\"<>:]*/(?:ipykernel_\d+)/\d+\.py"), "cell"),
-        (re.compile(r"(?<!\w)/[^\s'\"<>:]*/(?=site-packages/)"), ""),
-    ]
+    named = [(runs_dir(), "runs"), (notebooks, "notebooks"), (Path(sys.prefix), ".venv"), (REPOSITORY, ".")]
+    named.append((Path.home(), "~"))
+    places = {str(path): name for folder, name in named for path in (folder.absolute(), folder.resolve())}
+    places.pop("/", None)  # a home of "/" would match everything
+    rules = [(r"(?<!\w)/[^\s'\"<>:]*/ipykernel_\d+/\d+\.py", "cell"), (r"(?<!\w)/[^\s'\"<>:]*/(?=site-packages/)", "")]
     # Longest path first: runs/ and notebooks/ may lie in the repository, and the repository in the home folder.
-    rules = general + [rule for rule in rules if rule[1] != "~"] + inside + [rule for rule in rules if rule[1] == "~"]
+    for path in sorted(places, key=len, reverse=True):
+        rules.append((rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", places[path]))
 
     def scrub(text: str) -> str:
         for pattern, name in rules:
-            text = pattern.sub(name, text)
+            text = re.sub(pattern, name, text)
         return text
 
     return scrub
 
 
-def scrub_all(value, scrub: Callable[[str], str]):
-    """Apply `scrub` to every string of nested lists and dictionaries; pictures' bytes are left alone."""
+def cleaned(value, scrub: Callable[[str], str]):
+    """Scrub every string of nested lists and dictionaries, except pictures, and turn NaN and infinities into None."""
     if isinstance(value, str):
         return scrub(value)
+    if isinstance(value, float):  # so that every JSON reader can parse what is saved beside the page
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: v if k in ("image/png", "image/jpeg") else scrub_all(v, scrub) for k, v in value.items()}
+        return {k: v if k in ("image/png", "image/jpeg") else cleaned(v, scrub) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [scrub_all(item, scrub) for item in value]
+        return [cleaned(item, scrub) for item in value]
     return value
 
 
@@ -109,12 +106,6 @@ def markdown_output(source: str) -> str:
     return str(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(source))
 
 
-def image_alt(output: dict, mime: str) -> str:
-    """Return the alternative text that `plotting.show` stored with a picture."""
-    metadata = output.get("metadata", {})
-    return metadata.get(mime, {}).get("alt") or metadata.get("alt") or NO_ALT
-
-
 def title_and_question(notebook) -> tuple[str, str]:
     """Return the first heading and the first block quote of a notebook (its question), as plain Markdown."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -125,48 +116,34 @@ def title_and_question(notebook) -> tuple[str, str]:
 
 
 def export_page(notebook, report: dict) -> tuple[str, list[str]]:
-    """Render an executed notebook as one HTML page that loads nothing.
+    """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
 
-    `report` gives `name` (path below the reports folder, no suffix), `title`, `root` (path back to the reports
-    folder), `facts` (name and value pairs) and `parameters` (rows of name, value, default, help, changed) for the
-    footer. Returns the page and warnings for the author. Cell tags: hide-input folds the code, remove-input,
-    remove-output and remove-cell leave parts out.
+    `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder) and `facts` (name and value
+    pairs for the footer). Cell tags: hide-input folds the code, remove-input, remove-output and remove-cell leave
+    parts out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
     from traitlets.config import Config
 
-    config = Config()
-    config.TagRemovePreprocessor.enabled = True
-    config.TagRemovePreprocessor.remove_cell_tags = {"remove-cell"}
-    config.TagRemovePreprocessor.remove_input_tags = {"remove-input"}
-    config.TagRemovePreprocessor.remove_all_outputs_tags = {"remove-output"}
-    config.NbConvertBase.display_data_priority = [
-        "application/vnd.jupyter.widget-view+json",
-        "text/html",
-        "text/markdown",
-        "image/svg+xml",
-        "image/png",
-        "image/jpeg",
-        "text/latex",
-        "text/plain",
-    ]
+    removed = {
+        "enabled": True,
+        "remove_cell_tags": {"remove-cell"},
+        "remove_input_tags": {"remove-input"},
+        "remove_all_outputs_tags": {"remove-output"},
+    }
     exporter = HTMLExporter(
-        config=config,
+        config=Config(TagRemovePreprocessor=removed, CoalesceStreamsPreprocessor={"enabled": True}),
         template_name="report_template",
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
+        filters={"markdown_cell": markdown_cell, "markdown_output": markdown_output},
     )
-    exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
-    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
-    exporter.register_filter("markdown_cell", markdown_cell)
-    exporter.register_filter("markdown_output", markdown_output)
-    exporter.register_filter("image_alt", image_alt)
-    html, _ = exporter.from_notebook_node(notebook, resources={"report": report, "metadata": {"name": report["name"]}})
+    html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
     soup = BeautifulSoup(html, "html.parser")
     warnings = _drop_active_content(soup)
-    _tidy_headings(soup, report["title"])
+    _number_headings(soup)
     warnings += _describe_images(soup)
     _frame_tables(soup)
     _rewrite_links(soup, report)
@@ -177,61 +154,50 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
 def _drop_active_content(soup) -> list[str]:
     """Remove what runs or loads anything; the page's content policy forbids it too."""
     warnings = []
-    for tag in soup.select("script, link, iframe, object, embed, base, form, video, audio"):
-        tag.decompose()
-    for tag in soup.select("style[scoped]"):  # pandas writes one with each frame; browsers apply it to the whole page
+    # pandas writes a scoped style with each frame, and browsers apply it to the whole page
+    for tag in soup.select("script, link, iframe, object, embed, base, form, video, audio, style[scoped]"):
         tag.decompose()
     for tag in soup.select("[src], [srcset], [background]"):
         if tag.name != "img" or not tag.get("src", "").startswith("data:"):
             warnings.append(f"left out {tag.name} {tag.get('src', '')[:80]!r}: a page holds its pictures itself")
             tag.decompose()
     for tag in soup.find_all(True):
-        for name in [name for name in tag.attrs if name.startswith("on")]:
-            del tag[name]
+        tag.attrs = {name: value for name, value in tag.attrs.items() if not name.startswith("on")}
     for link in soup.select("a[href]"):
         if urlsplit(link["href"]).scheme not in ("", "http", "https", "mailto"):
             del link["href"]
     return warnings
 
 
-def _tidy_headings(soup, title: str) -> None:
+def _number_headings(soup) -> None:
     """Leave one h1 and give every heading an id of its own."""
-    main = soup.find("main")
-    for extra in main.find_all("h1")[1:]:
+    for extra in soup.select("main h1")[1:]:
         extra.name = "h2"
-    if not main.find("h1"):
-        heading = soup.new_tag("h1")
-        heading.string = title
-        main.insert(0, heading)
-    taken = {tag["id"] for tag in soup.select("[id]") if not re.fullmatch(r"h[1-6]", tag.name)}
-    for heading in main.find_all(re.compile(r"^h[1-6]$")):
-        base = re.sub(r"\s+", "-", heading.get_text().strip()) or "section"  # the ids JupyterLab gives
-        name, number = base, 2
-        while name in taken:
-            name, number = f"{base}-{number}", number + 1
-        heading["id"] = name
-        taken.add(name)
+    seen = Counter()
+    for heading in soup.main.find_all(HEADINGS):
+        name = re.sub(r"\s+", "-", heading.get_text().strip()) or "section"  # the ids JupyterLab gives
+        seen[name] += 1
+        heading["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
 
 
 def _describe_images(soup) -> list[str]:
     """Join pictures with their captions, and see that each has an alternative text."""
     warnings = []
-    for caption in soup.select(".figcaption"):
-        area = caption.find_parent(class_="jp-OutputArea")
+    for caption in soup.select(".jp-OutputArea .figcaption"):
         image = caption.find_previous("img")
-        if area is None or image is None or area not in image.parents or image.find_parent("figure"):
+        area = caption.find_parent(class_="jp-OutputArea")
+        if image is None or area not in image.parents or image.find_parent("figure"):
             continue
         figure = image.parent.wrap(soup.new_tag("figure"))
         image.parent.unwrap()
         caption.name, caption.attrs = "figcaption", {}
         figure.append(caption.extract())
-    for picture in [*soup.find_all("img"), *soup.find_all("svg")]:
+    for picture in soup.select("img, svg:not(svg svg)"):
         name = "alt" if picture.name == "img" else "aria-label"
-        if picture.find_parent("svg") or (picture.get(name) and picture[name] != NO_ALT):
+        if picture.get(name):
             continue
+        section = picture.find_previous(HEADINGS).get_text().strip()
         caption = picture.find_parent("figure") and picture.find_parent("figure").find("figcaption")
-        heading = picture.find_previous(re.compile(r"^h[1-6]$"))
-        section = heading.get_text().strip() if heading else "this page"
         picture[name] = caption.get_text().strip() if caption else f"Picture in the section {section}"
         if picture.name == "svg":
             picture["role"] = "img"
@@ -242,19 +208,15 @@ def _describe_images(soup) -> list[str]:
 def _frame_tables(soup) -> None:
     """Let wide tables and long code scroll by keyboard too; an empty corner is no heading."""
     for table in soup.find_all("table"):
-        for attribute in ("border", "width", "style"):
-            table.attrs.pop(attribute, None)
+        table.attrs.pop("border", None)
         for cell in table.select("thead th"):
             if not cell.get_text(strip=True):
                 cell.name = "td"
-        texts = [cell.get_text() for cell in table.select("th, td")]
-        if max(map(len, texts), default=0) <= 32:  # no line breaks inside short cells
+        if all(len(cell.get_text()) <= 32 for cell in table.select("th, td")):  # no line breaks inside short cells
             table["class"] = [*table.get("class", []), "compact"]
-        caption = table.find("caption")
-        label = (caption.get_text(" ", strip=True) if caption else "") or "table"
-        table.wrap(
-            soup.new_tag("div", attrs={"class": "table", "tabindex": "0", "role": "region", "aria-label": label})
-        )
+        label = table.caption.get_text(" ", strip=True) if table.caption else "table"
+        frame = {"class": "table", "tabindex": "0", "role": "region", "aria-label": label}
+        table.wrap(soup.new_tag("div", attrs=frame))
     for block in soup.find_all("pre"):
         lines = block.get_text().splitlines()
         if len(lines) > 24 or any(len(line) > 88 for line in lines):
@@ -265,37 +227,29 @@ def _rewrite_links(soup, report: dict) -> None:
     """Point links to notebooks at their pages, and links out of notebooks/ at the same place from the page."""
     for link in soup.select("main a[href]"):
         parts = urlsplit(link["href"])
-        if parts.scheme or not parts.path:
-            continue
-        if parts.path.endswith(".ipynb") and "/" not in parts.path:
-            page = parts.path.removesuffix(".ipynb") + ".html"
-            beside = report.get("folder") and (Path(report["folder"]) / page).exists()
-            link["href"] = (page if beside else report["root"] + page) + (
-                f"#{parts.fragment}" if parts.fragment else ""
-            )
+        if re.fullmatch(r"[^/]+\.ipynb", parts.path) and not parts.scheme:
+            page = parts.path.removesuffix("ipynb") + "html"
+            beside = (report["folder"] / page).exists()
+            link["href"] = parts._replace(path=page if beside else report["root"] + page).geturl()
         elif parts.path.startswith("../"):
             link["href"] = report["root"] + link["href"]
 
 
 def _write_contents(soup) -> None:
     """Fill the contents list from the headings of Markdown cells and the footer."""
-    contents = soup.find(id="contents")
     top = soup.new_tag("ul")
-    current = None
-    for heading in soup.find("main").find_all(["h2", "h3"]):
+    for heading in soup.select("main h2, main h3"):
         if heading.find_parent(class_="jp-OutputArea"):
             continue
-        link = soup.new_tag("a", href="#" + quote(heading["id"], safe="/:;=@!$&'()*+,~"))
-        link.append(heading.get_text().strip())
+        link = soup.new_tag("a", href="#" + quote(heading["id"]))
+        link.string = heading.get_text().strip()
         item = soup.new_tag("li")
         item.append(link)
-        if heading.name == "h2" or current is None:
-            top.append(item)
-            current = item if heading.name == "h2" else current
-        else:
-            inner = current.find("ul") or current.append(soup.new_tag("ul")) or current.find("ul")
-            inner.append(item)
-    contents.append(top)
+        section = top.contents[-1] if top.contents and heading.name == "h3" else None
+        if section and not section.ul:
+            section.append(soup.new_tag("ul"))
+        (section.ul if section else top).append(item)
+    soup.find(id="contents").append(top)
 
 
 def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
@@ -309,19 +263,8 @@ def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
     page = reports / f"{name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, html)
-    write_json(page.with_suffix(".json"), _finite(entry))
+    write_json(page.with_suffix(".json"), entry)
     return page
-
-
-def _finite(value):
-    """Replace NaN and infinities by None, so that every JSON reader can parse the file."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 # ------------------------------------------------------------------------------------------------- index and tables
@@ -329,12 +272,12 @@ def _finite(value):
 
 def gather(reports: Path) -> list[dict]:
     """Return the entry of every page in a reports folder and its sub-folders, top folder first."""
-    entries = []
-    for path in [*sorted(Path(reports).glob("*.json")), *sorted(Path(reports).glob("*/*.json"))]:
-        if path.with_suffix(".html").exists():
-            report = path.relative_to(reports).with_suffix("").as_posix()
-            entries.append({"rows": [], **read_json(path), "report": report})
-    return entries
+    paths = [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]
+    return [
+        {"rows": [], **read_json(path), "report": path.relative_to(reports).with_suffix("").as_posix()}
+        for path in paths
+        if path.with_suffix(".html").exists()
+    ]
 
 
 def write_index(reports: Path) -> None:
@@ -342,44 +285,38 @@ def write_index(reports: Path) -> None:
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    sections: dict[str, dict] = {}
+    sections: dict[str, list[dict]] = {}
     for entry in gather(reports):
+        changed = ", ".join(f"{name} = {value}" for name, value in entry.get("changed", {}).items())
+        meta = [f"profile {entry.get('profile', '?')}", f"changed: {changed}" if changed else "", entry.get("date")]
+        meta.append(duration(entry.get("wall_seconds")))
         folder, _, short = entry["report"].rpartition("/")
-        title = "Further runs: " + folder if folder else "Notebooks at their default settings"
-        note = f"Same notebooks, other settings, kept in {folder}/." if folder else ""
-        section = sections.setdefault(folder, {"id": f"runs-{folder or 'default'}", "title": title, "note": note})
-        meta = [f"profile {entry.get('profile', '?')}"]
-        if entry.get("changed"):
-            meta.append("changed: " + ", ".join(f"{name} = {value}" for name, value in entry["changed"].items()))
-        meta += [text for text in (entry.get("date"), duration(entry.get("wall_seconds"))) if text]
-        section.setdefault("reports", []).append(
+        sections.setdefault(folder, []).append(
             {
                 "short": short,
                 "title": entry.get("title") or short,
                 "href": f"{entry['report']}.html",
                 "question": Markup(markdown_cell(entry.get("question", ""))),
                 "headline": Markup(markdown_output(entry.get("headline", ""))),
-                "meta": meta,
+                "meta": " · ".join(filter(None, meta)),
             }
         )
     folder = TEMPLATES / "report_template"
     template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("reports_index.html.j2")
-    page = template.render(sections=list(sections.values()), css=Markup((folder / "page.css").read_text()))
-    write_atomic(Path(reports) / "index.html", page)
+    page = template.render(sections=sections, css=Markup((folder / "page.css").read_text()))
+    write_atomic(reports / "index.html", page)
 
 
 def write_csv(reports: Path) -> None:
     """Write results.csv: one line for every row of every report, lists and dictionaries as JSON."""
-    rows = []
-    for entry in gather(reports):
-        for row in entry["rows"]:
-            rows.append({**row, "report": entry["report"], "profile": entry.get("profile", "")})
-    columns = [*FIRST_COLUMNS, *dict.fromkeys(name for row in rows for name in row if name not in FIRST_COLUMNS)]
+    entries = gather(reports)
+    rows = [{**row, "report": e["report"], "profile": e.get("profile", "")} for e in entries for row in e["rows"]]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_csv_value(row.get(name)) for name in columns] for row in rows)
-    write_atomic(Path(reports) / "results.csv", text.getvalue())
+    columns = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
+    write_atomic(reports / "results.csv", text.getvalue())
 
 
 def _csv_value(value):
@@ -394,107 +331,66 @@ def duration(seconds: float | None) -> str:
         return ""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def readme_table(reports: Path) -> str:
     """Return the README's results: scores of the reports that train students, and the wall time of every notebook.
 
-    Rows of one method and student that differ only in the seed become their mean.
+    A report that saved `means` (over seeds) is shown by them, any other by its rows.
     """
-    entries = gather(reports)
-    scored = [entry for entry in entries if any(row.get("rouge2") is not None for row in entry["rows"])]
-    trained = [entry for entry in scored if any(row.get("student") for row in entry["rows"])]
-    blocks = []
-    for entry in trained or scored:
-        rows, seeds = _mean_over_seeds([row for row in entry["rows"] if row.get("rouge2") is not None])
-        commit = (entry.get("provenance") or {}).get("commit")
-        origin = ", ".join(text for text in (f"profile {entry.get('profile')}", entry.get("date"), commit) if text)
-        note = f"; mean of {seeds} seeds, intervals averaged" if seeds > 1 else ""
-        columns = [
-            ("method", lambda row: row.get("method", "")),
-            ("student", lambda row: row.get("student") or ""),
-            ("parameters (M)", lambda row: _number(row.get("parameters_m"), 1)),
-            ("ROUGE-1", lambda row: _number(row.get("rouge1"), 2)),
-            ("ROUGE-2 [95 % interval]", _rouge2),
-            ("ROUGE-L", lambda row: _number(row.get("rougeL"), 2)),
-            ("latency (ms)", lambda row: _number(row.get("latency_ms"), 1)),
-            ("ms/token", lambda row: _number(row.get("ms_per_token"), 2)),
-            ("words", lambda row: _number(row.get("words"), 1)),
-        ]
-        title = entry.get("title") or entry["report"]
-        blocks.append(
-            f"**[{_pipe(title)}](reports/{entry['report']}.html)** ({origin}{note})\n\n{_markdown_table(columns, rows)}"
-        )
-    timed = [
-        {
-            "report": f"[{entry['report']}](reports/{entry['report']}.html)",
-            "wall": duration(entry["wall_seconds"]),
-            "parts": ", ".join(f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()),
-        }
-        for entry in entries
-        if entry.get("wall_seconds") is not None
-    ]
+    blocks, timed = [], []
+    for entry in gather(reports):
+        link, wall = f"reports/{entry['report']}.html", duration(entry.get("wall_seconds"))
+        if wall:
+            parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
+            line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
+            timed.append(line)
+        rows = [row for row in entry.get("means") or entry["rows"] if row.get("rouge2") is not None]
+        if any(row.get("student") for row in rows):
+            seeds = max(row.get("seeds", 1) for row in rows)
+            origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
+            origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
+            title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
+            blocks.append(f"{title}\n\n{_markdown_table([_scores(row) for row in rows])}")
     if timed:
-        columns = [("report", lambda row: row["report"]), ("wall time", lambda row: row["wall"])]
-        blocks.append(_markdown_table([*columns, ("of which", lambda row: row["parts"])], timed))
+        blocks.append(_markdown_table(timed))
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
 
 
-def _mean_over_seeds(rows: Sequence[dict]) -> tuple[list[dict], int]:
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row.get("method"), row.get("student")), []).append(row)
-    means, most = [], 1
-    for group in groups.values():
-        if len({row.get("seed") for row in group}) < len(group):  # not seeds of one thing: keep them apart
-            means.extend(group)
-            continue
-        most = max(most, len(group))
-        mean = dict(group[0])
-        for name in mean:
-            values = [row.get(name) for row in group]
-            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-                mean[name] = sum(values) / len(values)
-        means.append(mean)
-    return means, most
+def _scores(row: dict) -> dict[str, str]:
+    """Return one line of the README's table by heading, empty where the row has no such figure."""
+
+    def number(key: str, decimals: int) -> str:
+        return "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
+
+    interval = f" [{number('rouge2_low', 2)}, {number('rouge2_high', 2)}]" if number("rouge2_low", 2) else ""
+    return {
+        "method": row.get("method", ""),
+        "student": row.get("student") or "",
+        "parameters (M)": number("parameters_m", 1),
+        "ROUGE-1": number("rouge1", 2),
+        "ROUGE-2 [95 % interval]": number("rouge2", 2) + interval,
+        "ROUGE-L": number("rougeL", 2),
+        "latency (ms)": number("latency_ms", 1),
+        "ms/token": number("ms_per_token", 2),
+        "words": number("words", 1),
+    }
 
 
-def _number(value, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else ""
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Write rows of the same headings as a table; a column without any value is left out."""
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    rules = ["---" if heading in ("method", "student", "report", "of which") else "---:" for heading in headings]
+    lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _rouge2(row: dict) -> str:
-    low, high = _number(row.get("rouge2_low"), 2), _number(row.get("rouge2_high"), 2)
-    return _number(row["rouge2"], 2) + (f" [{low}, {high}]" if low and high else "")
-
-
-def _pipe(value) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown_table(columns, rows) -> str:
-    """Columns are (heading, function of a row); a column without any value is left out."""
-    cells = [(heading, [_pipe(value(row)) for row in rows]) for heading, value in columns]
-    cells = [(heading, values) for heading, values in cells if any(values)]
-    left = ("method", "student", "report", "of which")
-    lines = ["| " + " | ".join(heading for heading, _ in cells) + " |"]
-    lines.append("| " + " | ".join("---" if heading in left else "---:" for heading, _ in cells) + " |")
-    lines += ["| " + " | ".join(values[index] for _, values in cells) + " |" for index in range(len(rows))]
-    return "\n".join(lines)
-
-
-def update_readme(readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports") -> bool:
-    """Write the results tables between the README's two markers; return whether it has them."""
+def update_readme(readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports") -> None:
+    """Write the results tables between the README's two markers, where it has them."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     before, start, rest = text.partition(RESULTS_START)
     _, end, after = rest.partition(RESULTS_END)
-    if not (start and end):
-        return False
-    updated = f"{before}{start}\n\n{readme_table(reports)}\n{end}{after}"
-    if updated != text:
-        write_atomic(readme, updated)
-    return True
+    if start and end:
+        write_atomic(readme, f"{before}{start}\n\n{readme_table(reports)}\n{end}{after}")

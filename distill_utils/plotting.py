@@ -13,6 +13,7 @@ from html import escape
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -25,11 +26,15 @@ METHOD_COLORS = {
     "kd": "#d55e00",
     "pl": "#009e73",
     "pl_kl": "#cc79a7",
+    "pl_gold": "#00604a",
+    "on_policy": "#a6761d",
+    "kd_cached": "#8c3a00",
     "miniend": "#56b4e9",
     "reference": "#1c2127",
 }
 BASELINE_COLOR = "#b0b0b0"
-METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "miniend": "MiniEnD"}
+METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "pl_gold": "PL+references",
+                 "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD"}  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIGURE_SIZE = (6.5, 3.5)  # inches
 MANY_MARKS = 2000  # above this an SVG grows past a PNG at 150 dpi
@@ -59,6 +64,7 @@ AXIS_LABELS = {
     "loss": "loss",
     "ce_loss": "cross-entropy (nats per token)",
     "kl_loss": "KL from teacher (nats per token)",
+    "own_kl_loss": "KL on the student's own samples (nats per token)",
     "hidden_loss": "hidden-state error",
 }
 
@@ -282,13 +288,14 @@ def _label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float |
 
 
 def plot_quality_speed(
-    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None
+    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None, front: bool = False
 ) -> Axes:
     """Plot quality against speed, one point a row, intervals as error bars, the teacher's as a band.
 
     Rows are results rows: method, student, `x`, `y`, `y`_low, `y`_high. Colour is the method, marker the student's
     shape. Rows without `x` (lead words, object name) are dotted lines, the teacher is a point in its band. Points of
-    nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
+    nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another. A row may
+    bring its own `label`. With `front` a line joins what nothing else beats in both quantities (`pareto_front`).
     """
     ax = new_axes(ax)
     rows = [row for row in rows if _is_number(row.get(y))]
@@ -316,7 +323,10 @@ def plot_quality_speed(
             marker = "*" if method == "teacher" else shapes.get(row.get("student"), "o")
             ax.plot(at, value, marker, color=color, ms=11 if marker == "*" else 7, mec="white", mew=0.8, zorder=4)
         if not is_line:
-            points.append((at, value, method_label(method, row.get("student")), color))
+            points.append((at, value, row.get("label") or method_label(method, row.get("student")), color))
+    if front:
+        best = pareto_front(rows, x, y)
+        ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=2)
     ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
     ax.margins(x=0.14, y=0.1)
     ax.autoscale_view()
@@ -325,6 +335,14 @@ def plot_quality_speed(
     _label_right(ax, lines)
     _label_points(ax, points)
     return ax
+
+
+def pareto_front(rows: Sequence[Mapping], x: str, y: str = "rouge2") -> list[Mapping]:
+    """Return the rows that no other row matches or beats in both a lower `x` and a higher `y`, fastest first."""
+    known = sorted(
+        (row for row in rows if _is_number(row.get(x)) and _is_number(row.get(y))), key=lambda r: (r[x], -r[y])
+    )
+    return [row for i, row in enumerate(known) if all(other[y] < row[y] for other in known[:i])]
 
 
 def _apart(values: Sequence[float | None], close: float = 0.03, step: float = 0.022) -> list[float | None]:
@@ -446,34 +464,6 @@ def plot_lengths(
     return ax
 
 
-def plot_abstractiveness(diagnostics: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
-    """Plot the share of novel n-grams (not in the source) as grouped bars.
-
-    `diagnostics` maps a name ("reference", "teacher", "kd 6-3") to a row of `evaluation.text_diagnostics`, of which the
-    keys `novel_<n>...` are drawn: shares from 0 to 1.
-    """
-    ax = new_axes(ax)
-    keys = sorted({key for row in diagnostics.values() for key in row if key.startswith("novel_")})
-    if not keys:
-        raise ValueError("no key novel_<n>... in any row: pass text_diagnostics of each system")
-    width = 0.8 / len(diagnostics)
-    shades: dict[str, int] = {}
-    for i, (name, row) in enumerate(diagnostics.items()):
-        method = name.split()[0]
-        shades[method] = shades.get(method, 0) + 1
-        offsets = [k - 0.4 + width * (i + 0.5) for k in range(len(keys))]
-        label = method_label(method, " ".join(name.split()[1:]))
-        alpha = 1 / shades[method] ** 0.7  # a second student of one method is a lighter bar
-        values = [100 * row[key] if _is_number(row.get(key)) else math.nan for key in keys]
-        ax.bar(offsets, values, width * 0.92, color=method_color(method), alpha=alpha, label=label)
-    ax.set_xticks(range(len(keys)), [f"{''.join(filter(str.isdigit, key))}-grams" for key in keys])
-    ax.set(ylabel="not in the source (%)", ylim=(0, None))
-    ax.grid(False, axis="x")
-    ax.tick_params(axis="x", length=0)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return ax
-
-
 def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None) -> Axes:
     """Plot coverage (share of words inside copied fragments) against density (mean squared length of fragments).
 
@@ -527,23 +517,156 @@ def plot_intervals(
     return ax
 
 
-def plot_beams(
-    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", method: str = "teacher", ax: Axes | None = None
-) -> Axes:
-    """Plot one model's quality against its speed for several numbers of beams, joined in their order.
+# ------------------------------------------------------------------------------------------------------------- layers
 
-    Rows have `num_beams`, `x`, `y`, `y`_low and `y`_high; the line has the method's colour.
+
+def plot_maps(maps: Mapping[str, Sequence[int]], teacher_layers: int) -> Axes:
+    """Draw maps, one row each: a column for each teacher layer, filled with the student's layer number where kept.
+
+    Maps of different sizes stand apart.
+    """
+    rows, places = list(maps.values()), []
+    for before, ids in zip([rows[0], *rows], rows, strict=False):
+        places.append(places[-1] + (1.5 if len(ids) != len(before) else 1) if places else 0)
+    height = 0.27 * (places[-1] + 1) + 0.55
+    ax = plt.subplots(figsize=(FIGURE_SIZE[0], height), layout="constrained")[1]
+    for place, ids in zip(places, rows, strict=True):
+        for layer in range(teacher_layers):
+            color = "#0072b2" if layer in ids else "#eceff2"
+            ax.add_patch(mpl.patches.Rectangle((layer - 0.47, place - 0.42), 0.94, 0.84, color=color, lw=0))
+        for own, layer in enumerate(ids):
+            ax.text(layer, place, own, color="white", ha="center", va="center", fontweight="bold")
+    ax.set_yticks(places, maps)
+    ax.set_xticks(range(teacher_layers))
+    ax.set(xlim=(-0.6, teacher_layers - 0.4), ylim=(places[-1] + 0.6, -0.6), xlabel="teacher layer")
+    ax.xaxis.tick_top()
+    ax.xaxis.set_label_position("top")
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def plot_layers(rows: Sequence[Mapping], key: str, ylabel: str) -> Figure:
+    """Plot one quantity of every layer as bars, encoder and decoder side by side on one scale.
+
+    Rows have stack, layer, `key` and, where there is an interval, `key`_low and `key`_high.
+    """
+    stacks = list(dict.fromkeys(row["stack"] for row in rows))
+    figure, axes = plt.subplots(1, len(stacks), figsize=(6.5, 2.7), sharey=True, layout="constrained", squeeze=False)
+    for ax, stack in zip(axes[0], stacks, strict=True):
+        own = [row for row in rows if row["stack"] == stack]
+        layers, values = [row["layer"] for row in own], [row[key] for row in own]
+        ax.bar(layers, values, 0.7, color="#8b949e")
+        if all(f"{key}_low" in row for row in own):
+            bars = [[row[key] - row[f"{key}_low"] for row in own], [row[f"{key}_high"] - row[key] for row in own]]
+            ax.errorbar(layers, values, yerr=bars, fmt="none", color="#373e47", lw=1.1, capsize=2)
+        ax.axhline(0, color="#8b949e", lw=0.8)
+        ax.set(title=stack, xlabel="teacher layer", xticks=layers)
+        ax.grid(False, axis="x")
+        ax.tick_params(axis="x", length=0)
+    axes[0][0].set_ylabel(ylabel)
+    return figure
+
+
+def plot_heatmaps(
+    panels: Mapping[str, pd.DataFrame], decimals: Mapping[str, int] | int = 2, limits: Sequence[float] | None = None
+) -> Figure:
+    """Plot tables of numbers as shaded cells, side by side; darker is higher, on one scale where `limits` are given.
+
+    The names of a table's index and columns label its axes. Up to twelve columns the cells carry their numbers.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.5, 6.5 / len(panels) + 0.4), layout="constrained", squeeze=False
+    )
+    low, high = limits or (None, None)
+    for ax, (title, frame) in zip(axes[0], panels.items(), strict=True):
+        digits = decimals if isinstance(decimals, int) else decimals[title]
+        size = {"size": 9 if frame.shape[1] <= 4 else 6.5}
+        sns.heatmap(
+            frame, ax=ax, cmap="Blues", vmin=low, vmax=high, annot=frame.shape[1] <= 12, fmt=f".{digits}f", cbar=False,
+            square=True, linewidths=1, annot_kws=size,
+        )  # fmt: skip
+        ax.set_title(title)
+        ax.tick_params(length=0, rotation=0)
+    return figure
+
+
+def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel: str) -> Axes:
+    """Plot one measured value against another, one point a row with its name above; `y`_low, `y`_high: its interval."""
+    ax, color = new_axes(), METHOD_COLORS["sft"]
+    rows = sorted(rows, key=lambda row: row[x])
+    for row in rows:
+        bar = [[row[y] - row[f"{y}_low"]], [row[f"{y}_high"] - row[y]]]
+        ax.errorbar(row[x], row[y], yerr=bar, color=color, lw=1.1, capsize=2, marker="o", ms=6, mec="white")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.08)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.6 * (high - low))  # room for names, which stand upright: neighbours are often close
+    gap = 0.026 * (ax.get_xlim()[1] - ax.get_xlim()[0])
+    for row, at in zip(rows, _spread([row[x] for row in rows], gap), strict=True):
+        place = (at, row[f"{y}_high"] + 0.02 * (high - low))
+        ax.text(*place, row["name"], color=color, rotation=90, ha="center", va="bottom")
+    return ax
+
+
+def plot_differences(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
+    """Plot paired differences with their intervals, one line a row from the top; those without zero are filled.
+
+    Rows have name, difference, low, high.
+    """
+    ax = ax or plt.subplots(figsize=(FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
+    ax.axvline(0, color="#8b949e", lw=1)
+    for at, row in enumerate(rows):
+        real = row["low"] > 0 or row["high"] < 0
+        color = method_color(str(row["name"]).split()[0])
+        ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
+        ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
+    ax.set_yticks(range(len(rows)), [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("difference in ROUGE-2 (right: the change helps)")
+    return ax
+
+
+def plot_decoding(rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", ax: Axes | None = None) -> Axes:
+    """Plot quality against speed for several decoding settings, one line a model through its settings by time.
+
+    Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high; models of one method share a colour, not a marker.
     """
     ax = new_axes(ax)
-    rows, color = sorted(rows, key=lambda row: row["num_beams"]), method_color(method)
-    values = [row[y] for row in rows]
-    bars = [[max(row[y] - row[f"{y}_low"], 0) for row in rows], [max(row[f"{y}_high"] - row[y], 0) for row in rows]]
-    at = [row[x] for row in rows]
-    ax.errorbar(at, values, yerr=bars, color=color, lw=1.2, marker="o", ms=7, mec="white", capsize=2)
-    for row, before in zip(rows, [values[0], *values], strict=False):
-        text = f"{row['num_beams']} beam{'s' if row['num_beams'] > 1 else ''}"
-        free = (-7, 6 if row[y] >= before else -14)  # off the line that comes from the left
-        ax.annotate(text, (row[x], row[y]), free, textcoords="offset points", ha="right", color=color)
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
+        color, values, at = method_color(own[0]["method"]), [row[y] for row in own], [row[x] for row in own]
+        bars = [[max(row[y] - row[f"{y}_low"], 0) for row in own], [max(row[f"{y}_high"] - row[y], 0) for row in own]]
+        ax.errorbar(at, values, yerr=bars, color=color, lw=1.2, marker=MARKERS[number], ms=7, mec="white", capsize=2,
+                    label=name, elinewidth=0.7)  # fmt: skip
+        for row in own:
+            text = row["setting"].replace(" beams", "").replace(" beam", "")
+            ax.annotate(text, (row[x], row[y]), (4, 5), textcoords="offset points", color=color, fontsize="small")
     ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
-    ax.set_xlim(0, 1.15 * max(at))
+    ax.set_xlim(left=0)
+    ax.legend(title="numbers: beams", frameon=False)
     return ax
+
+
+def plot_thresholds(table: pd.DataFrame) -> Figure:
+    """Plot a histogram a measure of pseudo-labels, side by side; what the threshold removes is pale.
+
+    One row a label: measure, value, removed, low, high (label_filters.threshold_rows).
+    """
+    names = list(dict.fromkeys(table["measure"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.6, 2.4), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        own = table[table["measure"] == name]
+        edges = np.histogram_bin_edges(own["value"], bins=20)
+        for removed, alpha in ((False, 0.9), (True, 0.35)):
+            ax.hist(own["value"][own["removed"] == removed], bins=edges, color=method_color("pl"), alpha=alpha)
+        for bound in (own["low"].iloc[0], own["high"].iloc[0]):
+            if math.isfinite(bound):
+                ax.axvline(bound, color="#1c2127", lw=1.2)
+        ax.set_xlabel(name.replace("_", " ").replace("rouge2", "ROUGE-2"))
+        ax.set_title(f"{100 * own['removed'].mean():.0f} % removed", loc="left")
+    axes[0][0].set_ylabel("pseudo-labels")
+    return figure

@@ -6,6 +6,7 @@ Not here: the objectives, the loop and the metrics themselves. This file only jo
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,7 +20,6 @@ from distill_utils import data, objectives, students
 from distill_utils.artifacts import (
     InputError,
     artifact,
-    autocast_dtype,
     config_hash,
     device,
     file_hash,
@@ -30,11 +30,14 @@ from distill_utils.artifacts import (
 )
 from distill_utils.evaluation import evaluate_summaries, measure_speed
 from distill_utils.generation import summarize
-from distill_utils.pseudo_labels import filter_pseudo_labels, pseudo_labels
-from distill_utils.training import Training, choose_attention, fit, train_mode
+from distill_utils.label_filters import bounds_of, filter_labels
+from distill_utils.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
+from distill_utils.targets import check_targets, with_targets, write_targets
+from distill_utils.training import Training, choose_attention, fit
 
-METHODS = ("sft", "kd", "pl", "pl_kl")
-ON_PSEUDO_LABELS = ("pl", "pl_kl")
+METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
+ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
+CROSS_FIT = ("", "other", "own")
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,30 @@ class StudentRun:
     ce_weight: float = 0.2  # KD: labels
     kl_weight: float = 0.8  # KD: the teacher's distribution
     hidden_weight: float = 3.0  # KD: the teacher's hidden states
-    temperature: float = 2.0  # KD, PL+KL: softens both distributions
+    temperature: float = 2.0  # where the teacher's distribution is used: softens both
+    divergence: str = "forward_kl"  # one of losses.DIVERGENCES
+    jsd_beta: float = 0.5  # share of the teacher in the mixture of "jsd"
+    match: str = "outputs"  # KD: compare what layers return, or "inputs", what they get, as published
+    supervise_forward: bool = True  # KD: imitate the end of the block that a layer replaces, not the copied layer
+    normalize_hidden: bool = True  # KD: bring every token's hidden state to mean 0 and variance 1 first
+    teacher_dropout: bool = False  # KD: the teacher's dropout on, as in the published code
+    on_policy_share: float = 0.5  # on-policy: share of a batch whose targets are the student's own samples
+    top_k: int = 32  # cached KD: token ids kept of each of the teacher's distributions
+    target_samples: int = 0  # cached KD: draws instead of the top ids, 0 = the top ids
     label_settings: dict = field(default_factory=dict)  # PL: decoding settings of the teacher
+    label_filters: dict = field(default_factory=dict)  # PL: thresholds by measure (label_filters.py)
+    label_teachers: list[str] = field(default_factory=list)  # PL: further teachers that label the same documents
+    cross_fit: str = ""  # PL: label a half by a teacher trained on the "other" half, or on its "own"
+    cross_fit_base: str = ""  # the pre-trained model that both such teachers start from
+    cross_fit_steps: int = 300  # updates of such a teacher
+    encoder_layer_ids: list[int] | None = None  # the teacher's layers to copy; None = `students.layer_map`
+    decoder_layer_ids: list[int] | None = None
+    variant: str = ""  # what sets this run apart from another of its method and shape, in names and tables
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.shape}-s{self.training.seed}"
+        variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", self.variant).strip("_") if self.variant else ""
+        return f"{self.method}-{self.shape}{variant}-s{self.training.seed}"
 
 
 def grid(base: StudentRun, methods: list[str], shapes: list[str], seeds: list[int]) -> list[StudentRun]:
@@ -91,7 +112,21 @@ def check_runs(runs: list[StudentRun], teacher) -> None:
     for run in runs:
         if run.method not in METHODS:
             raise InputError(f"method {run.method!r} is unknown: use {', '.join(METHODS)}")
-        parse_shape(run.shape, teacher)
+        objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
+        if run.cross_fit not in CROSS_FIT:
+            raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
+        if run.cross_fit and not run.cross_fit_base:
+            raise InputError("cross_fit needs cross_fit_base: name the model that the teacher was fine-tuned from")
+        if not 1 <= run.top_k <= teacher.config.vocab_size:
+            raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
+        bounds_of(run.label_filters)
+        encoder, decoder = parse_shape(run.shape, teacher)
+        for name, layers, stack in (
+            ("encoder_layer_ids", encoder, students.encoder_layers(teacher)),
+            ("decoder_layer_ids", decoder, students.decoder_layers(teacher)),
+        ):
+            if getattr(run, name) is not None:
+                students.check_layer_ids(name, getattr(run, name), layers, len(stack))
     if len({run.name for run in runs}) < len(runs):
         raise InputError("a method, student shape or seed is named twice: name each once")
     positions = getattr(teacher.config, "max_position_embeddings", None)
@@ -116,31 +151,47 @@ def model_fingerprint(name_or_path: str, model) -> str:
 def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     """Return the untrained student of a run, with its frozen parts, and the arguments its objective needs."""
     encoder, decoder = parse_shape(run.shape, teacher)
-    student, encoder_ids, decoder_ids = students.init_student(teacher, encoder, decoder)
+    student, encoder_ids, decoder_ids = students.init_student(
+        teacher, encoder, decoder, run.encoder_layer_ids, run.decoder_layer_ids
+    )
     depths = len(students.encoder_layers(teacher)), len(students.decoder_layers(teacher))
     # A cut encoder has to learn to close its gaps; only a whole one can stay as it is.
     students.freeze(student, encoder=run.freeze_encoder and encoder == depths[0], embeddings=run.freeze_embeddings)
     shared = students.has_teacher_encoder(student, teacher)
-    if run.method == "kd":
-        options = {
-            "encoder_layer_ids": students.supervision_map(depths[0], encoder),
-            "decoder_layer_ids": students.supervision_map(depths[1], decoder),
+    divergence = {"temperature": run.temperature, "divergence": run.divergence, "jsd_beta": run.jsd_beta}
+    options = {
+        "sft": {},
+        "kd": {
+            **divergence,
+            "encoder_layer_ids": students.supervision_map(depths[0], encoder) if run.supervise_forward else encoder_ids,
+            "decoder_layer_ids": students.supervision_map(depths[1], decoder) if run.supervise_forward else decoder_ids,
             "ce_weight": run.ce_weight,
             "kl_weight": run.kl_weight,
             "hidden_weight": run.hidden_weight,
-            "temperature": run.temperature,
+            "match": run.match,
+            "normalize_hidden": run.normalize_hidden,
+            "teacher_dropout": run.teacher_dropout,
             "shared_encoder": shared,
-        }
-    elif run.method == "pl_kl":
-        options = {"temperature": run.temperature, "shared_encoder": shared}
-    else:
-        options = {}
+        },
+        "pl": {},
+        "pl_gold": {},
+        "pl_kl": {**divergence, "shared_encoder": shared},
+        "on_policy": {
+            **divergence,
+            "share": run.on_policy_share,
+            "ce_weight": run.ce_weight,
+            "kl_weight": run.kl_weight,
+            "max_new_tokens": run.max_target_length,
+            "shared_encoder": shared,
+        },
+        "kd_cached": {"ce_weight": run.ce_weight, "kl_weight": run.kl_weight},
+    }[run.method]
     return student, {"options": options, "encoder_ids": encoder_ids, "decoder_ids": decoder_ids, "shared": shared}
 
 
 def objective_of(method: str):
     """Return the objective function of a method; PL is SFT on the teacher's summaries."""
-    return {"sft": objectives.sft, "kd": objectives.kd, "pl": objectives.sft, "pl_kl": objectives.pl_kl}[method]
+    return getattr(objectives, {"pl": "sft", "pl_gold": "sft"}.get(method, method))
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
@@ -169,11 +220,92 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
     return artifact("pseudo-labels", settings, build)
 
 
-def labelled(folder: Path) -> Dataset:
+def labelled(folder: Path, filters: dict | None = None) -> Dataset:
     """Return the usable pseudo-labels of an artifact: id, document, summary (the teacher's), reference, score."""
     with open(folder / "pseudo_labels.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return filter_pseudo_labels(Dataset.from_list(rows))[0]
+    usable = filter_pseudo_labels(Dataset.from_list(rows))[0]
+    return filter_labels(usable, filters)[0] if filters else usable
+
+
+def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
+    """Return the artifact with the teacher's distributions over the references' tokens (targets/)."""
+    inputs = {
+        "teacher": model_fingerprint(run.teacher, teacher),
+        "data": data.data_fingerprint(train),
+        "lengths": [run.max_source_length, run.max_target_length, run.prefix],
+    }
+    kept = {"top_k": 0 if run.target_samples else run.top_k, "samples": run.target_samples}
+    kept["temperature"] = run.temperature
+
+    def build(folder: Path) -> dict:
+        rows = data.tokenize_pairs(train, tokenizer, *inputs["lengths"])
+        return write_targets(
+            folder / "targets", teacher, rows, settings=inputs, pad_token_id=tokenizer.pad_token_id,
+            batch_size=run.training.batch_size, **kept,
+            progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
+        )  # fmt: skip
+
+    folder = artifact("teacher-targets", inputs | kept, build)
+    check_targets(folder / "targets", inputs | kept)
+    return folder
+
+
+def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Dataset:
+    """Return what a run trains on: the references, or the teacher's summaries as its label settings ask for.
+
+    With `cross_fit` every half of the data is labelled by a teacher that was trained on the other half, which cannot
+    have memorised its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
+    """
+    if run.method not in ON_PSEUDO_LABELS:
+        return train
+    if run.cross_fit:
+        halves = cross_fit_halves(train, seed=0)
+        tuned = [half_teacher(run, tokenizer, half) for half in halves]
+        folders = [
+            label(replace(run, teacher=str(folder / "teacher")), students.load_model(folder / "teacher")[0], half)
+            for half, folder in zip(halves, tuned[::-1] if run.cross_fit == "other" else tuned, strict=True)
+        ]
+    else:
+        others = [(name, students.load_model(name)) for name in run.label_teachers]
+        for name, (_, other) in others:
+            check_same_tokenizer(run.teacher, tokenizer, name, other)
+        folders = [label(run, teacher, train)]
+        folders += [label(replace(run, teacher=name), model, train) for name, (model, _) in others]
+    rows = [labelled(folder, run.label_filters) for folder in folders]
+    rows += [train] if run.method == "pl_gold" else []
+    return join_labels(rows)[0] if len(rows) > 1 else rows[0]
+
+
+def half_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
+    """Return the artifact of a teacher fine-tuned on one half of the training data: teacher/, history.csv."""
+    training = replace(run.training, max_steps=run.cross_fit_steps, seed=0, eval_every=0)
+    lengths = (run.max_source_length, run.max_target_length, run.prefix)
+    settings = {"training": asdict(training), "lengths": lengths, "data": data.data_fingerprint(half)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(training.seed)
+        model.to(device())
+        choose_attention(model, run.max_source_length)
+        rows = data.tokenize_pairs(half, tokenizer, *lengths)
+        batches = data.pair_stream(rows, tokenizer.pad_token_id, training.batch_size, 0, training.micro_batch_size)
+        history = fit(
+            model, lambda model, batch: objectives.sft(model, None, batch), batches, training, folder,
+            stage="teacher of a half",
+        )  # fmt: skip
+        model.generation_config = students.load_model(run.teacher)[0].generation_config
+        students.save_model(model.to("cpu"), tokenizer, folder / "teacher")
+        return {"num_train": len(half), "final": history[-1]}
+
+    model, own = students.load_model(run.cross_fit_base)
+    check_same_tokenizer(run.teacher, tokenizer, run.cross_fit_base, own)
+    return artifact("half-teacher", settings | {"base": model_fingerprint(run.cross_fit_base, model)}, build)
+
+
+def check_same_tokenizer(teacher: str, tokenizer, name: str, other) -> None:
+    """Refuse a second model whose token ids mean something else."""
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise InputError(f"{name} has another tokenizer than {teacher}: choose two models of one vocabulary")
 
 
 def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validation: Dataset) -> Path:
@@ -190,15 +322,17 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
     }
 
     def build(folder: Path) -> dict:
-        rows = labelled(label(run, teacher, train)) if run.method in ON_PSEUDO_LABELS else train
+        rows = training_rows(run, teacher, tokenizer, train)
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
         choose_attention(student, run.max_source_length)
         lengths = (run.max_source_length, run.max_target_length, run.prefix)
+        tokenized = data.tokenize_pairs(rows, tokenizer, *lengths)
         batches = data.pair_stream(
-            data.tokenize_pairs(rows, tokenizer, *lengths), tokenizer.pad_token_id, run.training.batch_size,
-            run.training.seed, run.training.micro_batch_size,
-        )  # fmt: skip
+            tokenized, tokenizer.pad_token_id, run.training.batch_size, run.training.seed, run.training.micro_batch_size
+        )
+        if run.method == "kd_cached":
+            batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = data.batch_list(data.tokenize_pairs(validation, tokenizer, *lengths), tokenizer.pad_token_id, 32)
         objective = partial(objective_of(run.method), **cut["options"])
         began = time.monotonic()
@@ -290,43 +424,3 @@ def read_predictions(folder: Path) -> list[dict]:
 def read_scores(folder: Path) -> dict[str, np.ndarray]:
     """Return the ROUGE scores of a test artifact, one value a document."""
     return {name: np.asarray(values) for name, values in read_json(folder / "scores.json").items()}
-
-
-# ------------------------------------------------------------------------------------------------------- before the run
-
-
-def forecast(plan: list[StudentRun], teacher, tokenizer, train: Dataset) -> list[dict]:
-    """Predict seconds, memory and disk of each method and shape, before anything is trained.
-
-    Seconds come from the second of two optimizer steps' forward and backward passes on a batch of typical length;
-    memory counts weights, gradients and the optimizer's two moments in float32; disk the student and one checkpoint.
-    """
-    rows = []
-    for run in {(run.method, run.shape): run for run in plan}.values():
-        student, cut = cut_student(run, teacher)
-        student.to(device())
-        choose_attention(student, run.max_source_length)
-        train_mode(student)
-        lengths = (run.max_source_length, run.max_target_length, run.prefix)
-        sample = data.tokenize_pairs(train.select(range(min(256, len(train)))), tokenizer, *lengths)
-        batch = data.pair_stream(sample, tokenizer.pad_token_id, run.training.batch_size, 0)(0)
-        batch = {k: v.to(student.device) if torch.is_tensor(v) else v for k, v in batch[0].items()}
-        half = autocast_dtype() if run.training.precision == "auto" else None
-        for _ in range(2):
-            began = time.perf_counter()
-            with torch.autocast(student.device.type, half, enabled=half is not None):
-                losses = objective_of(run.method)(student, teacher, batch, **cut["options"])
-            losses["loss"].backward()
-            losses["loss"].item()  # waits for the device
-            seconds = time.perf_counter() - began
-        counts = students.count_parameters(student)
-        rows.append(
-            {
-                "student": f"{run.method} {run.shape}",
-                "steps": run.training.max_steps,
-                "predicted_seconds": seconds * run.training.max_steps,
-                "memory (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
-                "disk (MB)": (8 * counts["total"] + 8 * counts["trainable"]) / 2**20,
-            }
-        )
-    return rows

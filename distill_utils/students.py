@@ -60,14 +60,24 @@ def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
     Computed ids always keep the first and the last layer; a single layer is the first one, which the original's logs
     favour over the last. Raises InputError when the depth is impossible.
     """
+    named = maps(teacher_layers, student_layers)
+    return named.get("published", named["spaced"])
+
+
+def maps(teacher_layers: int, student_layers: int) -> dict[str, list[int]]:
+    """Return the maps that need no data, {name: teacher layers}: published (where a table has it), spaced, first, last.
+
+    Several names may give the same layers. Raises InputError when the depth is impossible.
+    """
     _check_depth("student_layers", student_layers, teacher_layers)
     published = LAYERS_TO_COPY.get(teacher_layers, {}).get(student_layers)
-    if published:
-        return list(published)
-    if student_layers == 1:
-        return [0]
-    step = (teacher_layers - 1) / (student_layers - 1)
-    return [int(i * step + 0.5) for i in range(student_layers)]
+    step = (teacher_layers - 1) / max(student_layers - 1, 1)
+    return {
+        **({"published": list(published)} if published else {}),
+        "spaced": [int(i * step + 0.5) for i in range(student_layers)],
+        "first": list(range(student_layers)),
+        "last": list(range(teacher_layers - student_layers, teacher_layers)),
+    }
 
 
 def supervision_map(teacher_layers: int, student_layers: int) -> list[int]:
@@ -89,7 +99,8 @@ def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
         raise InputError(f"{name} is {layers!r}: the teacher has {teacher_layers} layers, give 1 to {teacher_layers}")
 
 
-def _check_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
+def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
+    """Return the ids, or refuse them: not in the teacher, named twice, or not as many as the student has layers."""
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if not whole or len(set(ids)) != len(ids) or not all(0 <= i < teacher_layers for i in ids) or len(ids) != layers:
         raise InputError(f"{name} is {list(ids)}: give {layers} different ids from 0 to {teacher_layers - 1}")
@@ -117,12 +128,16 @@ def init_student(
     decoder_layers: int,
     encoder_layer_ids: Sequence[int] | None = None,
     decoder_layer_ids: Sequence[int] | None = None,
+    share_weights: bool = False,
 ) -> tuple[PreTrainedModel, list[int], list[int]]:
     """Return a student made of some of the teacher's layers, and the encoder and decoder layer ids it kept.
 
     All but the dropped layers is copied: embeddings, norms, head, weights' dtypes and device, generation settings.
     The student is in eval mode, all of it trainable, and shares no memory with the teacher, which stays as it was. The
     ids are kept in `config.student_init`. Shleifer & Rush (2020), "shrink and fine-tune".
+
+    With `share_weights` nothing is copied: the student is a frozen view on the teacher's own tensors, made in
+    milliseconds, to see what it is worth before any training.
 
     Raises InputError for another family, impossible depths or ids, or when weights are missing or left over.
     """
@@ -134,7 +149,7 @@ def init_student(
         _, teacher_layers = teacher_stacks[stack]
         _check_depth(f"{stack}_layers", layers, teacher_layers)
         ids = layer_map(teacher_layers, layers) if ids is None else ids
-        kept[stack] = _check_ids(f"{stack}_layer_ids", ids, layers, teacher_layers)
+        kept[stack] = check_layer_ids(f"{stack}_layer_ids", ids, layers, teacher_layers)
     _set_depths(config, encoder_layers, decoder_layers)
     config.student_init = {
         "encoder_layer_ids": kept["encoder"],
@@ -148,7 +163,7 @@ def init_student(
     # On the meta device it costs no memory and no initialization.
     with torch.device("meta"):
         student = type(teacher)(config)
-    _copy_weights(student, teacher, {teacher_stacks[stack][0]: ids for stack, ids in kept.items()})
+    _copy_weights(student, teacher, {teacher_stacks[stack][0]: ids for stack, ids in kept.items()}, share_weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval(), kept["encoder"], kept["decoder"]
 
@@ -176,7 +191,9 @@ def _size_t5_cache(config) -> None:
     config.decoder_layers = config.num_decoder_layers
 
 
-def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, kept: dict[str, list[int]]) -> None:
+def _copy_weights(
+    student: PreTrainedModel, teacher: PreTrainedModel, kept: dict[str, list[int]], share_weights: bool
+) -> None:
     """Fill a student on the meta device; `kept` maps the name of a layer list to the teacher's layers it takes."""
     weights, copies, state, used = teacher.state_dict(keep_vars=True), {}, {}, set()
     trainable = {name: weight.requires_grad for name, weight in student.state_dict(keep_vars=True).items()}
@@ -186,15 +203,18 @@ def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, kept: dict
             raise InputError(f"teacher lacks the weight {source}: load it again from complete files")
         weight = weights[source]
         if id(weight) not in copies:  # weights tied in the teacher, and only those, are one object in the student too:
-            clone = weight.detach().clone()  # T5 v1.1 says "tied" in its config while its head is not
+            own = weight.detach()  # T5 v1.1 says "tied" in its config while its head is not
+            own = own if share_weights else own.clone()
             is_parameter = isinstance(weight, nn.Parameter)
-            copies[id(weight)] = nn.Parameter(clone, requires_grad=trainable[name]) if is_parameter else clone
+            copies[id(weight)] = nn.Parameter(own, requires_grad=trainable[name]) if is_parameter else own
         state[name] = copies[id(weight)]
         used.add(source)
     left = [name for name in weights if name not in used and not name.startswith(tuple(f"{stack}." for stack in kept))]
     if left:
         raise InputError(f"teacher has a weight {left[0]} that a {student.config.model_type} student has no place for")
     student.load_state_dict(state, strict=True, assign=True)
+    if share_weights:
+        student.requires_grad_(False)  # training a view would train its teacher
 
 
 def _source_name(name: str, kept: dict[str, list[int]]) -> str:

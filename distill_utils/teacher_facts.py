@@ -15,22 +15,22 @@ from datasets import Dataset
 
 from distill_utils import evaluation, runs, students
 from distill_utils.artifacts import read_json
-from distill_utils.comparison import FEW_DOCUMENTS
+from distill_utils.comparison import FEW_DOCUMENTS, decoding_row
 from distill_utils.evaluation import METRICS
 from distill_utils.plotting import HEADINGS, method_label
 
-DIAGNOSTICS = {  # key of text_diagnostics -> (name in the table, factor)
-    "words": ("words per summary", 1),
-    "different": ("different summaries (%)", 100),
-    "empty": ("empty (%)", 100),
-    "repeating": ("repeating (%)", 100),
-    "novel_1gram": ("novel words (%)", 100),
-    "novel_2gram": ("novel word pairs (%)", 100),
-    "novel_3gram": ("novel word triples (%)", 100),
-    "coverage": ("coverage (%)", 100),
-    "density": ("density", 1),
-    "numbers_supported": ("numbers in source (%)", 100),
-    "names_supported": ("names in source (%)", 100),
+DIAGNOSTICS = {  # key of text_diagnostics -> name in the table; shares are shown in %
+    "words": "words per summary",
+    "different": "different summaries (%)",
+    "empty": "empty (%)",
+    "repeating": "repeating (%)",
+    "novel_1gram": "novel words (%)",
+    "novel_2gram": "novel word pairs (%)",
+    "novel_3gram": "novel word triples (%)",
+    "coverage": "coverage (%)",
+    "density": "density",
+    "numbers_supported": "numbers in source (%)",
+    "names_supported": "names in source (%)",
 }
 
 # ------------------------------------------------------------------------------------------------------------- corpus
@@ -52,8 +52,9 @@ def split_sizes(splits: Mapping[str, Dataset]) -> list[dict]:
 
 def package_shares(splits: Mapping[str, Dataset], num: int = 8) -> tuple[list[dict], str]:
     """Return the largest packages' shares of train and test by the ids of `pydocs`, and a reading."""
-    names = {split: [re.split("[.:]", i, maxsplit=1)[0] for i in splits[split]["id"]] for split in ("train", "test")}
-    counts = {split: Counter(found) for split, found in names.items()}
+    counts = {
+        split: Counter(re.split("[.:]", i, maxsplit=1)[0] for i in splits[split]["id"]) for split in ("train", "test")
+    }
     largest = [name for name, _ in counts["train"].most_common(num)]
     rows = [
         {"package": name, **{f"{split} (%)": 100 * count[name] / count.total() for split, count in counts.items()}}
@@ -74,14 +75,15 @@ def lengths_reading(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, i
     lost = 100 * sum(max(n - limits["source"], 0) for n in lengths["source"]) / sum(lengths["source"])
     ratio = np.median(lengths["source"]) / np.median(lengths["reference"])
     verdict = "as it should be" if whole["reference"] >= 95 else "**too few: raise `max_target_length`**"
+    ratio = f"has {ratio:.1f} times the tokens of a"
     alt = (
-        f"Cumulative distributions of lengths: a typical source has {ratio:.1f} times the tokens of a reference; the "
-        f"limits leave {whole['source']:.0f} % of sources and {whole['reference']:.0f} % of references whole."
+        f"Cumulative distributions of lengths: a typical source {ratio} reference; the limits leave "
+        f"{whole['source']:.0f} % of sources and {whole['reference']:.0f} % of references whole."
     )
     return alt, (
         f"The source limit leaves {whole['source']:.0f} % of the sources whole and hides {lost:.0f} % of all source "
-        f"tokens. Of the references {whole['reference']:.1f} % are whole: {verdict}. A typical source has {ratio:.1f} "
-        "times as many tokens as a typical reference."
+        f"tokens. Of the references {whole['reference']:.1f} % are whole: {verdict}. A typical source {ratio} typical "
+        "reference."
     )
 
 
@@ -89,8 +91,7 @@ def copying(pairs: Dataset) -> tuple[list[float], list[float], str, str]:
     """Return (coverage, density) of every reference with a word, and (alternative text, reading) on how they copy."""
     sources, references = list(pairs["document"]), list(pairs["summary"])
     each = [evaluation.text_diagnostics([s], [r]) for s, r in zip(sources, references, strict=True)]
-    each = [row for row in each if row["coverage"] is not None]
-    coverage, density = [row["coverage"] for row in each], [row["density"] for row in each]
+    coverage, density = ([row[key] for row in each if row[key] is not None] for key in ("coverage", "density"))
     novel = evaluation.text_diagnostics(sources, references)
     shares = [100 * (novel[f"novel_{n}gram"] or 0) for n in (1, 2, 3)]
     alt = (
@@ -113,14 +114,10 @@ def part_rows(model) -> list[dict]:
     """Return one row a part of a model: layers, parameters in millions and their share."""
     counts = students.count_parameters(model)
     depths = {"encoder": len(students.encoder_layers(model)), "decoder": len(students.decoder_layers(model))}
+    parts = {part: counts[part] for part in ("encoder", "decoder", "embeddings", "total")}
     return [
-        {
-            "part": part,
-            "layers": depths.get(part),
-            "parameters_m": counts[part] / 1e6,
-            "share (%)": 100 * counts[part] / counts["total"],
-        }
-        for part in ("encoder", "decoder", "embeddings", "total")
+        {"part": part, "layers": depths.get(part), "parameters_m": n / 1e6, "share (%)": 100 * n / counts["total"]}
+        for part, n in parts.items()
     ]
 
 
@@ -180,11 +177,11 @@ def against_rules(
         systems = {method_label(row["method"]): with_interval(row, metric) for row in [*rules, teacher]}
         test = evaluation.paired_test(teacher_scores[metric], scores[best_rule(rules, metric)["method"]][metric])
         rows.append({"metric": HEADINGS[metric], **systems, **test})
-    gained = [row["metric"] for row in rows if row["low"] > 0]
-    lost = [row["metric"] for row in rows if row["high"] < 0]
-    text = f"The paired test puts the teacher above the better baseline in {', '.join(gained) or 'no metric'}"
-    text += f", below it in {', '.join(lost)}" if lost else ""
-    unclear = len(rows) - len(gained) - len(lost)
+    gained = ", ".join(row["metric"] for row in rows if row["low"] > 0)
+    lost = ", ".join(row["metric"] for row in rows if row["high"] < 0)
+    unclear = sum(row["low"] <= 0 <= row["high"] for row in rows)
+    text = f"The paired test puts the teacher above the better baseline in {gained or 'no metric'}"
+    text += f", below it in {lost}" if lost else ""
     return rows, text + (f", and cannot tell in {unclear} of {len(rows)}." if unclear else ".")
 
 
@@ -193,11 +190,11 @@ def describe_texts(sources: Sequence[str], written: Mapping[str, Sequence[str]])
     found = {}
     for name, texts in written.items():
         found[name] = evaluation.text_diagnostics(sources, texts) | {"different": len(set(texts)) / len(texts)}
-    rows = [
-        {"of the texts": title}
-        | {method_label(n): None if row[key] is None else factor * row[key] for n, row in found.items()}
-        for key, (title, factor) in DIAGNOSTICS.items()
-    ]
+    rows = []
+    for key, title in DIAGNOSTICS.items():
+        factor = 100 if "%" in title else 1
+        shown = {n: None if row[key] is None else factor * row[key] for n, row in found.items()}
+        rows.append({"of the texts": title} | {method_label(n): value for n, value in shown.items()})
     ours, theirs = found["teacher"], found["reference"]
     text = f"The teacher writes {ours['words']:.1f} words where the references have {theirs['words']:.1f}."
     if ours["different"] < 0.8 * theirs["different"]:
@@ -205,12 +202,10 @@ def describe_texts(sources: Sequence[str], written: Mapping[str, Sequence[str]])
     if ours["empty"] + ours["repeating"] > 0.05:
         text += f" **{100 * (ours['empty'] + ours['repeating']):.0f} % of them are empty or repeat themselves.**"
     if (ours["novel_2gram"] or 0) < (theirs["novel_2gram"] or 0):
-        return rows, found, text + " It stays closer to the source's words than the references do."
-    return (
-        rows,
-        found,
-        text + " It has as many word pairs of its own as the references or more: new, not yet right.",
-    )
+        text += " It stays closer to the source's words than the references do."
+    else:
+        text += " It has as many word pairs of its own as the references or more: new, not yet right."
+    return rows, found, text
 
 
 # ----------------------------------------------------------------------------------------------- decoding and headline
@@ -224,7 +219,8 @@ def beam_rows(decoded: Mapping[int, Path], own: Path) -> tuple[list[dict], str]:
         if path != own:
             test = evaluation.paired_test(runs.read_scores(path)["rouge2"], runs.read_scores(own)["rouge2"])
             change = {"change": test["difference"], "change_low": test["low"], "change_high": test["high"]}
-        rows.append({"num_beams": num_beams, **change, **read_json(path / "results.json")})
+        row = decoding_row("teacher", {"num_beams": num_beams}, path)
+        rows.append({**row, **change})
     if len(rows) < 2:
         return rows, "One number of beams only: nothing to compare."
     first, last = rows[0], rows[-1]
@@ -233,9 +229,8 @@ def beam_rows(decoded: Mapping[int, Path], own: Path) -> tuple[list[dict], str]:
         f"{first['num_beams']} and score {last['rouge2'] - first['rouge2']:+.2f} ROUGE-2. "
     )
     real = [str(row["num_beams"]) for row in rows if (row["change_low"] or 0) > 0 or (row["change_high"] or 0) < 0]
-    if real:
-        return rows, text + f"The paired test separates from the teacher's own decoding: {', '.join(real)} beam(s)."
-    return rows, text + "The paired test separates no number of beams from the teacher's own decoding."
+    separated = f"{', '.join(real)} beam(s)" if real else "no number of beams"
+    return rows, text + f"The paired test separates from the teacher's own decoding: {separated}."
 
 
 def pass_rows(model, passes: Sequence[Mapping], ms_per_token: float, ceiling: Mapping[str, float | None]) -> list[dict]:

@@ -50,7 +50,7 @@ DENOISING = Training(
     eval_every=500, checkpoint_every=250, log_every=50, seed=11,
 )  # fmt: skip
 FINE_TUNING = Training(
-    max_steps=2500, batch_size=32, optimizer="muon", learning_rate=3e-4, warmup_steps=100, weight_decay=0.01,
+    max_steps=2000, batch_size=32, optimizer="muon", learning_rate=3e-4, warmup_steps=100, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=12,
 )  # fmt: skip
 GENERATION = {
@@ -60,6 +60,14 @@ GENERATION = {
     "no_repeat_ngram_size": 3,
     "early_stopping": True,
 }
+
+
+BASE_CARD = """# pydocs-bart-base
+
+What `pydocs-bart` was before fine-tuning: pre-trained on raw text by `make teachers`, no summarizer yet. It is the
+start of teachers that see only part of the pairs (cross-fitted pseudo-labels). The card of `pydocs-bart` describes its
+training under "denoising".
+"""
 
 
 def summarization_loss(model, batch: dict) -> dict:
@@ -214,9 +222,15 @@ def fine_tune(denoised: Path) -> Path:
 def build() -> Path:
     """Train the teacher, write it to assets/pydocs-bart in bf16 with its card, and return that folder.
 
+    Beside it goes pydocs-bart-base, the model before fine-tuning, for experiments that fine-tune a teacher anew.
+
     The card's figures are measured on the files as written, with the generation settings they carry.
     """
     denoised = denoise()
+    base = BartForConditionalGeneration.from_pretrained(denoised / "model")
+    folder = students.ASSETS / "pydocs-bart-base"
+    students.save_model(base.to(torch.bfloat16), load_tokenizer(train_tokenizer()), folder)
+    write_atomic(folder / "README.md", BASE_CARD)
     tuned = fine_tune(denoised)
     folder = students.ASSETS / "pydocs-bart"
     model, tokenizer = students.load_model(tuned / "model")

@@ -300,12 +300,19 @@ def test_progress_is_throttled_and_final(tmp_path, monkeypatch):
     third = report(1.25, "training", 3, loss=0.5)
     # two steps in 1.25 seconds: 1.6 a second, and seven steps left take 4.4 seconds
     expected = {"stage": "training", "step": 3, "total": 10, "unit": "steps", "rate": 1.6, "seconds_left": 4}
-    assert third == expected | {"time": 5.0, "pid": os.getpid(), "loss": 0.5}
+    assert third == expected | {"time": 5.0, "loss": 0.5}
     assert report(1.3, "training", 9)["step"] == 3
     last = report(1.4, "training", 10)
     assert last["step"] == 10 and last["seconds_left"] == 0
     assert report(1.5, "scoring", 1, unit="documents")["unit"] == "documents"  # a new stage shows at once
     assert os.listdir(tmp_path) == ["progress.json"]
+
+
+def test_progress_of_a_batch_run_is_seen_from_the_notebooks_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(tmp_path))
+    (tmp_path / "kd").mkdir()
+    artifacts.report_progress(tmp_path / "kd", "training", 1, 1)
+    assert (tmp_path / "progress.json").read_text() == (tmp_path / "kd" / "progress.json").read_text()
 
 
 def test_progress_never_stops_a_run(tmp_path):

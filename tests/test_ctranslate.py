@@ -150,3 +150,44 @@ def test_conversion_refuses_what_it_cannot_express(tmp_path):
     with pytest.raises(artifacts.InputError, match="config.json"):
         ctranslate.to_ctranslate2(tmp_path, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.8}, {"top_k": 3}], ids=["1", "0.5", "p", "k"]
+)
+def test_both_engines_sample_from_the_models_distribution(shape, tmp_path):
+    """First tokens of many samples against the probabilities that one forward pass gives, cut and scaled by hand."""
+    model, tokenizer = tiny_bart(), tiny_tokenizer()
+    folder = ctranslate.to_ctranslate2(save(model, tokenizer, tmp_path / "model"), tmp_path / "converted")
+    document, num = make_documents(1)[0], 2000
+    shape = {"temperature": 1.0, "top_k": None, "top_p": None} | shape
+    inputs = tokenizer(document, return_tensors="pt")
+    start = torch.tensor([[model.config.decoder_start_token_id]])
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], decoder_input_ids=start).logits[0, 0].double()
+    probs, order = (logits / shape["temperature"]).softmax(-1).sort(descending=True)
+    reached = torch.cat([torch.zeros(1), probs.cumsum(0)[:-1]])  # before each token
+    probs[(reached >= (shape["top_p"] or 1.1)) | (torch.arange(len(probs)) >= (shape["top_k"] or len(probs)))] = 0.0
+    expected = {}  # special tokens have the same text, ""
+    for token, prob in zip(order.tolist(), (probs / probs.sum()).tolist(), strict=True):
+        text = generation.to_text(tokenizer, [token])
+        expected[text] = expected.get(text, 0.0) + prob
+
+    one_token = {"max_new_tokens": 1, "min_length": 0, "no_repeat_ngram_size": 0}
+    options = {"max_source_length": 24, "num_candidates": num, "seed": 1, **one_token}
+    found, scores = ctranslate.summarize_ctranslate2(folder, tokenizer, [document], **options, **shape)
+    hub = {"do_sample": True, "num_beams": 1, "length_penalty": 1.0, "temperature": shape["temperature"]}
+    hub |= {"top_k": shape["top_k"] or 0, "top_p": shape["top_p"] or 1.0}
+    texts, hub_scores = generation.summarize_with_scores(model, tokenizer, [document], **options, **hub)
+    log_probs = {generation.to_text(tokenizer, [i]): p for i, p in enumerate(logits.log_softmax(-1).tolist()) if i > 4}
+    for labels, values in ((found, scores), (texts, hub_scores)):
+        shares = {text: labels.count(text) / num for text in set(labels)}
+        assert all(expected.get(text, 0.0) > 0 for text in shares)  # nothing that is cut off
+        for text, prob in expected.items():
+            assert abs(shares.get(text, 0.0) - prob) < 4.5 * (max(prob, 1 / num) / num) ** 0.5, text
+        # The score is that of the model itself, whatever the temperature.
+        assert all(
+            value == pytest.approx(log_probs[text], abs=2e-4)
+            for text, value in zip(labels, values, strict=True)
+            if text
+        )

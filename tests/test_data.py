@@ -531,3 +531,14 @@ def test_gap_pairs():
     assert rows[0]["summary"] == "Read a table from a file."
     assert rows[1] == {"id": "gap 1", "document": f"function whole <mask> {body}", "summary": " ".join(["word"] * 40)}
     assert rows[2]["document"] == "class Wide <mask> " + ("long " * 1000)[:1500]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_line_breaks_of_a_summary_become_what_the_tokenizer_has(special):
+    tokenizer = tiny_tokenizer()
+    if special:
+        tokenizer.add_tokens(["<n>"])
+    rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["the list \n of text"]})
+    (labels,) = data.tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
+    words = tokenizer.convert_ids_to_tokens(labels)
+    assert words[:-1] == (["the", "list", "<n>", "of", "text"] if special else ["the", "list", "of", "text"])

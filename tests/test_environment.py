@@ -28,9 +28,10 @@ SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 FLOORS = {
     "losses": 1, "pydocs": 1, "artifacts": 1,
     "data": 2, "students": 2, "capture": 2, "sizing": 2,
-    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3,
-    "training": 4, "evaluation": 4, "gates": 4,
-    "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "comparison": 5,
+    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3,
+    "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4,
+    "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
+    "ablations": 5, "recommendation": 5, "layer_selection": 5,
     "teachers": 5, "teacher_facts": 5,
     "pages": 6, "batch": 6, "__main__": 6,
 }  # fmt: skip
@@ -38,7 +39,12 @@ FLOORS = {
 NEIGHBORS = {
     "ctranslate": {"generation"},
     "pseudo_labels": {"generation", "ctranslate"},
+    "targets": {"objectives"},
     "gates": {"evaluation"},
+    "label_filters": {"evaluation"},
+    "forecast": {"runs"},
+    "ablations": {"runs"},
+    "layer_selection": {"runs", "comparison"},
     "explore": {"plotting"},
     "comparison": {"runs", "plotting"},
     "teachers": {"runs"},

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import WORDS, tiny_bart, tiny_tokenizer
+from tiny_models import EOS, WORDS, tiny_bart, tiny_tokenizer
 
 from distill_utils import artifacts, generation
 
@@ -77,3 +77,22 @@ def test_new_line_token_of_pegasus():
     tokenizer.add_tokens(["<n>"])
     ids = tokenizer.convert_tokens_to_ids(["the", "<n>", "list", "</s>"])
     assert generation.to_text(tokenizer, ids) == "the\nlist"
+
+
+def test_candidates_are_the_beams_of_generate():
+    model, tokenizer = tiny_bart(), tiny_tokenizer()
+    documents = [*make_documents(5), ""]
+    texts, scores = generation.summarize_with_scores(
+        model, tokenizer, documents, 24, batch_size=2, num_candidates=3, num_beams=4
+    )
+    assert texts[15:] == [""] * 3 and scores[15:] == [None] * 3
+    for i, document in enumerate(documents[:5]):
+        inputs = tokenizer(document, truncation=True, max_length=24, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            ids = model.generate(**inputs, num_beams=4, num_return_sequences=3)
+            log_probs = model(**{k: v.repeat(3, 1) for k, v in inputs.items()}, decoder_input_ids=ids[:, :-1]).logits
+        assert texts[3 * i : 3 * i + 3] == [generation.to_text(tokenizer, row) for row in ids.tolist()]
+        log_probs = log_probs.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        own = (ids[:, 1:] == EOS).cumsum(1) - (ids[:, 1:] == EOS).long() == 0  # up to the end token
+        assert scores[3 * i : 3 * i + 3] == pytest.approx(((log_probs * own).sum(1) / own.sum(1)).tolist(), abs=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_utils.losses import ce_loss, chunked_token_losses, hidden_loss, kl_loss
+from distill_utils.losses import DIVERGENCES, ce_loss, chunked_cached_losses, chunked_token_losses, hidden_loss, kl_loss
 
 LABELS = torch.tensor([[3, 0, 4, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
 VOCAB = 5
@@ -46,6 +46,27 @@ def naive_kl(student, teacher, labels, temperature):
     return sum(terms) / len(terms)
 
 
+def naive_divergence(student, teacher, labels, temperature, divergence, beta=0.5):
+    """By the definitions, distribution by distribution in float64."""
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    terms = []
+    for q_row, p_row in zip(student[labels != -100].double(), teacher[labels != -100].double(), strict=True):
+        p, q = softmax(p_row.tolist(), temperature), softmax(q_row.tolist(), temperature)
+        m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+        terms.append(
+            {
+                "forward_kl": kl(p, q) * temperature**2,
+                "reverse_kl": kl(q, p) * temperature**2,
+                "jsd": (beta * kl(p, m) + (1 - beta) * kl(q, m)) * temperature**2,
+                "tvd": sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2 * temperature,
+            }[divergence]
+        )
+    return sum(terms) / len(terms)
+
+
 def naive_hidden(student, teacher, mask):
     terms = []
     for s_rows, t_rows, row_mask in zip(
@@ -73,6 +94,63 @@ def test_kl_equals_naive_loop_in_this_direction(logits, temperature):
     assert value != pytest.approx(naive_kl(logits[1], logits[0], LABELS, temperature), rel=0.01)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("temperature", "beta"), [(1.0, 0.5), (2.0, 0.1), (0.5, 0.9)])
+def test_divergences_equal_their_definitions_with_gradients(logits, divergence, temperature, beta):
+    student = logits[0].clone().requires_grad_()
+    value = kl_loss(student, logits[1], LABELS, temperature, divergence, beta)
+    value.backward()
+    expected = naive_divergence(logits[0], logits[1], LABELS, temperature, divergence, beta)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    for place in ((0, 1, 2), (2, 3, 4), (1, 0, 0)):  # central differences of the plain definition
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = logits[0].double()
+            moved[place] += step
+            values.append(naive_divergence(moved, logits[1], LABELS, temperature, divergence, beta))
+        assert student.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-6)
+
+
+def test_divergences_have_their_properties(logits):
+    p, q = logits
+    for divergence in DIVERGENCES:
+        assert kl_loss(p, p, LABELS, 2.0, divergence).item() == pytest.approx(0.0, abs=1e-6)
+        assert kl_loss(p, q, LABELS, 1.0, divergence).item() > 0.1
+    torch.testing.assert_close(kl_loss(q, p, LABELS), kl_loss(p, q, LABELS, divergence="reverse_kl"))
+    for divergence in ("jsd", "tvd"):
+        torch.testing.assert_close(
+            kl_loss(p, q, LABELS, divergence=divergence), kl_loss(q, p, LABELS, divergence=divergence)
+        )
+    swapped = kl_loss(p, q, LABELS, divergence="jsd", jsd_beta=0.8)
+    torch.testing.assert_close(kl_loss(q, p, LABELS, divergence="jsd", jsd_beta=0.2), swapped)
+    certain = 100.0 * torch.eye(VOCAB)[:2].expand(3, 2, 2, VOCAB)  # no overlap: the largest values there are
+    bounds = {"jsd": math.log(2), "tvd": 1.0}
+    for divergence, bound in bounds.items():
+        value = kl_loss(certain[..., 0, :], certain[..., 1, :], LABELS[:, :2], divergence=divergence).item()
+        assert value == pytest.approx(bound, rel=1e-5) and kl_loss(p, q, LABELS, 1.0, divergence).item() < bound
+    for divergence, beta in (("forward_kl", 1e-3), ("reverse_kl", 1 - 1e-3)):
+        near = kl_loss(p / 4, q / 4, LABELS, divergence="jsd", jsd_beta=beta) / min(beta, 1 - beta)
+        assert near.item() == pytest.approx(kl_loss(p / 4, q / 4, LABELS, 1.0, divergence).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_keep_their_size_when_the_temperature_changes(logits, divergence):
+    sizes = []
+    for temperature in (100.0, 1000.0):
+        student = logits[0].double().requires_grad_()
+        kl_loss(student, logits[1].double(), LABELS, temperature, divergence).backward()
+        sizes.append(student.grad.norm().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_unknown_divergences_are_refused(logits):
+    with pytest.raises(ValueError, match="'kl' is unknown: use forward_kl, reverse_kl, jsd, tvd"):
+        kl_loss(*logits, LABELS, divergence="kl")
+    for beta in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"jsd_beta {beta} is not between 0 and 1"):
+            chunked_token_losses(logits[0], nn.Identity(), LABELS, divergence="jsd", jsd_beta=beta)
+
+
 def test_kl_is_zero_only_for_the_same_distribution(logits):
     assert kl_loss(logits[0], logits[0], LABELS, 2.0).item() == 0.0
     assert kl_loss(logits[0] + 7.0, logits[0], LABELS, 2.0).item() == pytest.approx(0.0, abs=1e-6)
@@ -96,6 +174,11 @@ def test_hidden_equals_naive_loop():
     assert hidden_loss(-student, student, mask).item() == pytest.approx(4.0, rel=1e-4)
 
 
+def test_hidden_without_normalisation_is_the_plain_error():
+    student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]]])
+    assert hidden_loss(student, teacher, torch.tensor([[1, 0]]), normalize=False).item() == pytest.approx(14 / 3)
+
+
 def test_padding_of_any_content_and_amount_changes_nothing(logits):
     extra = torch.full((3, 2, VOCAB), float("nan"))
     student, teacher = (torch.cat([values, extra], dim=1) for values in logits)
@@ -113,6 +196,10 @@ def test_no_valid_token_gives_zero_and_a_zero_gradient(logits):
         lambda x: kl_loss(x, logits[1], nothing),
         lambda x: hidden_loss(x, logits[1], nothing != -100),
         lambda x: sum(chunked_token_losses(x, head, nothing, logits[1], head).values()),
+        lambda x: sum(
+            chunked_cached_losses(x, head, nothing, torch.zeros(3, 4, 2).long(), logits[1][..., :2]).values()
+        ),
+        *(lambda x, name=name: kl_loss(x, logits[1], nothing, 2.0, name) for name in DIVERGENCES),
     ):
         student = logits[0].clone().requires_grad_()
         value = loss(student)
@@ -133,8 +220,9 @@ def test_half_precision_inputs_are_computed_in_float32(logits):
         assert half.dtype == torch.float32 and torch.equal(half, full)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 8, 1024])
-def test_chunked_losses_equal_the_dense_ones_with_gradients(chunk_tokens):
+def test_chunked_losses_equal_the_dense_ones_with_gradients(chunk_tokens, divergence):
     results = []
     for chunked in (False, True):
         torch.manual_seed(2)
@@ -144,12 +232,12 @@ def test_chunked_losses_equal_the_dense_ones_with_gradients(chunk_tokens):
         student_head.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1].shape))
         if chunked:
             losses = chunked_token_losses(
-                student_hidden, student_head, LABELS, teacher_hidden, teacher_head, 2.0, chunk_tokens
+                student_hidden, student_head, LABELS, teacher_hidden, teacher_head, 2.0, chunk_tokens, divergence, 0.3
             )
         else:
             student_logits, teacher_logits = student_head(student_hidden), teacher_head(teacher_hidden).detach()
             losses = {"ce_loss": ce_loss(student_logits, LABELS)}
-            losses["kl_loss"] = kl_loss(student_logits, teacher_logits, LABELS, 2.0)
+            losses["kl_loss"] = kl_loss(student_logits, teacher_logits, LABELS, 2.0, divergence, 0.3)
         (losses["ce_loss"] + 3 * losses["kl_loss"]).backward()
         results.append([*losses.values(), student_hidden.grad, student_head.weight.grad, student_head.bias.grad])
         if chunked:
@@ -162,6 +250,66 @@ def test_chunked_losses_equal_the_dense_ones_with_gradients(chunk_tokens):
 def test_chunked_losses_without_teacher_have_no_kl():
     losses = chunked_token_losses(torch.randn(3, 4, 6), nn.Linear(6, 9), LABELS)
     assert list(losses) == ["ce_loss"]
+
+
+def test_a_data_loss_that_is_switched_off_is_not_computed(monkeypatch):
+    student, teacher, head = torch.randn(3, 4, 6), torch.randn(3, 4, 6), nn.Linear(6, 9)
+    expected = chunked_token_losses(student, head, LABELS, teacher, head)["kl_loss"]
+    calls = []
+    head.register_forward_hook(lambda *call: calls.append(1))
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", None)
+    losses = chunked_token_losses(student, head, LABELS, teacher, head, with_ce=False)
+    assert list(losses) == ["kl_loss"] and torch.equal(losses["kl_loss"], expected) and len(calls) == 2
+
+
+def naive_cached(logits, ids, probs, labels, temperature):
+    """KL over the kept ids and one bucket for all others, in float64."""
+    terms = []
+    for row, row_ids, row_probs in zip(*(x[labels != -100].tolist() for x in (logits, ids, probs)), strict=True):
+        q = softmax(row, temperature)
+        pairs = [(p, q[i]) for i, p in zip(row_ids, row_probs, strict=True)]
+        if len(row_ids) < len(row):
+            pairs.append((1 - sum(row_probs), sum(value for i, value in enumerate(q) if i not in row_ids)))
+        terms.append(sum(p * math.log(p / value) for p, value in pairs) * temperature**2)
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 1024])
+@pytest.mark.parametrize("top_k", [1, 3, VOCAB])
+def test_cached_losses_equal_the_naive_loop_and_stay_below_the_full_divergence(logits, top_k, chunk_tokens):
+    probs, ids = (logits[1].double() / 2).softmax(-1).topk(top_k)
+    student = logits[0].clone().requires_grad_()
+    losses = chunked_cached_losses(student, nn.Identity(), LABELS, ids.int(), probs, 2.0, chunk_tokens)
+    expected = naive_cached(logits[0].double(), ids, probs, LABELS, 2.0)
+    assert losses["kl_loss"].item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(losses["ce_loss"], ce_loss(student, LABELS))
+    full = kl_loss(student, logits[1], LABELS, 2.0)
+    (gradient,) = torch.autograd.grad(losses["kl_loss"], student)
+    assert torch.isfinite(gradient).all() and not gradient[LABELS == -100].any()
+    if top_k < VOCAB:
+        assert 0 < losses["kl_loss"].item() < full.item()
+    else:
+        torch.testing.assert_close(losses["kl_loss"], full, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, *torch.autograd.grad(full, student), rtol=1e-4, atol=1e-6)
+
+
+def test_cached_gradient_of_a_bucket_is_shared_by_what_the_student_believes(logits):
+    """Inside the rest the teacher is silent, so a logit moves by its share of the error of the whole bucket."""
+    labels = torch.tensor([[0]])
+    student, probs = torch.tensor([[[30.0, 0.0, 1.0, 2.0]]], requires_grad=True), torch.tensor([[[0.9]]])
+    chunked_cached_losses(student, nn.Identity(), labels, torch.tensor([[[0]]]), probs)["kl_loss"].backward()
+    q = student.detach().double()[0, 0].softmax(-1)  # surer than float32 can say as 1 - q[0]
+    share = torch.cat([q.new_zeros(1), q[1:] / q[1:].sum()])
+    expected = q - 0.9 * torch.eye(4, dtype=torch.double)[0] - 0.1 * share
+    torch.testing.assert_close(student.grad[0, 0].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_probabilities_that_add_up_to_more_than_one_and_padding_ids_do_no_harm(logits):
+    ids, probs = torch.tensor([1, 1]).expand(3, 4, 2), torch.tensor([1.0005, 0.0]).expand(3, 4, 2)
+    losses = chunked_cached_losses(logits[0].requires_grad_(), nn.Identity(), LABELS, ids, probs)
+    losses["kl_loss"].backward()
+    alone = chunked_cached_losses(logits[0], nn.Identity(), LABELS, ids[..., :1], probs[..., :1])
+    assert torch.isfinite(logits[0].grad).all() and torch.equal(losses["kl_loss"], alone["kl_loss"])
 
 
 def test_shapes_that_do_not_fit_are_named(logits):

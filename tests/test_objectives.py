@@ -6,16 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_bart, tiny_batch, tiny_pegasus
+from tiny_models import EOS, FAMILIES, PAD, tiny_bart, tiny_batch, tiny_pegasus
 from torch import nn
 
 from distill_utils import objectives
-from distill_utils.losses import ce_loss, hidden_loss, kl_loss
-from distill_utils.objectives import kd, pl_kl, sft
+from distill_utils.artifacts import InputError
+from distill_utils.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss
+from distill_utils.objectives import draw_samples, kd, kd_cached, on_policy, pl_kl, sft
 from distill_utils.students import freeze, has_teacher_encoder, init_student, supervision_map
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_KD = partial(kd, encoder_layer_ids=[0, 2], decoder_layer_ids=[2])
+OWN = partial(on_policy, max_new_tokens=5)
 
 
 def gradients(model, loss):
@@ -89,7 +91,10 @@ def test_outputs_are_compared_before_the_final_norm_on_both_sides(family):
 
 
 @each_family
-@pytest.mark.parametrize("objective", [sft, ALL_KD, pl_kl])
+@pytest.mark.parametrize(
+    "objective",
+    [sft, ALL_KD, pl_kl, OWN, partial(OWN, share=1.0), partial(ALL_KD, match="inputs", divergence="tvd")],
+)
 def test_gradients_reach_every_part_of_the_student_only(family, objective):
     teacher, batch = FAMILIES[family](3, 3), tiny_batch()
     student, _, _ = init_student(teacher, 2, 1)
@@ -101,7 +106,13 @@ def test_gradients_reach_every_part_of_the_student_only(family, objective):
 
 
 @each_family
-@pytest.mark.parametrize("objective", [partial(kd, encoder_layer_ids=[0, 1, 2], decoder_layer_ids=[0]), pl_kl])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        partial(kd, encoder_layer_ids=[0, 1, 2], decoder_layer_ids=[0]),
+        partial(pl_kl, divergence="jsd", jsd_beta=0.2),
+    ],
+)
 def test_shared_encoder_runs_once_and_changes_nothing(family, objective):
     teacher, batch = FAMILIES[family](3, 3), tiny_batch()
     student, _, _ = init_student(teacher, 3, 1)
@@ -121,6 +132,193 @@ def test_shared_encoder_runs_once_and_changes_nothing(family, objective):
     assert shared_gradients.keys() == alone_gradients.keys() and len(shared_gradients) > 0
     for name, gradient in alone_gradients.items():
         assert torch.equal(gradient, shared_gradients[name])
+
+
+@each_family
+@pytest.mark.parametrize("normalize", [True, False])
+def test_inputs_are_the_models_own_hidden_states(family, normalize):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch(padding=1)
+    student, _, _ = init_student(teacher, 2, 2)
+    options = {"encoder_layer_ids": [1, 2], "decoder_layer_ids": [0, 2], "normalize_hidden": normalize}
+    losses = kd(student, teacher, batch, match="inputs", **options)
+    with torch.no_grad():
+        ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
+    expected = 0.0
+    for stack, mask, pairs in (
+        ("encoder_hidden_states", batch["attention_mask"], [(0, 1), (1, 2)]),  # index 0 is the embedding output
+        ("decoder_hidden_states", batch["labels"] != -100, [(0, 0), (1, 2)]),
+    ):
+        expected += sum(hidden_loss(ours[stack][i], theirs[stack][j], mask, normalize) for i, j in pairs) / 2
+    torch.testing.assert_close(losses["hidden_loss"], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(losses["hidden_loss"], kd(student, teacher, batch, **options)["hidden_loss"], rtol=1e-3)
+
+
+@each_family
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_objectives_use_the_divergence_they_are_given(family, divergence):
+    teacher, batch = FAMILIES[family](2, 2), tiny_batch()
+    student, _, _ = init_student(teacher, 2, 1)
+    with torch.no_grad():
+        ours, theirs = (model(**batch).logits for model in (student, teacher))
+    expected = kl_loss(ours, theirs, batch["labels"], 2.0, divergence, 0.3)
+    options = {"divergence": divergence, "jsd_beta": 0.3}
+    torch.testing.assert_close(pl_kl(student, teacher, batch, **options)["kl_loss"], expected)
+    torch.testing.assert_close(
+        kd(student, teacher, batch, encoder_layer_ids=[1], decoder_layer_ids=[1], **options)["kl_loss"], expected
+    )
+
+
+def test_a_term_of_weight_zero_is_neither_computed_nor_returned(monkeypatch):
+    teacher, batch = tiny_bart(), tiny_batch()
+    student, _, _ = init_student(teacher, 3, 1)
+    layers = {"encoder_layer_ids": [0, 1, 2], "decoder_layer_ids": [2]}
+    weights = {"ce_loss": "ce_weight", "kl_loss": "kl_weight", "hidden_loss": "hidden_weight"}
+    full = kd(student, teacher, batch, **layers)
+    assert list(full) == ["loss", *weights]
+    for name, weight in weights.items():
+        losses = kd(student, teacher, batch, **layers, **{weight: 0.0})
+        assert losses.keys() == full.keys() - {name} and list(losses)[0] == "loss"
+        assert all(torch.equal(losses[kept], full[kept]) for kept in weights if kept != name)
+        expected = full["loss"] - {"ce_loss": 0.2, "kl_loss": 0.8, "hidden_loss": 3.0}[name] * full[name]
+        torch.testing.assert_close(losses["loss"], expected)
+    monkeypatch.setattr(teacher, "forward", None)
+    teacher_calls = calls(teacher.get_decoder())
+    assert list(kd(student, teacher, batch, **layers, kl_weight=0.0, hidden_weight=0.0)) == ["loss", "ce_loss"]
+    assert list(pl_kl(student, teacher, batch, kl_weight=0.0)) == ["loss", "ce_loss"] and not teacher_calls
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_teacher_dropout_is_drawn_from_the_seed_and_switched_off_again(frozen):
+    teacher, batch = tiny_bart(dropout=0.5).requires_grad_(not frozen), tiny_batch()
+    student, _, _ = init_student(teacher, 2, 1)
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses = ALL_KD(student, teacher, batch, teacher_dropout=True)
+        values.append([losses["kl_loss"].item(), losses["hidden_loss"].item()])
+        assert not any(module.training for module in teacher.modules())
+    assert values[0] == values[1] != values[2]
+    first, second = (ALL_KD(student, teacher, batch, decoder_layer_ids=[], kl_weight=0.0, teacher_dropout=True)
+                     for _ in range(2))  # fmt: skip
+    assert first["hidden_loss"] != second["hidden_loss"]  # in the encoder as well, frozen or not
+    student.requires_grad_(True)
+    gradients(student, losses["loss"])
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_a_teacher_is_back_in_eval_mode_after_an_error():
+    teacher = tiny_bart()
+    with pytest.raises(ZeroDivisionError), objectives.teacher_mode(teacher, dropout=True):
+        assert teacher.training
+        raise ZeroDivisionError
+    assert not teacher.training
+
+
+@each_family
+def test_samples_follow_the_students_distribution_and_end_at_the_end_token(family):
+    """One-token samples of one row, against its probabilities; decoding settings of the model bend nothing."""
+    student, batch = FAMILIES[family](2, 2).train(), tiny_batch()
+    student.generation_config.bad_words_ids = None
+    rows = {name: batch[name][:1].expand(2000, -1) for name in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    drawn = draw_samples(student, rows, 1)
+    assert drawn["labels"].shape == (2000, 1) and student.training and student.generation_config.num_beams == 3
+    with torch.no_grad():
+        row = {name: values[:1] for name, values in drawn.items() if name != "labels"}
+        probs = student.eval()(**row).logits[0, 0].softmax(-1)
+    shares = torch.bincount(drawn["labels"][:, 0], minlength=len(probs)) / 2000
+    assert (shares - probs).abs().sum() / 2 < (probs / 2000).sqrt().sum()  # twice what chance alone would give
+
+    with torch.no_grad():  # make the end likely
+        student.get_output_embeddings().weight[EOS] = 0.0
+    rows = {name: values[:300] for name, values in rows.items()}
+    drawn = draw_samples(student, rows, 6)
+    labels = drawn["labels"]
+    ends = (labels == EOS).sum(1)
+    assert labels.shape[1] <= 6 and set(ends.tolist()) == {0, 1}
+    start = student.config.decoder_start_token_id
+    inputs = torch.cat([torch.full((300, 1), start), labels[:, :-1].masked_fill(labels[:, :-1] == -100, PAD)], dim=1)
+    assert torch.equal(drawn["decoder_input_ids"], inputs)
+    for row in labels.tolist():
+        length = row.index(EOS) + 1 if EOS in row else len(row)
+        assert -100 not in row[:length] and set(row[length:]) <= {-100}
+
+
+@each_family
+def test_on_policy_is_the_divergence_on_samples_and_pl_kl_on_the_rest(family):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch(source_lengths=(9, 5, 7, 6), target_lengths=(4, 6, 3, 5))
+    student, _, _ = init_student(teacher, 2, 1)
+    torch.manual_seed(3)
+    losses = OWN(student, teacher, batch, share=0.5, divergence="reverse_kl")
+    torch.manual_seed(3)
+    again = OWN(student, teacher, batch, share=0.5, divergence="reverse_kl")
+    assert all(torch.equal(value, again[name]) for name, value in losses.items())
+    torch.manual_seed(3)
+    own = draw_samples(student, {name: batch[name][[0, 2]] for name in ("input_ids", "attention_mask")}, 5)
+    drawn = pl_kl(student, teacher, own, divergence="reverse_kl")["kl_loss"]
+    given = pl_kl(student, teacher, {k: v[[1, 3]] for k, v in batch.items()}, divergence="reverse_kl")
+    assert list(losses) == ["loss", "own_kl_loss", "ce_loss", "kl_loss"]
+    torch.testing.assert_close(losses["own_kl_loss"], drawn)
+    torch.testing.assert_close(losses["ce_loss"], given["ce_loss"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["loss"], 0.5 * given["loss"] + 0.5 * drawn, rtol=1e-4, atol=1e-5)
+    assert list(OWN(student, teacher, batch, share=1.0)) == ["loss", "own_kl_loss"]
+
+
+def test_samples_without_tokens_count_for_nothing(monkeypatch):
+    teacher, batch = tiny_bart(), tiny_batch()
+    student, _, _ = init_student(teacher, 2, 1)
+    monkeypatch.setattr(objectives, "draw_samples", lambda *a: a[1] | {"labels": torch.full((3, 2), -100)})
+    losses = OWN(student, teacher, batch, share=1.0)
+    losses["loss"].backward()
+    assert losses["loss"].item() == 0.0
+
+
+def test_sampling_leaves_modes_settings_and_gradients_of_the_training_pass_alone():
+    teacher, batch = tiny_bart(), tiny_batch()
+    student, _, _ = init_student(teacher, 3, 1)
+    freeze(student)
+    student.train()
+    student.get_encoder().eval()
+    modes = [module.training for module in student.modules()]
+    settings = student.generation_config
+    with torch.autocast("cpu", torch.bfloat16):  # whose cache of weights must not keep those cast for sampling
+        losses = OWN(student, teacher, batch, shared_encoder=True)
+    gradients(student, losses["loss"])
+    assert [module.training for module in student.modules()] == modes and student.generation_config is settings
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
+    assert trained and all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in trained)
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+@each_family
+def test_kd_cached_of_every_id_is_kd_without_hidden_states(family):
+    teacher, batch = FAMILIES[family](2, 2), tiny_batch(padding=1)
+    student, _, _ = init_student(teacher, 2, 1)
+    with torch.no_grad():
+        probs, ids = (teacher(**batch).logits / 2).softmax(-1).topk(96)
+    online = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0)
+    expected = gradients(student, online["loss"])
+    batch |= {"target_ids": ids, "target_probs": probs, "target_temperature": 2.0}
+    cached = kd_cached(student, None, batch)
+    torch.testing.assert_close(cached, online, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients(student, cached["loss"]).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    assert list(kd_cached(student, None, batch, ce_weight=0.0)) == ["loss", "kl_loss"]
+
+
+def test_unknown_options_are_refused_before_any_pass():
+    for options, message in (
+        ({"divergence": "kl"}, "divergence 'kl' is unknown: use forward_kl, reverse_kl, jsd, tvd"),
+        ({"jsd_beta": 1.5}, "jsd_beta 1.5 is not between 0 and 1"),
+        ({"match": "middle"}, "match 'middle' is unknown: use outputs, inputs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ALL_KD(None, None, tiny_batch(), **options)
+    with pytest.raises(InputError, match="every weight of the objective is 0: make that of ce_loss or kl_loss"):
+        pl_kl(tiny_bart(), None, tiny_batch(), ce_weight=0.0, kl_weight=0.0)
+    for share in (0.0, 1.5):
+        with pytest.raises(InputError, match=f"share {share} of own samples"):
+            OWN(None, None, tiny_batch(), share=share)
 
 
 @each_family

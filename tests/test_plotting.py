@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import IPython.display
@@ -195,16 +196,6 @@ def test_lengths_state_the_share_left_whole():
     assert max(ax.lines[0].get_xdata()) == 100
 
 
-def test_abstractiveness_turns_shares_into_per_cent():
-    ax = plotting.plot_abstractiveness(
-        {"reference": {"novel_1gram": 0.5, "novel_2gram": 0.8}, "kd 6-3": {"novel_1gram": 0.25}}
-    )
-    assert [bar.get_height() for bar in ax.patches][:3] == [50.0, 80.0, 25.0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1-grams", "2-grams"]
-    with pytest.raises(ValueError, match="text_diagnostics"):
-        plotting.plot_abstractiveness({"kd": {"words": 1}})
-
-
 def test_widgets_are_labelled_and_work(monkeypatch, shown):
     made = []
     monkeypatch.setattr(explore, "interact", lambda function, **controls: made.append((function, controls)))
@@ -233,11 +224,101 @@ def test_intervals_stand_in_groups_with_the_teacher_as_band():
     assert bands == [[24.0, 26.0], [11.5, 13.5]]
 
 
-def test_beams_are_joined_in_their_order():
+def decoding_rows(name: str, method: str, *points) -> list[dict]:
+    return [
+        {"name": name, "method": method, "setting": text, "latency_ms": ms, "rouge2": y, "rouge2_low": y - 1,
+         "rouge2_high": y + 1}
+        for text, ms, y in points
+    ]  # fmt: skip
+
+
+def test_decoding_settings_are_joined_by_time_one_line_a_model():
+    rows = decoding_rows("teacher", "teacher", ("4 beams", 80.0, 9.5), ("1 beam", 30.0, 9.0))
+    rows += decoding_rows("SFT 6-3", "sft", ("1 beam", 20.0, 8.0))
+    ax = plotting.plot_decoding(rows)
+    lines = [line for line in ax.lines if line.get_marker() in plotting.MARKERS]
+    assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
+    assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["teacher", "SFT 6-3"]
+
+
+def test_differences_without_zero_are_filled():
     rows = [
-        {"num_beams": beams, "latency_ms": ms, "rouge2": score, "rouge2_low": score - 1, "rouge2_high": score + 1}
-        for beams, ms, score in ((4, 80.0, 9.5), (1, 30.0, 9.0))
+        {"name": name, "difference": mid, "low": mid - 1, "high": mid + 1}
+        for name, mid in (("kd hidden_weight=0 versus kd", -2.0), ("pl_gold versus pl", 0.5))
     ]
-    ax = plotting.plot_beams(rows)
-    assert list(ax.lines[0].get_xdata()) == [30.0, 80.0]
-    assert [text.get_text() for text in ax.texts] == ["1 beam", "4 beams"]
+    ax = plotting.plot_differences(rows)
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
+    assert [point.get_color() for point in points] == [plotting.method_color("kd"), plotting.method_color("pl_gold")]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["kd hidden_weight=0\nversus kd", "pl_gold\nversus pl"] and ax.get_ylim() == (1.5, -0.5)
+
+
+def test_thresholds_say_what_they_remove():
+    values = [0.0, 5.0, 10.0, 20.0]
+    table = pd.DataFrame({"measure": "reference_rouge2", "value": values, "low": 10.0, "high": math.inf})
+    table["removed"] = table["value"] < 10
+    figure = plotting.plot_thresholds(table)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == "50 % removed" and ax.get_xlabel() == "reference ROUGE-2"
+    assert [line.get_xdata()[0] for line in ax.lines] == [10.0]
+    assert sum(patch.get_height() for patch in ax.patches) == len(values)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_maps_fill_the_kept_cells_and_number_them():
+    maps = {"published": [0, 2, 5], "last": [3, 4, 5], "1 · last": [5]}
+    ax = plotting.plot_maps(maps, 6)
+    filled = [patch for patch in ax.patches if patch.get_facecolor() == matplotlib.colors.to_rgba("#0072b2")]
+    assert len(ax.patches) == 18 and len(filled) == 7
+    assert [text.get_text() for text in ax.texts] == ["0", "1", "2", "0", "1", "2", "0"]
+    assert [round(text.get_position()[0]) for text in ax.texts] == [0, 2, 5, 3, 4, 5, 5]
+    gaps = [b - a for a, b in itertools.pairwise(ax.get_yticks())]
+    assert gaps[1] > gaps[0]  # another size stands apart
+
+
+def test_layers_have_one_panel_a_stack_and_lines_only_with_intervals():
+    rows = [
+        {"stack": stack, "layer": i, "v": i, "w": i, "w_low": i - 1, "w_high": i + 2}
+        for stack, depth in (("encoder", 3), ("decoder", 2))
+        for i in range(depth)
+    ]
+    for key, containers in (("v", 1), ("w", 2)):
+        encoder, decoder = plotting.plot_layers(rows, key, "change").axes
+        assert [encoder.get_title(loc="left"), decoder.get_title(loc="left")] == ["encoder", "decoder"]
+        assert [patch.get_height() for patch in encoder.patches] == [0, 1, 2] and len(decoder.patches) == 2
+        assert len(encoder.containers) == containers
+
+
+def test_heatmaps_carry_numbers_until_there_are_too_many():
+    small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1]).rename_axis(index="encoder", columns="decoder")
+    big = pd.DataFrame([[0.5] * 13] * 13)
+    one, other = plotting.plot_heatmaps({"ROUGE-2": small, "big": big}, {"ROUGE-2": 1, "big": 2}, (0, 1)).axes
+    assert [text.get_text() for text in one.texts] == ["1.0", "0.2"] and not other.texts
+    assert (one.get_ylabel(), one.get_xlabel()) == ("encoder", "decoder")
+
+
+def test_pareto_front_holds_what_nothing_beats_in_both():
+    rows = [
+        {"n": n, "t": t, "rouge2": r} for n, t, r in [("a", 3, 9), ("b", 2, 7), ("c", 2, 8), ("d", 1, 2), ("e", 4, 9)]
+    ]
+    rows += [{"n": "rule", "rouge2": 20.0}, {"n": "odd", "t": float("nan"), "rouge2": 1.0}]
+    assert [row["n"] for row in plotting.pareto_front(rows, "t")] == ["d", "c", "a"]
+    drawn = [
+        {**row, "ms_per_token": row["t"], "method": "sft", "student": row["n"], "label": row["n"]} for row in rows[:5]
+    ]
+    ax = plotting.plot_quality_speed(drawn, front=True)
+    (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [2, 8, 9]
+    assert {text.get_text() for text in ax.texts} == set("abcde")
+
+
+def test_agreement_names_every_point():
+    rows = [
+        {"name": n, "x": x, "y": y, "y_low": y - 1, "y_high": y + 1} for n, x, y in [("first", 2, 5), ("last", 1, 7)]
+    ]
+    ax = plotting.plot_agreement(rows, "x", "y", "loss", "ROUGE-2")
+    assert {text.get_text() for text in ax.texts} == {"first", "last"} and ax.get_xlabel() == "loss"

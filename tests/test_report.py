@@ -123,7 +123,7 @@ def test_nothing_is_loaded_or_run(page, html):
 def test_every_picture_has_an_alternative_text(page, made):
     pictures = page.select("main img, main svg")
     texts = [picture.get("alt") or picture.get("aria-label") for picture in pictures]
-    assert len(texts) == 3 and all(texts) and pages.NO_ALT not in texts
+    assert len(texts) == 3 and all(texts)
     assert texts[0] == "The student is twice as fast & <nearly> as good."
     assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is told
 
@@ -167,7 +167,7 @@ def test_folders_of_this_machine_are_taken_out(html, made):
     text = html + (made[0] / "small" / "03_kd_pl_sft.json").read_text() + (made[0] / "index.html").read_text()
     for folder in (Path.home(), REPOSITORY, Path(sys.prefix), made[0].parent):
         assert str(folder) not in text, folder
-    assert "home ~/data repository distill_utils/x.py .venv" in html
+    assert "home ~/data repository ./distill_utils/x.py .venv" in html
     assert "here notebooks run runs/reports-03_kd_pl_sft-small-" in html
     assert "ipykernel_" not in html and "look at the path of this warning" in html
 
@@ -195,10 +195,6 @@ def test_footer_tells_how_the_page_was_made(page):
     )
     assert facts["commit"] == "abc123" and facts["packages"] == "torch 2.13.0" and facts["processor"] == "a processor"
     assert facts["date"].endswith("UTC") and facts["duration"]
-    table = {row.th.get_text(): [cell.get_text() for cell in row.find_all("td")] for row in footer.select("tbody tr")}
-    assert table["num_train"] == ["5", "100", "documents, 0 = all"]
-    assert table["seed"] == ["0", "0", "data order"]
-    assert [row.th.get_text() for row in footer.select("tr.changed")] == ["learning_rate", "num_train"]
 
 
 def test_links_between_notebooks_lead_to_pages(page):
@@ -265,19 +261,11 @@ def reports(tmp_path):
     entry(tmp_path, "01_setup", title="1. Teacher", rows=[row("teacher", rouge2=10.0)], wall_seconds=61.0)
     rows = [row("lead", rouge2=4.0), row("kd", "6-3", rouge2=9.126, latency_ms=None, layers=[0, 5], **scores)]
     headline = "Take **6-3**; it costs $5 to $6 <b>x</b>"
-    entry(
-        tmp_path,
-        "03_kd",
-        title="3. KD | PL",
-        question="Which $x$?",
-        headline=headline,
-        rows=rows,
-        seconds={"data": 2.0},
-    )
+    texts = {"title": "3. KD | PL", "question": "Which $x$?", "headline": headline}
+    entry(tmp_path, "03_kd", **texts, rows=rows, seconds={"data": 2.0})
     seeds = [row("kd", "6-3", seed, rouge2=value, **scores) for seed, value in ((0, 9.0), (1, 10.0), (2, 11.0))]
-    entry(
-        tmp_path, "full/03_kd", title="3. KD", profile="full", changed={"num_train": 0}, rows=seeds, wall_seconds=4000.0
-    )
+    further = {"title": "3. KD", "profile": "full", "changed": {"num_train": 0}, "rows": seeds, "wall_seconds": 4000.0}
+    entry(tmp_path, "full/03_kd", **further, means=[row("kd", "6-3", rouge2=10.0, seeds=3, **scores)])
     (tmp_path / "stale.json").write_text("{}")  # its page is gone
     return tmp_path
 
@@ -312,7 +300,7 @@ def test_csv(reports):
 
 def test_readme_table(reports):
     text = pages.readme_table(reports)
-    assert "**[3. KD \\| PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
+    assert "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
     assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
     assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" in text
     assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
@@ -323,15 +311,15 @@ def test_readme_table(reports):
 
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     readme = tmp_path / "README.md"
-    assert not pages.update_readme(readme, reports)
+    pages.update_readme(readme, reports)
+    assert not readme.exists()
     readme.write_text(f"before\n{pages.RESULTS_START}\nold\n{pages.RESULTS_END}\nafter\n")
-    assert pages.update_readme(readme, reports)
+    pages.update_readme(readme, reports)
     text = readme.read_text()
-    assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD") and text.endswith(
-        "<!-- results:end -->\nafter\n"
-    )
-    assert "old" not in text
-    assert pages.update_readme(readme, reports) and readme.read_text() == text
+    assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD")
+    assert text.endswith("<!-- results:end -->\nafter\n") and "old" not in text
+    pages.update_readme(readme, reports)
+    assert readme.read_text() == text
 
 
 def test_not_a_number_becomes_null_beside_the_page(made):

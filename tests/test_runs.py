@@ -12,6 +12,10 @@ from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
 from distill_utils import comparison, runs, students
 from distill_utils.artifacts import InputError, read_json
+from distill_utils.forecast import forecast
+from distill_utils.generation import summarize
+from distill_utils.label_filters import measure_labels
+from distill_utils.pseudo_labels import cross_fit_halves
 from distill_utils.training import Training, read_history
 
 TRAINING = Training(max_steps=4, batch_size=4, learning_rate=1e-3, log_every=2, seed=0)
@@ -47,7 +51,7 @@ def test_every_method_from_description_to_row(place, capsys):
     before = {name: weight.clone() for name, weight in teacher.named_parameters()}
     plan = runs.grid(base, list(runs.METHODS), ["3-1"], [0, 1])
     runs.check_runs(plan, teacher)
-    forecast = runs.forecast(plan, teacher, tokenizer, train)
+    predicted = forecast(plan, teacher, tokenizer, train)
     trained = {run.name: runs.train_student(run, teacher, tokenizer, train, validation) for run in plan}
     options = {"max_source_length": base.max_source_length, "num_speed": 2}
     teacher_test = runs.evaluate_model("teacher", teacher, tokenizer, "weights", test, **options)
@@ -64,11 +68,12 @@ def test_every_method_from_description_to_row(place, capsys):
 
     assert [(row["method"], row.get("seed")) for row in rows[2:]] == [(m, s) for m in runs.METHODS for s in (0, 1)]
     assert {row["label_seconds"] for row in rows if row.get("method") in ("sft", "kd")} == {0.0}
-    assert len(means) == 6 and [row["name"] for row in versus] == ["KD 3-1", "PL 3-1", "PL+KL 3-1"]
+    assert len(means) == 2 + len(runs.METHODS)
+    assert [row["name"] for row in versus][:3] == ["KD 3-1", "PL 3-1", "PL+KL 3-1"]
     sft = [row for row in rows if row["method"] == "sft"]
     mean = next(row for row in means if row["method"] == "sft")
     assert mean["rouge1"] == pytest.approx((sft[0]["rouge1"] + sft[1]["rouge1"]) / 2, abs=1e-3)
-    assert len(comparison.cost_table(plan, trained, 1.5, forecast)) == len(plan)
+    assert len(comparison.cost_table(plan, trained, 1.5, predicted)) == len(plan)
     text = comparison.headline(means, versus, len(test), 2, 4)
     assert "Smoke run" in text and comparison.best_students(means, plan)[0] in {run.name for run in plan}
     assert len(comparison.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
@@ -161,3 +166,71 @@ def test_training_artifact_keeps_its_description(place):
     config = read_json(folder / "config.json")
     assert config["method"] == "sft" and config["training"]["max_steps"] == 4 and "data" in config
     assert base.teacher not in str(config)  # a path of this machine would make the name of the run depend on it
+
+
+@pytest.fixture
+def based(place, tmp_path):
+    """The place, with a base model of the teacher's tokenizer that teachers of halves start from."""
+    base, teacher, tokenizer = place
+    students.save_model(tiny_bart(seed=9), tokenizer, tmp_path / "base")
+    base = replace(base, method="pl", cross_fit_base=str(tmp_path / "base"), cross_fit_steps=2)
+    return base, teacher, tokenizer
+
+
+def test_cross_fitted_labels_come_from_the_teacher_of_the_other_half(based):
+    base, teacher, tokenizer = based
+    train = planted(24, 1)
+    texts = {}
+    for kind in ("other", "own"):
+        rows = runs.training_rows(replace(base, cross_fit=kind), teacher, tokenizer, train)
+        texts[kind] = dict(zip(rows["id"], rows["summary"], strict=True))
+        assert set(rows["reference"]) <= set(train["summary"])
+    halves = cross_fit_halves(train)
+    tuned = [students.load_model(runs.half_teacher(base, tokenizer, half) / "teacher")[0] for half in halves]
+    options = {"max_source_length": base.max_source_length, **base.label_settings}
+    for kind, models in (("own", tuned), ("other", tuned[::-1])):
+        for half, model in zip(halves, models, strict=True):
+            written = dict(zip(half["id"], summarize(model, tokenizer, list(half["document"]), **options), strict=True))
+            same = [written[i] == text for i, text in texts[kind].items() if i in written]
+            assert same and sum(same) >= 0.9 * len(same)  # two engines, ties aside
+
+
+def test_training_rows_of_each_way_to_label(based):
+    base, teacher, tokenizer = based
+    train = planted(16, 1)
+    assert runs.training_rows(replace(base, method="sft"), teacher, tokenizer, train) is train
+    labels = runs.training_rows(base, teacher, tokenizer, train)
+    gold = runs.training_rows(replace(base, method="pl_gold"), teacher, tokenizer, train)
+    assert len(gold) == len(labels) + len(train) and list(gold["summary"])[-len(train) :] == list(train["summary"])
+    two = runs.training_rows(replace(base, label_teachers=[base.cross_fit_base]), teacher, tokenizer, train)
+    assert len(labels) < len(two) <= 2 * len(train)
+    sampled = {"num_candidates": 3, "temperature": 1.0, "max_new_tokens": 6}
+    several = runs.training_rows(replace(base, label_settings=sampled), teacher, tokenizer, train)
+    assert max(id_.rpartition("#")[2] for id_ in several["id"]) == "2"
+    rates = sorted(measure_labels(labels)["copy_rate"])
+    middle = rates[len(rates) // 2]
+    run = replace(base, label_filters={"copy_rate": middle})
+    filtered = runs.training_rows(run, teacher, tokenizer, train)
+    assert len(filtered) == sum(rate <= middle for rate in rates) < len(labels)
+
+
+def test_a_second_teacher_of_another_tokenizer_is_refused(based, tmp_path):
+    base, teacher, tokenizer = based
+    other = tiny_tokenizer()
+    other.add_tokens(["unheard"])
+    model = tiny_bart()
+    model.resize_token_embeddings(len(other))
+    students.save_model(model, other, tmp_path / "other")
+    path = str(tmp_path / "other")
+    for change in ({"label_teachers": [path]}, {"cross_fit": "own", "cross_fit_base": path}):
+        with pytest.raises(InputError, match="another tokenizer"):
+            runs.training_rows(replace(base, **change), teacher, tokenizer, planted(16, 1))
+
+
+def test_targets_of_another_teacher_are_not_reused(place):
+    base, teacher, tokenizer = place
+    train = planted(8, 1)
+    first = runs.cache_targets(base, teacher, tokenizer, train)
+    assert runs.cache_targets(base, teacher, tokenizer, train) == first
+    others = [replace(base, top_k=3), replace(base, target_samples=5), replace(base, max_source_length=20)]
+    assert len({runs.cache_targets(run, teacher, tokenizer, train) for run in [base, *others]}) == 4

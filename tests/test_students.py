@@ -33,6 +33,7 @@ from distill_utils.students import (
     init_student,
     layer_map,
     load_model,
+    maps,
     project,
     save_model,
     supervision_map,
@@ -74,6 +75,15 @@ def test_layer_map_values(teacher, student, expected):
     assert layer_map(teacher, student) == expected
 
 
+def test_named_maps():
+    assert maps(6, 3) == {"published": [0, 2, 5], "spaced": [0, 3, 5], "first": [0, 1, 2], "last": [3, 4, 5]}
+    assert maps(24, 1) == {"spaced": [0], "first": [0], "last": [23]}
+    assert set(map(tuple, maps(4, 4).values())) == {(0, 1, 2, 3)}
+    for teacher in (5, 6, 12, 16):
+        for student in range(1, teacher + 1):
+            assert all(len(set(ids)) == student and ids == sorted(ids) for ids in maps(teacher, student).values())
+
+
 def test_computed_maps_keep_first_and_last_and_are_even():
     for teacher in range(1, 33):
         for student in range(1, teacher + 1):
@@ -96,7 +106,7 @@ def test_supervision_map_values():
 
 @pytest.mark.parametrize("layers", [0, -1, 13, 2.0, True, "3"])
 def test_impossible_depths_are_refused(layers):
-    for function in (layer_map, supervision_map):
+    for function in (layer_map, supervision_map, maps):
         with pytest.raises(InputError, match="give 1 to 12"):
             function(12, layers)
 
@@ -169,6 +179,23 @@ def test_teacher_is_neither_changed_nor_shared(family):
     assert teacher.generation_config.to_dict() == before.generation_config.to_dict()
     is_trainable = {name: weight.requires_grad for name, weight in before.named_parameters()}
     assert all(weight.requires_grad == is_trainable[name] for name, weight in student.named_parameters())
+
+
+@each_family
+@pytest.mark.parametrize(("encoder_ids", "decoder_ids"), [([0, 2], [1, 2]), ([1], [0, 2, 1])])
+def test_view_equals_the_copied_student_on_the_teachers_memory(family, encoder_ids, decoder_ids):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch()
+    shape = (len(encoder_ids), len(decoder_ids), encoder_ids, decoder_ids)
+    view, student = (init_student(teacher, *shape, share_weights=share)[0] for share in (True, False))
+    assert torch.equal(logits(view, batch), logits(student, batch))
+    pointers = {weight.data_ptr() for weight in teacher.state_dict().values()}
+    assert all(weight.data_ptr() in pointers for weight in view.parameters())
+    assert not any(weight.requires_grad for weight in view.parameters())
+    assert {n: w.requires_grad for n, w in teacher.named_parameters()} == {
+        n: w.requires_grad for n, w in FAMILIES[family](3, 3).named_parameters()
+    }
+    del batch["labels"]
+    assert torch.equal(view.generate(**batch), student.generate(**batch))
 
 
 @each_family

@@ -1,0 +1,98 @@
+"""What students will cost, from a timed batch of each, before anything is trained.
+
+Not here: what they did cost (comparison.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from distill_utils import data, runs, students
+from distill_utils.artifacts import autocast_dtype, device
+from distill_utils.targets import with_targets, write_targets
+from distill_utils.training import choose_attention, train_mode
+
+TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
+
+
+def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset) -> list[dict]:
+    """Predict time, memory and disk of each method, shape and variant.
+
+    Seconds come from the second of two forward and backward passes on a batch of typical length. `memory (MB)` counts
+    weights, gradients and the optimizer's two moments in float32, `activations (MB)` what the forward pass keeps for
+    the backward pass, `disk (MB)` the student and one checkpoint.
+    """
+    rows = []
+    for run in {(run.method, run.shape, run.variant): run for run in plan}.values():
+        student, cut = runs.cut_student(run, teacher)
+        student.to(device())
+        choose_attention(student, run.max_source_length)
+        train_mode(student)
+        batch = typical_batch(run, teacher, tokenizer, train)
+        objective = runs.objective_of(run.method)
+        half = autocast_dtype() if run.training.precision == "auto" else None
+        for _ in range(2):
+            began = time.perf_counter()
+            with (
+                torch.autocast(student.device.type, half, enabled=half is not None),
+                kept_for_backward(student) as kept,
+            ):
+                loss = objective(student, teacher, batch, **cut["options"])["loss"]
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds = time.perf_counter() - began
+        counts = students.count_parameters(student)
+        rows.append(
+            {
+                "student": run.name.rpartition("-s")[0],
+                "steps": run.training.max_steps,
+                "ms/step": 1000 * seconds,
+                "predicted_seconds": seconds * run.training.max_steps,
+                "memory (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
+                "activations (MB)": sum(kept.values()) / 2**20,
+                "disk (MB)": (8 * counts["total"] + 8 * counts["trainable"]) / 2**20,
+            }
+        )
+    return rows
+
+
+def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
+    """Return one training batch of the references on the device, with cached targets where the method needs them."""
+    lengths = (run.max_source_length, run.max_target_length, run.prefix)
+    sample = data.tokenize_pairs(train.select(range(min(TYPICAL, len(train)))), tokenizer, *lengths)
+    batches = data.pair_stream(sample, tokenizer.pad_token_id, run.training.batch_size, 0)
+    if run.method == "kd_cached":
+        with tempfile.TemporaryDirectory() as folder:
+            targets = Path(folder) / "targets"
+            write_targets(
+                targets, teacher, sample, settings={}, pad_token_id=tokenizer.pad_token_id, temperature=run.temperature,
+                top_k=0 if run.target_samples else run.top_k, samples=run.target_samples,
+                batch_size=run.training.batch_size,
+            )  # fmt: skip
+            (batch,) = with_targets(batches, targets)(0)
+    else:
+        (batch,) = batches(0)
+    return {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+@contextmanager
+def kept_for_backward(model) -> Iterator[dict[int, int]]:
+    """Collect {address: bytes} of the storages that a forward pass keeps for its backward pass, without the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found

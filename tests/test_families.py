@@ -1,0 +1,174 @@
+"""SFT, KD and PL for every family on tiny models, unequal vocabularies, and what Pegasus needs."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
+
+from distill_utils import data, gates, generation, losses, objectives, runs, students, training
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.training import Training, read_history
+
+
+def tiny_flan(encoder_layers=2, decoder_layers=2, seed=0, **changes):
+    """Flan-T5: T5 v1.1 whose vocabulary is larger than its tokenizer's."""
+    return tiny_t5_v1_1(encoder_layers, decoder_layers, seed, **({"vocab_size": VOCAB_SIZE + 32} | changes))
+
+
+MODELS = FAMILIES | {"flan": tiny_flan}
+TRAINING = Training(max_steps=2, batch_size=4, learning_rate=1e-2, log_every=1)
+BASE = runs.StudentRun(
+    method="sft",
+    shape="2-1",
+    teacher="unset",
+    max_source_length=16,
+    max_target_length=8,
+    training=TRAINING,
+    label_settings={"num_beams": 1, "max_new_tokens": 6, "no_repeat_ngram_size": 1},  # a random model stutters
+)
+
+
+def pairs(num: int, seed: int = 0) -> Dataset:
+    generator = random.Random(seed)
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(5, 12))) for _ in range(num)]
+    summaries = [" ".join(document.split()[:4]) for document in documents]
+    return Dataset.from_dict({"id": [f"d{i}" for i in range(num)], "document": documents, "summary": summaries})
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    students.save_model(MODELS[family](2, 2), tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    prefix = "read the text " if family.startswith(("t5", "flan")) else ""
+    base = replace(BASE, teacher=str(tmp_path / "teacher"), prefix=prefix)
+    train, validation = pairs(8), pairs(4, seed=1)
+    plan = runs.grid(base, ["sft", "kd", "pl"], ["2-1"], [0])
+    runs.check_runs(plan, teacher)
+    for run in plan:
+        folder = runs.train_student(run, teacher, tokenizer, train, validation)
+        history = read_history(folder)
+        assert len(history) == 2
+        for row in history:
+            assert all(math.isfinite(value) for value in row.values())
+        assert ("hidden_loss" in history[0]) == (run.method == "kd") and "validation_kl" in history[-1]
+
+        cut, _ = runs.cut_student(run, teacher)
+        student, own_tokenizer = students.load_model(folder / "student")
+        start, trained = cut.state_dict(), student.state_dict()
+        moved = {name for name in start if not torch.equal(start[name], trained[name])}
+        assert moved  # the decoder learned, while the frozen encoder and embeddings stayed the teacher's
+        frozen = {name for name, weight in cut.named_parameters() if not weight.requires_grad}
+        assert frozen and not moved & frozen
+        assert own_tokenizer.get_vocab() == tokenizer.get_vocab()
+    options = {"max_source_length": run.max_source_length, "prefix": prefix, "num_speed": 1, "num_beams": 1}
+    tested = runs.evaluate_model(run.name, student, own_tokenizer, folder.name, validation, **options)
+    row = read_json(tested / "results.json")
+    assert all(math.isfinite(row[name]) for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "ms_per_token"))
+    for name, weight in teacher.state_dict().items():
+        assert torch.equal(weight, before[name]), f"the teacher's {name} changed"
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_saved_student_writes_what_it_wrote_before(family, tmp_path):
+    teacher, tokenizer = MODELS[family](2, 2), tiny_tokenizer()
+    student, _, _ = students.init_student(teacher, 1, 1)
+    rows = data.tokenize_pairs(pairs(8), tokenizer, 16, 8)
+    batches = data.pair_stream(rows, tokenizer.pad_token_id, 4, seed=0)
+    options = {"encoder_layer_ids": [1], "decoder_layer_ids": [1]}  # a cut encoder, all of it trained
+
+    training.fit(student, lambda model, batch: objectives.kd(model, teacher, batch, **options), batches, TRAINING,
+                 tmp_path / "run")  # fmt: skip
+
+    documents = list(pairs(4, seed=1)["document"])
+    written = generation.summarize(student, tokenizer, documents, max_source_length=16)
+    students.save_model(student, tokenizer, tmp_path / "student")
+    again, again_tokenizer = students.load_model(tmp_path / "student")
+    assert any(written)
+    assert generation.summarize(again, again_tokenizer, documents, max_source_length=16) == written
+    assert again.generation_config.num_beams == teacher.generation_config.num_beams == 3
+
+
+# ------------------------------------------------------------------------------------------------ unequal vocabularies
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_objectives_refuse_a_teacher_of_another_vocabulary(family):
+    student, teacher = MODELS[family](1, 1, vocab_size=VOCAB_SIZE), MODELS[family](1, 1, vocab_size=VOCAB_SIZE + 1)
+    for objective in (objectives.pl_kl, lambda *args: objectives.kd(*args, encoder_layer_ids=[], decoder_layer_ids=[])):
+        with pytest.raises(ValueError, match=f"{VOCAB_SIZE} vocabulary entries and teacher {VOCAB_SIZE + 1}"):
+            objective(student, teacher, tiny_batch())
+
+
+def test_gate_refuses_unequal_vocabularies_and_too_large_tokenizers():
+    teacher, documents = tiny_pegasus(1, 1), list(pairs(2)["document"])
+    for student, tokenizer, said in (
+        (tiny_pegasus(1, 1, vocab_size=VOCAB_SIZE + 1), tiny_tokenizer(), f"student {VOCAB_SIZE + 1}, teacher"),
+        (tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), f"tokenizer {VOCAB_SIZE + 1} entries"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            gates.step0_gate(student, teacher, tokenizer, tiny_batch(), documents, documents, max_source_length=16)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_at_saving(tmp_path):
+    with pytest.raises(InputError, match="1 entries beyond the model's vocabulary of 96"):
+        students.save_model(tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), tmp_path / "model")
+
+
+# -------------------------------------------------------------------------------------------------------------- Pegasus
+
+
+def huge_pegasus(factor: float = 1e6, **changes):
+    """A Pegasus whose layers return states far beyond float16, as trained ones do: pre-norm streams are not bounded."""
+    model = tiny_pegasus(2, 2, **changes)
+    with torch.no_grad():
+        for layer in [*students.encoder_layers(model), *students.decoder_layers(model)]:
+            layer.fc2.weight *= factor
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_hidden_loss_is_finite_with_huge_states(dtype):
+    teacher, batch = huge_pegasus().to(dtype), tiny_batch()
+    student, _, _ = students.init_student(huge_pegasus(), 2, 1)
+    largest = []
+    students.decoder_layers(teacher)[1].register_forward_hook(lambda *call: largest.append(float(call[-1].abs().max())))
+    terms = objectives.kd(student, teacher, batch, encoder_layer_ids=[0, 1], decoder_layer_ids=[1])
+    assert largest[0] > torch.finfo(torch.float16).max
+    assert all(torch.isfinite(value) for value in terms.values()) and 0 < terms["hidden_loss"] <= 8
+    terms["loss"].backward()
+    gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_hidden_loss_does_not_see_the_size_of_the_states():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 5, 16, generator=generator) for _ in range(2))
+    mask = torch.ones(2, 5)
+    plain = losses.hidden_loss(ours, theirs, mask)
+    assert losses.hidden_loss(1e8 * ours, 1e8 * theirs, mask).item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_float16_is_never_used(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="precision 'float16' is unknown: use auto or float32"):
+        training.check(replace(TRAINING, precision="float16"))
+    students.save_model(tiny_pegasus(1, 1).half(), tiny_tokenizer(), tmp_path / "half")
+    model, _ = students.load_model(tmp_path / "half")
+    assert model.dtype == torch.float32  # what a checkpoint is stored in does not decide
+    batch, seen = tiny_batch() | {"ids": ["a", "b", "c"]}, set()
+    monkeypatch.setattr(training, "autocast_dtype", lambda on=None: torch.bfloat16)
+
+    def loss_fn(student, batch):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else student.dtype)
+        return objectives.sft(student, None, batch)
+
+    training.fit(model, loss_fn, lambda step: [batch], replace(TRAINING, batch_size=3), tmp_path / "run")
+    assert seen == {torch.bfloat16} and model.dtype == torch.float32  # weights stay float32

@@ -1,0 +1,255 @@
+"""Evidence on layers against naive rebuilds and float64 formulas, and a search that must find what was planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import FAMILIES, PAD, tiny_bart, tiny_batch, tiny_tokenizer
+
+from distill_utils import layer_selection as selection
+from distill_utils.artifacts import InputError
+from distill_utils.students import decoder_layers, encoder_layers, init_student
+from distill_utils.training import Training
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+BATCHES = [tiny_batch(), tiny_batch(source_lengths=(4, 8), target_lengths=(5, 2), seed=1, padding=2)]
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Compare in float32, whatever this machine would calculate in."""
+    monkeypatch.setattr(selection, "autocast_dtype", lambda on: None)
+
+
+def naive_loss(model) -> float:
+    """Cross-entropy over all reference tokens by the model's own forward pass."""
+    counts = [int((batch["labels"] != -100).sum()) for batch in BATCHES]
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in BATCHES]
+    return float(np.average(losses, weights=counts))
+
+
+def make_useless(layer) -> None:
+    """Let a layer return its input: in a pre-norm layer all branches end in an output projection."""
+    with torch.no_grad():
+        for name, weight in layer.named_parameters():
+            if "out_proj" in name or name.startswith("fc2"):
+                weight.zero_()
+
+
+@each_family
+def test_leave_one_out_equals_rebuilt_students(family):
+    teacher = FAMILIES[family](3, 3)
+    assert selection.calibration_loss(teacher, BATCHES) == pytest.approx(naive_loss(teacher), rel=1e-5)
+    encoded = selection.encode_all(teacher, BATCHES)
+    found = {
+        "encoder": selection.leave_one_out(teacher, "encoder", lambda m: selection.calibration_loss(m, BATCHES)),
+        "decoder": selection.leave_one_out(
+            teacher, "decoder", lambda m: selection.calibration_loss(m, BATCHES, encoded)
+        ),
+    }
+    for out, kept in enumerate(([1, 2], [0, 2], [0, 1])):
+        rebuilt, *_ = init_student(teacher, 2, 3, kept, None)
+        assert found["encoder"][out] == pytest.approx(naive_loss(rebuilt), rel=1e-5)
+        rebuilt, *_ = init_student(teacher, 3, 2, None, kept)
+        assert found["decoder"][out] == pytest.approx(naive_loss(rebuilt), rel=1e-5)
+
+
+def test_cost_counts_layers_once_and_reuses_the_encoder():
+    teacher = tiny_bart(2, 4)
+    with selection.measured(teacher) as cost:
+        encoded = selection.encode_all(teacher, BATCHES)
+    assert cost["passes"] == round(2 * len(BATCHES) / 6, 1) and cost["seconds"] >= 0
+    with selection.measured(teacher) as cost:  # four students of three decoder layers
+        selection.leave_one_out(teacher, "decoder", lambda m: selection.calibration_loss(m, BATCHES, encoded))
+    assert cost["passes"] == round(4 * 3 * len(BATCHES) / 6, 1)
+
+
+def test_rouge_of_a_view_is_one_value_a_document():
+    documents = ["read the file name", "write a list of values to the path"]
+    options = {"max_source_length": 16, "max_new_tokens": 6}
+    found = selection.leave_one_out(
+        tiny_bart(2, 2),
+        "decoder",
+        lambda m: selection.greedy_rouge2(m, tiny_tokenizer(), documents, documents, **options),
+    )
+    assert len(found) == 2 and all(values.shape == (2,) for values in found)
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("stack", selection.STACKS)
+def test_search_leaves_planted_layers_out(stack):
+    teacher = FAMILIES["pegasus"](5, 5)
+    layers = encoder_layers(teacher) if stack == "encoder" else decoder_layers(teacher)
+    for i in (1, 3):
+        make_useless(layers[i])
+    score = lambda m: abs(selection.calibration_loss(m, BATCHES) - naive_loss(teacher))  # noqa: E731
+    found = selection.search_layers(teacher, stack, 3, score, max_evaluations=50)
+    assert found["layer_ids"] == [0, 2, 4] and found["complete"] and found["evaluations"] == 5 + 4
+    assert found["score"] == pytest.approx(0.0, abs=1e-5)
+    assert {step["left_out"] for step in found["steps"]} == {1, 3}
+
+
+@pytest.mark.parametrize("budget", [1, 3, 6, 7, 30])
+def test_search_respects_its_budget_and_still_answers(budget):
+    teacher, asked = tiny_bart(1, 6), []
+
+    def score(model) -> float:
+        ids = model.config.student_init["decoder_layer_ids"]
+        asked.append(ids)
+        return float(-sum(ids))  # the lowest score keeps the last layers
+
+    found = selection.search_layers(teacher, "decoder", 2, score, budget)
+    assert len(asked) == found["evaluations"] <= budget
+    assert len(found["layer_ids"]) == 2 and len(found["steps"]) == 4
+    assert found["complete"] == (budget >= 6 + 5 + 4 + 3)
+    if budget >= 6:  # one whole round is enough to rank the layers here
+        assert found["layer_ids"] == [4, 5]
+    assert (found["score"] is None) == (budget < 18 and len(found["steps"]) > 1 and found["steps"][-1]["score"] is None)
+
+
+def test_searching_all_layers_costs_nothing():
+    found = selection.search_layers(tiny_bart(1, 2), "decoder", 2, lambda model: 0.0, 1)
+    assert found["layer_ids"] == [0, 1] and found["evaluations"] == 0 and found["score"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "message"), [(2, 0, "budget 0"), (2, -1, "budget -1"), (0, 9, "is 0"), (4, 9, "is 4")]
+)
+def test_impossible_searches_are_refused_in_one_line(size, budget, message):
+    with pytest.raises(InputError, match=message) as error:
+        selection.search_layers(tiny_bart(1, 3), "decoder", size, lambda model: 0.0, budget)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, 4])
+def test_calibration_needs_a_full_batch(batch_size):
+    rows = Dataset.from_dict({"id": ["a"] * 3, "input_ids": [[5, 2], [5, 6, 2], [7, 2]], "labels": [[5, 2]] * 3})
+    with pytest.raises(InputError, match=f"3 calibration documents for batches of {batch_size}"):
+        selection.calibration_batches(rows, PAD, batch_size, torch.device("cpu"))
+    assert len(selection.calibration_batches(rows, PAD, 2, torch.device("cpu"))) == 2
+
+
+# -------------------------------------------------------------------------------------------------- what layers compute
+
+
+@each_family
+def test_states_are_the_hidden_states_of_the_forward_pass(family):
+    teacher = FAMILIES[family](3, 2)
+    states = selection.layer_states(teacher, BATCHES)
+    assert {stack: len(found) for stack, found in states.items()} == {"encoder": 4, "decoder": 3}
+    with torch.no_grad():
+        outputs = [teacher(**batch, output_hidden_states=True) for batch in BATCHES]
+    for stack in selection.STACKS:
+        masks = [b["attention_mask"] == 1 if stack == "encoder" else b["labels"] != -100 for b in BATCHES]
+        for i, state in enumerate(states[stack][:-1]):  # the library's last entry may be after a norm
+            expected = [o[f"{stack}_hidden_states"][i][m] for o, m in zip(outputs, masks, strict=True)]
+            assert torch.allclose(state, torch.cat(expected), atol=1e-5)
+    assert len(selection.layer_states(teacher, BATCHES, max_tokens=6)["encoder"][0]) == 6
+    assert not encoder_layers(teacher)[0]._forward_pre_hooks
+
+
+def test_similarity_of_a_layer_that_does_nothing_is_one():
+    teacher = FAMILIES["pegasus"](3, 3)
+    make_useless(encoder_layers(teacher)[1])
+    similarity = selection.input_output_similarity(selection.layer_states(teacher, BATCHES)["encoder"])
+    assert similarity[1] == pytest.approx(1.0, abs=1e-6) and max(similarity[0], similarity[2]) < 0.99
+
+
+def naive_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Debiased CKA from whole kernels in float64, as Song et al. write the unbiased HSIC."""
+
+    def hsic(k, m):
+        k, m, n = k - np.diag(np.diag(k)), m - np.diag(np.diag(m)), len(k)
+        ones = np.ones(n)
+        total = np.trace(k @ m) + (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+        return (total - 2 / (n - 2) * (ones @ k @ m @ ones)) / (n * (n - 3))
+
+    k, m = x @ x.T, y @ y.T
+    return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+
+
+def test_cka_equals_its_definition_and_keeps_its_invariances():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 6)) + 3.0
+    y = x @ generator.normal(size=(6, 9)) + generator.normal(size=(40, 9))
+    found = selection.cka([torch.tensor(x), torch.tensor(y)])
+    assert found[0, 1] == found[1, 0] == pytest.approx(naive_cka(x, y), rel=1e-9)
+    assert np.allclose(np.diag(found), 1.0)
+    rotation = np.linalg.qr(generator.normal(size=(6, 6)))[0]
+    turned = selection.cka([torch.tensor(x @ rotation * 7.0 - 5.0), torch.tensor(y)])
+    assert turned[0, 1] == pytest.approx(found[0, 1], rel=1e-9)
+
+
+def test_cka_of_unrelated_states_is_small_even_when_they_are_wide():
+    generator = torch.Generator().manual_seed(0)
+    found = selection.cka([torch.randn(64, 256, generator=generator) for _ in range(2)])
+    assert abs(found[0, 1]) < 0.1  # the plain estimator says about 0.8 here
+    with pytest.raises(InputError, match="3 tokens are too few"):
+        selection.cka([torch.randn(3, 4)])
+
+
+# ---------------------------------------------------------------------------------------------------- what it is worth
+
+
+def test_rank_correlation():
+    perfect = selection.rank_correlation([1.0, 2.0, 4.0, 8.0, 9.0, 11.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    assert perfect["rho"] == perfect["low"] == perfect["high"] == pytest.approx(-1.0)
+    assert perfect["p_value"] == pytest.approx(2 / 720, rel=1e-6)  # both extremes of all orders
+    from scipy.stats import spearmanr
+
+    x, y = [3.0, 1.0, 2.0, 5.0, 4.0, 4.0], [1.0, 1.5, 0.0, 2.0, 3.0, 2.5]
+    found = selection.rank_correlation(x, y)
+    assert found["rho"] == pytest.approx(spearmanr(x, y).statistic)
+    assert found["low"] <= found["rho"] <= found["high"] and 0 < found["p_value"] <= 1
+    for few in (([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), ([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])):
+        assert selection.rank_correlation(*few)["rho"] is None
+
+
+def test_maps_are_drawn_and_joined():
+    drawn = selection.drawn_maps(6, 3, 5, seed=0)
+    assert drawn == selection.drawn_maps(6, 3, 5, seed=0) and len({tuple(ids) for ids in drawn.values()}) == 5
+    assert len(selection.drawn_maps(3, 2, 9, seed=0)) == 3
+    named = {"published": [0, 2], "spaced": [0, 2], "last": [1, 2], "drawn 1": [0, 1], "drawn 2": [1, 2]}
+    assert selection.distinct_maps(named) == {"published = spaced": [0, 2], "last": [1, 2], "drawn 1": [0, 1]}
+
+
+def test_runs_name_the_layers_of_the_stacks_that_are_cut():
+    base = selection.runs.StudentRun(
+        method="sft", shape="", teacher="x", max_source_length=8, max_target_length=8, training=Training(max_steps=1)
+    )
+    run = selection.run_of(base, tiny_bart(3, 3), [0, 1, 2], [0, 2], seed=4)
+    assert (run.shape, run.variant, run.training.seed) == ("3-2", "decoder 0 2", 4)
+    assert (run.encoder_layer_ids, run.decoder_layer_ids) == (None, [0, 2])
+    assert selection.run_of(base, tiny_bart(3, 3), [1], [0, 2], 0).variant == "encoder 1, decoder 0 2"
+    selection.runs.check_runs([run], tiny_bart(3, 3))
+    with pytest.raises(InputError, match="give 2 different ids from 0 to 1"):
+        selection.runs.check_runs([run], tiny_bart(3, 2))
+
+
+def test_headline_tells_a_win_from_noise():
+    searched, other = np.full(60, 9.0), np.full(60, 8.0)
+    win = selection.compare("searched", searched, "the published table", other)
+    same = selection.compare("searched", searched, "even spacing", searched)
+    noise = {**win, "low": -0.5, "high": 2.5}
+    known = {"maps": 8, "rho": -0.9, "low": -1.0, "high": -0.5, "p_value": 0.01}
+    take = {
+        "label": "6-3",
+        "rouge2": 8.0,
+        "rouge2_low": 7.0,
+        "rouge2_high": 9.0,
+        "ms_per_token": 2.0,
+        "latency_ms": 30.0,
+    }
+    text = selection.headline([0, 1, 5], [win, same], known, [noise], take, 0.9, 300, 1, 60)
+    assert "beats the published table (+1.00 ROUGE-2, +1.00 to +1.00) and is the same map as even spacing" in text
+    assert "cannot be told from" in text and "ranks the maps as training does" in text and "Take 6-3" in text
+    assert "Smoke" not in text
+    text = selection.headline([0, 1, 5], [win], {**known, "p_value": 0.2}, [], None, 0.9, 24, 1, 2)
+    assert "Smoke run" in text and "cannot be shown to rank" in text and "falls short of 90 %" in text
+    assert "too few" in selection.describe_correlation({**known, "rho": None}, "it")
+    assert "wrong way" in selection.describe_correlation({**known, "low": 0.2, "high": 0.9}, "it")

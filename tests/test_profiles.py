@@ -1,0 +1,123 @@
+"""Profiles fit the notebooks' parameters and the published models; the published figures agree with themselves."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
+
+from distill_utils import batch, runs, students, training
+
+PROFILES = sorted(path.stem for path in (batch.NOTEBOOKS / "profiles").glob("*.yaml"))
+XSUM, CNN = (204_045, 6), (287_113, 2)  # training pairs and published epochs
+BART, PEGASUS = (12, {"12-6", "12-3", "6-6", "9-6", "12-1"}), (16, {"16-4"})  # depth of both stacks, shapes asked for
+PUBLISHED = {  # profile: positions of the teacher, its depth and shapes, data
+    "xsum": (1024, *BART, *XSUM),
+    "cnn_dailymail": (1024, *BART, *CNN),
+    "xsum_pegasus": (512, *PEGASUS, *XSUM),
+    "cnn_dailymail_pegasus": (1024, *PEGASUS, *CNN),
+}
+COLUMNS = (
+    "dataset", "teacher", "student", "method", "rouge1", "rouge2", "rougeL", "rougeLsum", "length", "ms_per_document",
+    "speedup", "parameters_m", "source", "note",
+)  # fmt: skip
+TEXTS = ("dataset", "teacher", "student", "method", "source", "note")
+
+
+@functools.cache
+def large(layers: int, positions: int = 1024):
+    """Return BART-large (12 layers) or Pegasus-large (16) with weights that have shapes and take no memory."""
+    sizes = {"encoder_layers": layers, "decoder_layers": layers, "max_position_embeddings": positions}
+    with torch.device("meta"):
+        if layers == 12:
+            return BartForConditionalGeneration(BartConfig(vocab_size=50_264, **sizes))
+        return PegasusForConditionalGeneration(PegasusConfig(vocab_size=96_103, **sizes))
+
+
+def published_rows() -> list[dict]:
+    with open(students.ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = [name for name in COLUMNS if name not in TEXTS]
+    return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
+
+
+def values_of(profile: str, notebook: str) -> dict:
+    return batch.make_plans([notebook], profile, [])[0].values
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_names_known_parameters_of_the_right_type(profile):
+    plans = batch.make_plans([], profile, [], every=True)
+    assert plans and all(plan.changed for plan in plans if profile != batch.DEFAULT_PROFILE)
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_published_profile_can_run_on_the_real_shapes(profile):
+    positions, layers, shapes, num_train, epochs = PUBLISHED[profile]
+    first, values = values_of(profile, "01"), values_of(profile, "03")
+    for name in ("teacher", "dataset", "max_source_length", "max_target_length", "num_test"):
+        assert first[name] == values[name]  # one teacher, one test set: notebook 03 reuses what 01 measured
+    assert set(values["student_shapes"]) == shapes
+    assert values["max_steps"] == epochs * math.ceil(num_train / values["batch_size"])
+    assert values["num_train"] == values["num_test"] == 0  # steps are counted for all pairs
+    search = values_of(profile, "02")
+    assert all(search[name] == values[name] for name in ("teacher", "dataset", "max_source_length", "freeze_encoder"))
+    assert max(*search["encoder_depths"], *search["decoder_depths"], search["kept_layers"]) <= layers
+    assert search["max_steps"] == search["num_train"] / search["batch_size"]
+    settings = {name: values[name] for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate")}
+    settings = training.Training(**settings, warmup_steps=values["warmup_steps"])
+    training.check(settings)
+    assert settings.warmup_steps < settings.max_steps
+    lengths = {name: values[name] for name in ("max_source_length", "max_target_length")}
+    base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=settings, **lengths)
+    plan = runs.grid(base, values["methods"], values["student_shapes"], values["seeds"])
+    runs.check_runs(plan, large(layers, positions))
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_published_figures_speak_of_the_profile(profile):
+    values = values_of(profile, "03")
+    rows = [r for r in published_rows() if (r["dataset"], r["teacher"]) == (values["dataset"], values["teacher"])]
+    assert {"", *values["student_shapes"]} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
+    assert {row["method"] for row in rows} <= {"", "teacher", *runs.METHODS}
+
+
+def test_published_figures_are_well_formed():
+    rows = published_rows()
+    assert tuple(rows[0]) == COLUMNS
+    for row in rows:
+        assert all(row[name] for name in ("dataset", "teacher", "source"))
+        assert (row["student"] == "") == (row["method"] == "teacher") or row["note"].endswith("shape not known")
+        scores = [row[name] for name in COLUMNS[4:8] if row[name] is not None]
+        assert all(5 < score < 60 for score in scores) and (scores or row["ms_per_document"])
+        if row["rouge1"] and row["rouge2"]:
+            longest = [row[name] for name in ("rougeL", "rougeLsum") if row[name]]
+            assert all(row["rouge2"] < score < row["rouge1"] for score in longest)
+    keys = Counter(tuple(row[name] for name in ("teacher", "student", "method", "source", "note")) for row in rows)
+    assert max(keys.values()) == 1
+
+
+def test_published_speedups_are_those_of_the_published_times():
+    cards = [row for row in published_rows() if row["source"] == "card"]
+    teacher_ms = {row["teacher"]: row["ms_per_document"] for row in cards if row["method"] == "teacher"}
+    assert len(cards) == 10
+    for row in cards:
+        assert row["speedup"] == pytest.approx(teacher_ms[row["teacher"]] / row["ms_per_document"], abs=0.01)
+
+
+def test_published_sizes_are_those_of_students_cut_here():
+    sizes = {}
+    for row in published_rows():
+        depth = 16 if "pegasus" in row["teacher"] else 12
+        sizes.setdefault((depth, row["student"]), set()).add(row["parameters_m"])
+    assert len(sizes) >= 14
+    for (layers, shape), published in sizes.items():
+        teacher = large(layers, 512 if layers == 16 else 1024)
+        student = students.init_student(teacher, *map(int, shape.split("-")))[0] if shape else teacher
+        total = students.count_parameters(student)["total"] / 1e6
+        assert all(total == pytest.approx(size, abs=0.6) for size in published - {None}), shape
