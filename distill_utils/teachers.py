@@ -50,7 +50,7 @@ DENOISING = Training(
     eval_every=500, checkpoint_every=250, log_every=50, seed=11,
 )  # fmt: skip
 FINE_TUNING = Training(
-    max_steps=2000, batch_size=32, optimizer="muon", learning_rate=3e-4, warmup_steps=100, weight_decay=0.01,
+    max_steps=2000, batch_size=32, optimizer="muon", learning_rate=5e-4, warmup_steps=100, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=12,
 )  # fmt: skip
 GENERATION = {
