@@ -25,9 +25,9 @@ TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical
 def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset) -> list[dict]:
     """Predict time, memory and disk of each method, shape and variant.
 
-    Seconds come from the second of two forward and backward passes on a batch of typical length. `memory (MB)` counts
-    weights, gradients and the optimizer's two moments in float32, `activations (MB)` what the forward pass keeps for
-    the backward pass, `disk (MB)` the student and one checkpoint.
+    Seconds come from the second of two forward and backward passes on a micro-batch of typical length. `memory (MB)`
+    counts weights, gradients and the optimizer's two moments in float32, `activations (MB)` what the forward pass keeps
+    for the backward pass, `disk (MB)` the student and one checkpoint.
     """
     rows = []
     for run in {(run.method, run.shape, run.variant): run for run in plan}.values():
@@ -35,7 +35,7 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
         student.to(device())
         choose_attention(student, run.max_source_length)
         train_mode(student)
-        batch = typical_batch(run, teacher, tokenizer, train)
+        batch, passes = typical_batch(run, teacher, tokenizer, train)
         objective = runs.objective_of(run.method)
         half = autocast_dtype() if run.training.precision == "auto" else None
         for _ in range(2):
@@ -47,7 +47,7 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
                 loss = objective(student, teacher, batch, **cut["options"])["loss"]
             loss.backward()
             loss.item()  # waits for the device
-            seconds = time.perf_counter() - began
+            seconds = passes * (time.perf_counter() - began)
         counts = students.count_parameters(student)
         rows.append(
             {
@@ -63,23 +63,25 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
     return rows
 
 
-def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
-    """Return one training batch of the references on the device, with cached targets where the method needs them."""
+def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> tuple[dict, int]:
+    """Return one micro-batch of the references on the device, with cached targets where needed, and how many a step."""
     lengths = (run.max_source_length, run.max_target_length, run.prefix)
     sample = data.tokenize_pairs(train.select(range(min(TYPICAL, len(train)))), tokenizer, *lengths)
-    batches = data.pair_stream(sample, tokenizer.pad_token_id, run.training.batch_size, 0)
+    training = run.training
+    batches = data.pair_stream(sample, tokenizer.pad_token_id, training.batch_size, 0, training.micro_batch_size)
     if run.method == "kd_cached":
         with tempfile.TemporaryDirectory() as folder:
             targets = Path(folder) / "targets"
             write_targets(
                 targets, teacher, sample, settings={}, pad_token_id=tokenizer.pad_token_id, temperature=run.temperature,
                 top_k=0 if run.target_samples else run.top_k, samples=run.target_samples,
-                batch_size=run.training.batch_size,
+                batch_size=training.micro_batch_size or training.batch_size,
             )  # fmt: skip
-            (batch,) = with_targets(batches, targets)(0)
+            micro_batches = with_targets(batches, targets)(0)
     else:
-        (batch,) = batches(0)
-    return {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
+        micro_batches = batches(0)
+    batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in micro_batches[0].items()}
+    return batch, len(micro_batches)
 
 
 @contextmanager
