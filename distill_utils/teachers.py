@@ -226,6 +226,7 @@ def build() -> Path:
 
     The card's figures are measured on the files as written, with the generation settings they carry.
     """
+    trained_by = git_state()  # before the files below make the working tree differ
     denoised = denoise()
     base = BartForConditionalGeneration.from_pretrained(denoised / "model")
     folder = students.ASSETS / "pydocs-bart-base"
@@ -246,7 +247,7 @@ def build() -> Path:
     card = {
         "name": "pydocs-bart",
         "command": "make teachers",
-        **git_state(),
+        **trained_by,
         "corpus_fingerprint": corpus_facts()["fingerprint"],
         "parameters": students.count_parameters(model),
         "stages": [stage_facts("denoising", denoised, DENOISING), stage_facts("fine-tuning", tuned, FINE_TUNING)],
