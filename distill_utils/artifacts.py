@@ -223,14 +223,18 @@ def provenance() -> dict:
 
 
 def git_state() -> dict:
-    """Return the repository's commit and whether tracked files differ from it (None outside a checkout)."""
+    """Return the repository's commit and whether tracked files differ from it (None outside a checkout).
+
+    What the runner itself writes, reports and the README's tables, counts for nothing.
+    """
+    changed = ["status", "--porcelain", "-uno", "--", ".", ":!reports", ":!README.md"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {"commit": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(git(*changed))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
 

@@ -136,19 +136,16 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
     }
 
 
-def add_speedup(rows: list[dict]) -> None:
-    """Give all students of one shape their median time per generated token, and add `speedup` over the teacher's.
+def add_speedup(rows: list[dict], times: Mapping[str, float]) -> None:
+    """Give all students of one shape its time per generated token, and add `speedup` over the teacher's.
 
-    They are one architecture, so what separates their measurements is the machine's noise.
+    `times` is what `runs.time_shapes` returned. Students of one shape are one architecture: what would separate their
+    own measurements, taken minutes apart, is the machine's noise.
     """
-    times: dict[str, list[float]] = {}
     for row in rows:
         if row.get("ms_per_token"):
-            times.setdefault(row["student"], []).append(row["ms_per_token"])
-    for row in rows:
-        if row.get("ms_per_token"):
-            row["ms_per_token"] = round(float(np.median(times[row["student"]])), 4)
-            row["speedup"] = round(float(np.median(times[""])) / row["ms_per_token"], 3)
+            row["ms_per_token"] = round(times[row["student"]], 4)
+            row["speedup"] = round(times[""] / row["ms_per_token"], 3)
 
 
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:

@@ -6,15 +6,15 @@ Not here: how summaries are generated (generation.py), the gates around training
 from __future__ import annotations
 
 import re
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from distill_utils import artifacts, generation
 from distill_utils.generation import is_empty, is_repeating, words
@@ -209,27 +209,55 @@ def evaluate_summaries(
 # -------------------------------------------------------------------------------------------------------------- speed
 
 
+def _seconds(run: Callable, device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def ms_per_token(
+    models: Mapping[str, PreTrainedModel], tokenizer, documents: Sequence[str], *, num_new_tokens: int = 16,
+    repeats: int = 3, **options,
+) -> dict[str, float]:  # fmt: skip
+    """Return each model's milliseconds a token: batch 1, greedy, exactly `num_new_tokens`, the encoder's run included.
+
+    Models take turns document by document, so that a busy moment of the machine meets them all; of repeats the best
+    counts, since what disturbs a measurement only adds to it, and of documents the median. Options: `summarize`'s.
+    """
+    # Equal limits force the number of tokens; min_length counts the decoder's start token, max_new_tokens does not.
+    options |= {"num_beams": 1, "max_new_tokens": num_new_tokens, "min_length": num_new_tokens + 1}
+    found = {name: np.empty((repeats, len(documents))) for name in models}
+    for repeat in range(-1, repeats):  # the first turn is a warm-up: kernels, caches, allocator
+        for i, text in enumerate(documents[:1] if repeat < 0 else documents):
+            for name, model in models.items():
+                run = partial(generation.summarize, model, tokenizer, [text], batch_size=1, **options)
+                spent = _seconds(run, model.device)
+                if repeat >= 0:
+                    found[name][repeat, i] = spent
+    return {name: 1000 * float(np.median(times.min(0))) / num_new_tokens for name, times in found.items()}
+
+
 def measure_speed(
     model, tokenizer, documents: Sequence[str], *, max_source_length: int, num_new_tokens: int = 16, repeats: int = 3,
     batch_size: int = 16, prefix: str = "", dtype: torch.dtype | None = None, **generation_settings,
 ) -> dict[str, float | None]:  # fmt: skip
     """Time a model on documents; every number is after one untimed pass, and tokenisation is part of it.
 
-    `latency_ms`: batch 1, the model's own decoding (or the settings given), median over documents and repeats.
-    `throughput`: summaries a second in length-sorted batches, the same decoding, best of the repeats.
-    `ms_per_token`: batch 1, greedy, exactly `num_new_tokens` tokens, whole time (encoder too) over tokens, median.
-    `encoder_ms`: the share of a latency that no shallower decoder removes, median. `peak_memory_gb`: most that CUDA
-    held meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest of the process.
+    Of repeats the best counts, since what disturbs a measurement only adds to it; of documents the median.
+    `latency_ms`: batch 1, the model's own decoding (or the settings given).
+    `throughput`: summaries a second in length-sorted batches, the same decoding.
+    `ms_per_token`: see there. `encoder_ms`: the share of a latency that no shallower decoder removes.
+    `peak_memory_gb`: most that CUDA held meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest
+    of the process.
     """
     if not documents:
         raise ValueError("no documents to time: give at least one")
     device, on_cuda = model.device, model.device.type == "cuda"
-    wait = torch.cuda.synchronize if on_cuda else lambda: None
-    options = {"max_source_length": max_source_length, "batch_size": batch_size, "prefix": prefix, "dtype": dtype}
-    summarize = partial(generation.summarize, model, tokenizer, **options)
-    own = partial(summarize, **generation_settings)
-    # Equal limits force the number of tokens; min_length counts the decoder's start token, max_new_tokens does not.
-    fixed = partial(summarize, num_beams=1, max_new_tokens=num_new_tokens, min_length=num_new_tokens + 1)
+    options = {"max_source_length": max_source_length, "prefix": prefix, "dtype": dtype}
+    own = partial(generation.summarize, model, tokenizer, batch_size=batch_size, **options, **generation_settings)
     cast = dtype or (artifacts.autocast_dtype(device) if on_cuda else None)
 
     @torch.inference_mode()
@@ -238,29 +266,24 @@ def measure_speed(
         with torch.autocast(device.type, dtype=cast, enabled=cast not in (None, torch.float32)):
             model.get_encoder()(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
 
-    def seconds(run, batches: list[Sequence[str]]) -> list[float]:
-        found = []
-        for texts in batches:
-            wait()
-            start = time.perf_counter()
-            run(texts)
-            wait()
-            found.append(time.perf_counter() - start)
-        return found
+    def milliseconds(run) -> float:
+        times = [[_seconds(partial(run, [text]), device) for text in documents] for _ in range(repeats)]
+        return 1000 * float(np.median(np.min(times, axis=0)))
 
-    single, whole = [[text] for text in documents] * repeats, [documents] * repeats
     was_training = model.training
     model.eval()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     own(documents)
-    for run in (own, fixed, encode):
+    for run in (own, encode):
         run(documents[:1])  # warm-up: kernels, caches, allocator
     row = {
-        "latency_ms": 1000 * statistics.median(seconds(own, single)),
-        "throughput": len(documents) / min(seconds(own, whole)),
-        "ms_per_token": 1000 * statistics.median(seconds(fixed, single)) / num_new_tokens,
-        "encoder_ms": 1000 * statistics.median(seconds(encode, single)),
+        "latency_ms": milliseconds(own),
+        "throughput": len(documents) / min(_seconds(partial(own, documents), device) for _ in range(repeats)),
+        "ms_per_token": ms_per_token(
+            {"": model}, tokenizer, documents, num_new_tokens=num_new_tokens, repeats=repeats, **options
+        )[""],
+        "encoder_ms": milliseconds(encode),
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
     }
     model.train(was_training)

@@ -21,6 +21,7 @@ from distill_utils.artifacts import REPOSITORY, read_json, runs_dir, write_atomi
 MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(__file__).resolve().parent
 HEADINGS = re.compile(r"^h[1-6]$")
+README_ROWS = 12
 FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
 RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
 
@@ -336,9 +337,10 @@ def duration(seconds: float | None) -> str:
 
 
 def readme_table(reports: Path) -> str:
-    """Return the README's results: scores of the reports that train students, and the wall time of every notebook.
+    """Return the README's results: what the reports that train students found, and the wall time of every notebook.
 
-    A report that saved `means` (over seeds) is shown by them, any other by its rows.
+    Each is shown by the start of its headline and by its `means` over seeds, or its rows; above `README_ROWS` of them
+    the reader is sent to the report.
     """
     blocks, timed = [], []
     for entry in gather(reports):
@@ -353,7 +355,9 @@ def readme_table(reports: Path) -> str:
             origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
             origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
             title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
-            blocks.append(f"{title}\n\n{_markdown_table([_scores(row) for row in rows])}")
+            blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
+            if len(rows) <= README_ROWS:
+                blocks.append(_markdown_table([_scores(row) for row in rows]))
     if timed:
         blocks.append(_markdown_table(timed))
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from distill_utils.artifacts import (
     seed_everything,
     write_atomic,
 )
-from distill_utils.evaluation import evaluate_summaries, measure_speed
+from distill_utils.evaluation import evaluate_summaries, measure_speed, ms_per_token
 from distill_utils.generation import summarize
 from distill_utils.label_filters import bounds_of, filter_labels
 from distill_utils.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
@@ -413,6 +414,17 @@ def evaluate_model(
         return {**row, **speed}
 
     return artifact(f"test-{name}", settings, build)
+
+
+def time_shapes(teacher, tokenizer, shapes: Iterable[str], documents: Sequence[str], **options) -> dict[str, float]:
+    """Return milliseconds a generated token of the teacher, under "", and of each shape; options as `ms_per_token`'s.
+
+    The students are views on the teacher's layers: time depends on the shape, not on the weights.
+    """
+    models = {"": teacher}
+    for shape in dict.fromkeys(shapes):
+        models[shape] = students.init_student(teacher, *parse_shape(shape, teacher), share_weights=True)[0]
+    return ms_per_token(models, tokenizer, documents, **options)
 
 
 def read_predictions(folder: Path) -> list[dict]:

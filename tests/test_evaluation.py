@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from rouge_score import rouge_scorer
 from test_generation import make_documents
 from tiny_models import EOS, tiny_bart, tiny_tokenizer
@@ -157,6 +159,23 @@ def test_evaluate_summaries_gives_one_flat_row():
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_models_take_turns_when_timed(monkeypatch):
+    order, clock = [], [0.0]
+
+    def summarize(model, tokenizer, documents, **options):
+        order.append((model.name, documents[0]))
+        # The second round falls into a busy moment: it must not count.
+        clock[0] += model.cost * (10 if len(order) > 2 + 4 else 1)
+
+    monkeypatch.setattr(evaluation.generation, "summarize", summarize)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    models = {n: SimpleNamespace(name=n, cost=c, device=torch.device("cpu")) for n, c in (("a", 0.5), ("b", 0.25))}
+    found = evaluation.ms_per_token(models, None, ["x", "y"], num_new_tokens=5, repeats=2, max_source_length=16)
+    assert found == {"a": pytest.approx(100.0), "b": pytest.approx(50.0)}
+    turn = [("a", "x"), ("b", "x")]
+    assert order == [*turn, *[*turn, ("a", "y"), ("b", "y")] * 2]
 
 
 def test_measure_speed_counts_tokens_exactly(monkeypatch):

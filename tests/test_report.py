@@ -306,6 +306,8 @@ def test_readme_table(reports):
     assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
     assert "| [01_setup](reports/01_setup.html) | 1 min 01 s |" in text
     assert "1. Teacher" not in text  # the headline tables are those with students
+    found = "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC): Take **6-3**; it costs"
+    assert found in text
     assert pages.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
@@ -334,3 +336,12 @@ def test_not_a_number_becomes_null_beside_the_page(made):
 )
 def test_duration(seconds, text):
     assert pages.duration(seconds) == text
+
+
+def test_readme_sends_to_the_report_for_many_rows(reports):
+    entry = json.loads((reports / "03_kd.json").read_text())
+    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(pages.README_ROWS + 1)]
+    (reports / "03_kd.json").write_text(json.dumps(entry))
+    text = pages.readme_table(reports)
+    assert "**[3. KD | PL](reports/03_kd.html)**" in text and "| 6-1 |" not in text
+    assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text  # another report's table

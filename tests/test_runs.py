@@ -62,7 +62,8 @@ def test_every_method_from_description_to_row(place, capsys):
         tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
     rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
     rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
-    comparison.add_speedup(rows)
+    times = runs.time_shapes(teacher, tokenizer, ["3-1"], test["document"][:2], max_source_length=16, num_new_tokens=4)
+    comparison.add_speedup(rows, times)
     means = comparison.mean_over_seeds(rows, tested, teacher_test)
     versus = comparison.compare_methods(plan, tested)
 
