@@ -1,6 +1,6 @@
-"""Data by name or path, tokenised, corrupted, batched by length; every stream is a function of the step.
+"""Data by name or path, tokenised, batched by length; every stream is a function of the step.
 
-Not here: reading docstrings (pydocs.py) and anything that knows a model.
+Not here: reading docstrings (pydocs.py), corrupting text (denoising.py) and anything that knows a model.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import re
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 
 from distill_utils import pydocs
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
@@ -28,7 +29,7 @@ SPLITS = pydocs.SPLITS
 TASKS = {"belongs": pydocs.belongs_task, "family": pydocs.family_task}
 HUB_CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}
 HUB_COLUMNS = {"abisee/cnn_dailymail": ("article", "highlights")}
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -48,18 +49,14 @@ def load_pairs(
     name, path = f"{name_or_path} ({split})", Path(name_or_path).expanduser()
     if name_or_path == "pydocs":
         found = _corpus_table("pairs", split)
-    elif path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(FILE_ENDINGS):
+    elif _is_path(name_or_path):
         found = _read_files(path, split)
     else:
         found = _read_hub(name_or_path, split)
         if (document_column, summary_column) == ("document", "summary"):
             document_column, summary_column = HUB_COLUMNS.get(name_or_path, (document_column, summary_column))
     for column in (document_column, summary_column):
-        if column not in found.column_names:
-            raise InputError(
-                f"column {column!r} is missing in {name}: it has {', '.join(found.column_names)}; "
-                "name the right ones by document_column and summary_column"
-            )
+        _check_column(found, column, name, "name the right ones by document_column and summary_column")
     ids = found["id"] if "id" in found.column_names else range(len(found))
     texts = zip(ids, found[document_column], found[summary_column], strict=True)
     rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
@@ -84,10 +81,34 @@ def _drawn_split(document: str) -> str:
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def load_text(split: str) -> list[str]:
-    """Return the corpus's raw text of a split: docstrings and comments, one string each."""
-    _check(split)
-    return list(_corpus_table("text", split)["text"])
+def load_text(name: str = "pydocs", split: str = "train", column: str = "text", num: int = 0) -> list[str]:
+    """Return the raw texts of a split, one string each; of "pydocs" these are docstrings and comments.
+
+    `name` is otherwise a hub name such as "Skylion007/openwebtext", a folder with one file a split, or one file; in
+    .txt files blank lines stand between texts. One file, and a hub set with nothing but "train", is cut into 80 %
+    train, 10 % validation and 10 % test by a hash of the text. Empty texts are dropped; `num` keeps the first ones.
+    Raises InputError for an unknown name, a missing file, split or column, a broken file, and when too little is left.
+    """
+    _check(split, num)
+    label, path, undivided = f"{name} ({split})", Path(name).expanduser(), False
+    if name == "pydocs":
+        found = _corpus_table("text", split)
+    elif _is_path(name):
+        found, undivided = _read_files(path, split), path.is_file()
+    else:
+        parts = _read_hub(name, None)
+        undivided = list(parts) == ["train"]
+        if not undivided and split not in parts:
+            raise InputError(f"data set {name!r} has no split {split!r}: it has {', '.join(parts)}")
+        found = parts["train" if undivided else split]
+    _check_column(found, column, label, "name the right one by column")
+    # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
+    texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
+    kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
+    kept = list(islice(kept, num or None))
+    if len(kept) < max(num, 1):
+        raise InputError(f"{label} has {len(kept)} usable texts, {max(num, 1)} asked for: give more or ask for less")
+    return kept
 
 
 def load_classification(task: str, split: str, num: int = 0) -> Dataset:
@@ -146,16 +167,24 @@ def _check(split: str, num: int = 0) -> None:
         raise InputError(f"number of examples {num} is negative: use 0 for all of them")
 
 
-def _read_hub(name: str, split: str) -> Dataset:
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS)
+
+
+def _check_column(found: Dataset, column: str, name: str, mend: str) -> None:
+    if column not in found.column_names:
+        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(found.column_names)}; {mend}")
+
+
+def _read_hub(name: str, split: str | None) -> Dataset | DatasetDict:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"data set {name!r} is unknown: use pydocs, a hub name like EdinburghNLP/xsum, or a path")
     try:
         return load_dataset(name, HUB_CONFIGS.get(name), split=split)
     except Exception as error:  # the hub client raises many kinds; each means the same here
         reason = str(error).strip().split("\n")[0][:150]
-        raise InputError(
-            f"data set {name!r} ({split}) cannot be loaded: {reason}; check the name or use a local path"
-        ) from error
+        place = f"data set {name!r} ({split or 'all splits'})"
+        raise InputError(f"{place} cannot be loaded: {reason}; check the name or use a local path") from error
 
 
 def _read_files(path: Path, split: str) -> Dataset:
@@ -172,6 +201,9 @@ def _read_files(path: Path, split: str) -> Dataset:
         raise InputError(f"file {path.name!r} has an unknown ending: use one of {', '.join(FILE_ENDINGS)}")
     if path.stat().st_size == 0:
         raise InputError(f"file {path.name!r} is empty: give a file with at least one row")
+    if path.suffix == ".txt":
+        texts = re.split(r"\n\s*\n", _decode(path.read_bytes(), path.name).replace("\r\n", "\n"))
+        return Dataset.from_dict({"text": [text.strip() for text in texts]})
     reader = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix)
     if reader is None:
         return _read_json_lines(path)
@@ -182,18 +214,27 @@ def _read_files(path: Path, split: str) -> Dataset:
         raise InputError(f"file {path.name!r} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
-def _read_json_lines(path: Path) -> Dataset:
-    rows = []
+def _decode(content: bytes, name: str, offset: int = 0) -> str:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return content.decode().removeprefix("\ufeff")  # a byte order mark is no text
+    except UnicodeDecodeError as error:
+        place = f"byte {offset + error.start} (0x{content[error.start]:02x})"
+        raise InputError(f"{name} is not UTF-8 at {place}: save it as UTF-8 text") from error
+
+
+def _read_json_lines(path: Path) -> Dataset:
+    rows, offset = [], 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(_decode(line, f"{path.name} line {number}", offset)))
                     if not isinstance(rows[-1], dict):
                         raise InputError(f"{path.name} line {number} is not an object: expected one row {{...}} a line")
+                offset += len(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): mend or remove it") from error
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} cannot be read: {error}; save it as UTF-8 text, whole") from error
     if not rows:
         raise InputError(f"{path.name} has no rows: give a file with at least one line")
@@ -297,80 +338,3 @@ def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:
         collate([rows[int(i)] for i in order[start : start + batch_size]], pad_token_id)
         for start in range(0, len(order), batch_size)
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------- denoising
-
-
-def infill(
-    tokens: np.ndarray, mask_id: int, generator: np.random.Generator, share: float = 0.3, mean: float = 3.0,
-    collapse: bool = True,
-) -> np.ndarray:  # fmt: skip
-    """Return BART text infilling of one token sequence: spans of Poisson(mean) tokens, each replaced by one mask.
-
-    `share` of the tokens is masked in expectation (Lewis et al. 2020, section 2.2); spans of length 0 insert a mask.
-    Without `collapse` every token of a span becomes a mask of its own and spans of length 0 change nothing, so that
-    source and target stay aligned position by position.
-    """
-    budget, spans = int(round(share * len(tokens))), []
-    while budget > 0 and len(spans) < len(tokens):
-        length = min(int(generator.poisson(mean)), budget)
-        spans.append(length)
-        budget -= max(length, 1)
-    # Gaps between spans: a random composition of the tokens that stay, so that spans never touch the same token.
-    free = len(tokens) - sum(spans)
-    cuts = np.sort(generator.integers(0, free + 1, size=len(spans)))
-    pieces, kept_from, taken = [], 0, 0
-    for cut, length in zip(cuts, spans, strict=True):
-        start = cut + taken
-        pieces += [tokens[kept_from:start], [mask_id] * (1 if collapse else length)]
-        kept_from = start + length
-        taken += length
-    pieces.append(tokens[kept_from:])
-    return np.concatenate(pieces).astype(np.int64)
-
-
-def infilling_stream(
-    tokens: np.ndarray, tokenizer, length: int, batch_size: int, seed: int, aligned_steps: int = 0
-) -> Callable[[int], list[dict]]:
-    """Return `batches(step)` of text infilling over packed text: windows of `length` tokens, the target is the whole.
-
-    `tokens` is the flat corpus; windows are visited in a new order every epoch, corrupted anew every time. In the first
-    `aligned_steps` spans are not collapsed: cross-attention finds copying by position long before it does by content.
-    """
-    window = length - 2  # start and end token
-    count = len(tokens) // window
-    per_epoch = count // batch_size
-    if not per_epoch:
-        raise InputError(f"the text has {count} windows of {window} tokens: lower batch_size {batch_size}")
-    epoch_order = lru_cache(maxsize=1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
-
-    def batches(step: int) -> list[dict]:
-        epoch, place = divmod(step, per_epoch)
-        generator = np.random.default_rng([seed, 1, step])
-        rows = []
-        for number in epoch_order(epoch)[place * batch_size : (place + 1) * batch_size]:
-            text = tokens[number * window : (number + 1) * window].astype(np.int64)
-            source = infill(text, tokenizer.mask_token_id, generator, collapse=step >= aligned_steps)
-            source = np.concatenate([[tokenizer.bos_token_id], source, [tokenizer.eos_token_id]])[:length]
-            labels = np.concatenate([text, [tokenizer.eos_token_id]])
-            rows.append({"id": f"window {number}", "input_ids": source, "labels": labels})
-        return [collate(rows, tokenizer.pad_token_id)]
-
-    return batches
-
-
-def gap_pairs(texts: list[str], max_words: int = 40) -> Dataset:
-    """Return pairs from raw docstrings whose first paragraph is replaced by a mask: the paragraph is the target.
-
-    This is gap-sentence generation (Zhang et al. 2020, Pegasus) with the sentence chosen by position.
-    """
-    rows = []
-    for text in texts:
-        name, separator, rest = text.partition("\n")
-        first, _, body = rest.partition("\n\n")
-        first = " ".join(first.split())
-        if separator and 3 <= len(first.split()) <= max_words and len(body) > 20:
-            document = f"{name} <mask> {' '.join(body.split())[: pydocs.MAX_DOCUMENT_CHARACTERS]}"
-            rows.append({"id": f"gap {len(rows)}", "document": document, "summary": first})
-    return Dataset.from_list(rows)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical
 def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset) -> list[dict]:
     """Predict time, memory and disk of each method, shape and variant.
 
-    Seconds come from the second of two forward and backward passes on a micro-batch of typical length. `memory (MB)`
-    counts weights, gradients and the optimizer's two moments in float32, `activations (MB)` what the forward pass keeps
-    for the backward pass, `disk (MB)` the student and one checkpoint.
+    Seconds are the better of two forward and backward passes, after one that warms up, on a micro-batch of typical
+    length. `memory (MB)` counts weights, gradients and the optimizer's two moments in float32, `activations (MB)` what
+    the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
     """
     rows = []
     for run in {(run.method, run.shape, run.variant): run for run in plan}.values():
@@ -38,16 +38,16 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
         batch, passes = typical_batch(run, teacher, tokenizer, train)
         objective = runs.objective_of(run.method)
         half = autocast_dtype() if run.training.precision == "auto" else None
-        for _ in range(2):
+        kept: dict[int, int] = {}
+        times = []
+        for watch in (kept_for_backward(student, kept), nullcontext(), nullcontext()):
             began = time.perf_counter()
-            with (
-                torch.autocast(student.device.type, half, enabled=half is not None),
-                kept_for_backward(student) as kept,
-            ):
+            with torch.autocast(student.device.type, half, enabled=half is not None), watch:
                 loss = objective(student, teacher, batch, **cut["options"])["loss"]
             loss.backward()
             loss.item()  # waits for the device
-            seconds = passes * (time.perf_counter() - began)
+            times.append(time.perf_counter() - began)
+        seconds = passes * min(times[1:])
         counts = students.count_parameters(student)
         rows.append(
             {
@@ -84,11 +84,9 @@ def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> t
     return batch, len(micro_batches)
 
 
-@contextmanager
-def kept_for_backward(model) -> Iterator[dict[int, int]]:
-    """Collect {address: bytes} of the storages that a forward pass keeps for its backward pass, without the weights."""
+def kept_for_backward(model, found: dict[int, int]):
+    """Return a context that fills {address: bytes} of the storages a forward pass keeps, without the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    found: dict[int, int] = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -96,5 +94,4 @@ def kept_for_backward(model) -> Iterator[dict[int, int]]:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield found
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

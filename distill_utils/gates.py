@@ -200,7 +200,7 @@ def _observe(model, tokenizer, documents: list[str], settings: dict) -> dict:
             "entries": len(tokenizer),
             "vocabulary": artifacts.config_hash(tokenizer.get_vocab()),
             "special tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-            "token ids": tokenizer(documents)["input_ids"],
+            "token ids": tokenizer(documents, truncation=True, max_length=settings["max_source_length"])["input_ids"],
         },
     }
 

@@ -5,16 +5,21 @@ Not here: models, batches and weights between terms; those are in objectives.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
+CUDA_RELATION_ELEMENTS = 2**23  # there launching kernels costs more than memory does
+MASKED = -1e30  # swallows every score, yet stays finite: a row without any column has two equal distributions, not NaN
 
 
 def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -146,6 +151,105 @@ def chunked_cached_losses(
 
     inputs = (student_hidden[valid], labels[valid], target_ids[valid], target_probs[valid])
     return _mean_over_chunks(chunk_sums, inputs, chunk_tokens)
+
+
+def relation_loss(
+    student_a: Tensor,
+    student_b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    row_mask: Tensor,
+    column_mask: Tensor,
+    num_relation_heads: int = 32,
+    causal: bool = False,
+    scale: tuple[float, float] | None = None,
+) -> Tensor:
+    """Return KL(teacher || student) in nats between relations softmax(a b^T scale + mask) per relation head and row.
+
+    The vectors of all attention heads are taken together and split anew into relation heads, so that teacher and
+    student may differ in width and number of heads (Wang et al. 2021, MiniLMv2, section 3). The mean is over all heads
+    and all valid rows of the batch; with `causal` row 0 sees itself only and counts as 0. The scale is
+    1 / sqrt(width of a relation head) of each model, or a pair (student, teacher).
+
+    A few heads at a time are compared, and their gradient is taken in the same pass: the memory does not grow with the
+    number of heads and nothing is computed twice. Float64 stays float64, all else is computed in float32.
+
+    Shapes: a (batch, rows, inner), b (batch, columns, inner), inner of either model; masks (batch, rows) and (batch,
+    columns), true or 1 where a token counts. Without any valid row the result is 0 and still has a gradient path.
+    Raises ValueError when the shapes do not fit or the heads do not divide the widths.
+    """
+    widths = (student_a.shape[-1], teacher_a.shape[-1])
+    check_relation_heads(num_relation_heads, *widths)
+    for a, b, width in zip((student_a, teacher_a), (student_b, teacher_b), widths, strict=True):
+        fits = a.shape[:-1] == row_mask.shape and b.shape == (*column_mask.shape, width)
+        if not fits or len(row_mask) != len(column_mask) or (causal and row_mask.shape != column_mask.shape):
+            raise ValueError(
+                f"vectors {tuple(a.shape)} and {tuple(b.shape)} do not fit masks {tuple(row_mask.shape)} and "
+                f"{tuple(column_mask.shape)}; give (batch, rows or columns, inner), and as many of both when causal"
+            )
+    scales = scale or tuple((width / num_relation_heads) ** -0.5 for width in widths)
+    students = (student_a,) if student_a is student_b else (student_a, student_b)
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in students)
+    vectors = [x.detach() for x in (student_a, student_b, teacher_a, teacher_b)]
+    with torch.autocast(student_a.device.type, enabled=False):
+        masks = (row_mask.bool(), column_mask.bool())
+        return _RelationLoss.apply(vectors, masks, num_relation_heads, causal, scales, with_grad, *students)
+
+
+def check_relation_heads(num_relation_heads: int, student_width: int, teacher_width: int) -> None:
+    """Raise ValueError when the relation heads do not divide the inner width of both models."""
+    common = math.gcd(student_width, teacher_width)
+    if num_relation_heads < 1 or common % num_relation_heads:
+        valid = [heads for heads in range(1, common + 1) if common % heads == 0]
+        raise ValueError(
+            f"num_relation_heads {num_relation_heads} does not divide the inner widths {student_width} of the student "
+            f"and {teacher_width} of the teacher: use one of {', '.join(map(str, valid))}"
+        )
+
+
+class _RelationLoss(torch.autograd.Function):
+    """The value, and the gradient along with it: d KL / d scores is just q - p, and both are at hand by then."""
+
+    @staticmethod
+    def forward(ctx, vectors, masks, num_heads, causal, scales, with_grad, *students):  # a and b, or one if the same
+        dtype = torch.promote_types(students[0].dtype, torch.float32)
+        row_mask, column_mask = masks
+        (batch, rows), columns = row_mask.shape, column_mask.shape[1]
+        weight = row_mask / (num_heads * row_mask.sum().clamp(min=1)).to(dtype)  # (batch, rows)
+        bias = torch.zeros_like(column_mask, dtype=dtype).masked_fill_(~column_mask, MASKED)[:, None, None]
+        if causal:
+            bias = bias + bias.new_full((rows, columns), MASKED).triu(1)
+        total = bias.new_zeros(())
+        gradients = [torch.empty_like(x) for x in students] if with_grad else []
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (batch, heads, length, width of a head), a view
+
+        pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(rows * columns, 1))
+        examples, heads = max(1, pairs // num_heads), min(pairs, num_heads)
+        for i, j in itertools.product(range(0, batch, examples), range(0, num_heads, heads)):
+            chunk = (slice(i, i + examples), slice(j, j + heads))
+            # What padding holds must not reach the sums, not even as 0 * inf.
+            a, b, teacher_a, teacher_b = (
+                split(x)[chunk].to(dtype).masked_fill(~mask[chunk[0], None, :, None], 0.0)
+                for x, mask in zip(vectors, masks * 2, strict=True)
+            )
+            log_q = (a * scales[0]).matmul(b.mT).add_(bias[chunk[0]]).log_softmax(-1)  # (.., .., rows, columns)
+            log_p = (teacher_a * scales[1]).matmul(teacher_b.mT).add_(bias[chunk[0]]).log_softmax(-1)
+            p, row_weight = log_p.exp(), weight[chunk[0], None, :, None]
+            total += (p * log_p.sub_(log_q) * row_weight).sum()
+            if with_grad:
+                d_scores = log_q.exp_().sub_(p).mul_(scales[0] * row_weight)
+                d_ab = d_scores.matmul(b), d_scores.mT.matmul(a)
+                for gradient, value in zip(gradients, d_ab if len(students) == 2 else (sum(d_ab),), strict=True):
+                    split(gradient)[chunk] = value
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        return (*[None] * 6, *(gradient * d_loss for gradient in ctx.saved_tensors))
 
 
 def check_divergence(divergence: str, jsd_beta: float = 0.5) -> None:

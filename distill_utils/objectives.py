@@ -11,7 +11,7 @@ returned. `kl_loss` is the divergence in use, forward KL unless `divergence` nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,16 +20,25 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
+from distill_utils.capture import capture
 from distill_utils.losses import (
     IGNORED,
     check_divergence,
     chunked_cached_losses,
     chunked_token_losses,
     hidden_loss,
+    relation_loss,
 )
 from distill_utils.students import decoder_layers, encoder_layers, project
 
 MATCHES = ("outputs", "inputs")
+RELATIONS = ("qq", "kk", "vv")
+# Terms of `miniend`: the site, and whether its queries, keys and values are of source or of target tokens.
+RELATION_TERMS = {
+    "encoder_self_loss": ("encoder_self", "sss"),
+    "decoder_self_loss": ("decoder_self", "ttt"),
+    "cross_loss": ("decoder_cross", "tss"),
+}
 
 
 def sft(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,6 +184,66 @@ def kd_cached(
     return weigh(losses, ce_loss=ce_weight, kl_loss=kl_weight)
 
 
+def miniend(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: dict[str, Tensor],
+    *,
+    encoder_self_weight: float = 1.0,
+    decoder_self_weight: float = 1.0,
+    cross_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    kl_weight: float = 0.0,
+    hidden_weight: float = 0.0,
+    num_relation_heads: int = 32,
+    teacher_encoder_layer: int = -1,
+    teacher_decoder_layer: int = -1,
+    cross_relations: Sequence[str] = RELATIONS,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Relation distillation of self- and cross-attention, as we read the abstract of MiniEnD (Zhang et al. 2023).
+
+    The student's last layers imitate the given layers of the teacher. `loss` is the weighted *mean* of the relation
+    terms plus the weighted others. qk among `cross_relations` is the cross-attention itself, which needs as many heads
+    in both models. `hidden_loss` is that of the encoder's last state plus that of the decoder's.
+
+    Both models run only as far as the terms need. BERT-like and GPT-like ones have but the self-attention of their one
+    stack, so the other sites need weight 0; the labels of the latter are the input ids and are shifted here.
+    """
+    if not cross_relations or not set(cross_relations) <= {*RELATIONS, "qk"}:
+        raise InputError(f"cross_relations {list(cross_relations)} are unknown: use some of {', '.join(RELATIONS)}, qk")
+    weights = {
+        "encoder_self_loss": encoder_self_weight, "decoder_self_loss": decoder_self_weight, "cross_loss": cross_weight,
+    }  # fmt: skip
+    weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
+    sites = [RELATION_TERMS[name][0] for name in weights]
+    layers = {site: teacher_encoder_layer if site == "encoder_self" else teacher_decoder_layer for site in sites}
+    own = cross_attention(student, teacher) if cross_weight and "qk" in cross_relations else None
+    ours, states = read(student, batch, dict.fromkeys(sites, -1), bool(ce_weight or kl_weight or hidden_weight))
+    theirs, teacher_states = {}, [None]
+    if sites or kl_weight or hidden_weight:
+        with teacher_mode(teacher):
+            theirs, teacher_states = read(teacher, batch, layers, bool(kl_weight or hidden_weight))
+    labels, masks = batch["labels"], {"s": batch["attention_mask"].bool()}
+    masks["t"] = labels != IGNORED if student.config.is_encoder_decoder else masks["s"]
+    losses = {}
+    for name in weights:
+        site, sides = RELATION_TERMS[name]
+        relations = cross_relations if name == "cross_loss" else RELATIONS
+        sides = dict(zip("qkv", sides, strict=True))
+        losses[name] = match_relations(ours[site], theirs[site], relations, sides, masks, num_relation_heads, own)
+    if ce_weight or kl_weight:
+        if student.config.model_type == "opt":
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        losses |= chunked_token_losses(
+            states[-1], head(student), labels, teacher_states[-1] if kl_weight else None, head(teacher), temperature,
+            with_ce=ce_weight != 0,
+        )  # fmt: skip
+    if hidden_weight:
+        losses["hidden_loss"] = sum(map(hidden_loss, states, teacher_states, masks.values()))
+    return weigh(losses, **weights, ce_loss=ce_weight, kl_loss=kl_weight, hidden_loss=hidden_weight)
+
+
 # ------------------------------------------------------------------------------------------------------ their parts
 
 
@@ -230,6 +299,64 @@ def decode(
             use_cache=False,
         )
     return decoded.last_hidden_state, [states[i] for i in layer_ids]
+
+
+def read(
+    model: PreTrainedModel, batch: dict[str, Tensor], layers: dict[str, int], to_the_end: bool
+) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
+    """Return queries, keys and values, {site: {"q", "k", "v"}}, of one layer a site, and each stack's last state.
+
+    Unless `to_the_end`, the pass stops once the former are there, and the states are those known by then.
+    """
+    states = []
+    with capture(model, list(layers.items()), stop=not to_the_end) as captured:
+        if model.config.is_encoder_decoder:
+            states.append(encode(model, batch)[0])
+            states.append(decode(model, batch, states[0])[0])
+        else:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            states.append(model.base_model(**inputs).last_hidden_state)
+    return {site: captured[site, layer_id] for site, layer_id in layers.items()}, states
+
+
+def match_relations(
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    relations: Sequence[str],
+    sides: dict[str, str],
+    masks: dict[str, Tensor],
+    num_relation_heads: int,
+    own: tuple[int, tuple[float, float]] | None = None,
+) -> Tensor:
+    """Return the mean `relation_loss` over relations such as qq; the two sides of a vector's tokens name its mask.
+
+    Relations among target tokens are causal. `own` is the models' own number of heads and scales, used for qk.
+    """
+    losses = []
+    for a, b in relations:
+        heads, scale = (num_relation_heads, None) if a == b else own
+        vectors, causal = (ours[a], ours[b], theirs[a], theirs[b]), sides[a] + sides[b] == "tt"
+        losses.append(relation_loss(*vectors, masks[sides[a]], masks[sides[b]], heads, causal, scale))
+    return torch.stack(losses).mean()
+
+
+def cross_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, tuple[float, float]]:
+    """Return the number of heads of both models' cross-attention and its scales, or refuse different numbers."""
+    heads, scales = [], []
+    for config in (student.config, teacher.config):
+        heads.append(getattr(config, "decoder_attention_heads", config.num_attention_heads))
+        scales.append(1.0 if config.model_type == "t5" else (config.d_model / heads[-1]) ** -0.5)  # T5 has no scale
+    if heads[0] != heads[1]:
+        raise InputError(
+            f"relation qk needs as many heads in both models, the student has {heads[0]} and the teacher {heads[1]}: "
+            "use qq, kk, vv only"
+        )
+    return heads[0], tuple(scales)
+
+
+def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return the map of last states (..., dim) to logits (..., vocab); BERT's has layers of its own."""
+    return getattr(model, "cls", None) or partial(project, model)
 
 
 @torch.no_grad()

@@ -50,6 +50,11 @@ LAYERS_TO_SUPERVISE = {
     16: {1: [15], 4: [4, 9, 12, 15], 8: [1, 3, 5, 7, 9, 11, 13, 15]},
 }
 
+# Sizes that follow a model's width; T5 and the others name them differently.
+SHRINKING = (
+    "num_heads", "encoder_attention_heads", "decoder_attention_heads", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim",
+)  # fmt: skip
+
 
 # ----------------------------------------------------------------------------------------------------- layers to keep
 
@@ -173,6 +178,35 @@ def _stacks(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
     names = {id(module): name for name, module in model.named_modules()}
     lists = {"encoder": encoder_layers(model), "decoder": decoder_layers(model)}
     return {stack: (names[id(layers)], len(layers)) for stack, layers in lists.items()}
+
+
+def new_student(teacher: PreTrainedModel, encoder_depth: int, decoder_depth: int, width: int = 0) -> PreTrainedModel:
+    """Return a randomly initialised student of the teacher's family and vocabulary, of another depth and width.
+
+    `width` is that of the hidden states, 0 = the teacher's. Heads keep their size, so a narrower student has fewer, and
+    its feed-forward layers shrink along. Raises InputError for an impossible depth, or a width that the number of heads
+    or the feed-forward width cannot follow.
+    """
+    _check_depth("encoder_layers", encoder_depth, len(encoder_layers(teacher)))
+    _check_depth("decoder_layers", decoder_depth, len(decoder_layers(teacher)))
+    config = copy.deepcopy(teacher.config)
+    config.student_init = None
+    _set_depths(config, encoder_depth, decoder_depth)
+    teacher_width, width = config.d_model, width or config.d_model
+    for name in SHRINKING:
+        if hasattr(config, name):
+            value, rest = divmod(getattr(config, name) * width, teacher_width)
+            if rest or not value:
+                heads = teacher.config.num_attention_heads  # T5 maps it to its own name
+                raise InputError(
+                    f"width {width} leaves no whole {name}: the teacher has {heads} heads on a width of "
+                    f"{teacher_width}, give a multiple of {teacher_width // heads}"
+                )
+            setattr(config, name, value)
+    config.d_model = width
+    student = type(teacher)(config)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
 
 
 def _set_depths(config, encoder_layers: int, decoder_layers: int) -> None:

@@ -26,13 +26,12 @@ from distill_utils.artifacts import (
 from distill_utils.data import (
     batch_list,
     corpus_facts,
-    gap_pairs,
-    infilling_stream,
     load_pairs,
     load_text,
     pair_stream,
     tokenize_pairs,
 )
+from distill_utils.denoising import gap_pairs, infilling_stream, pack_text
 from distill_utils.evaluation import METRICS
 from distill_utils.losses import chunked_token_losses
 from distill_utils.training import Training, choose_attention, describe, fit
@@ -87,7 +86,7 @@ def train_tokenizer() -> Path:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.train_from_iterator(
-            load_text("train"),
+            load_text("pydocs", "train"),
             trainers.BpeTrainer(
                 vocab_size=VOCABULARY,
                 special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
@@ -116,10 +115,9 @@ def packed_text(tokenizer, tokenizer_folder: Path) -> np.ndarray:
     """Return the training text as one flat array of token ids (uint16), an end token after each text."""
 
     def build(folder: Path) -> dict:
-        texts = load_text("train")
+        texts = load_text("pydocs", "train")
         order = np.random.default_rng(0).permutation(len(texts))
-        encoded = tokenizer([texts[i] for i in order], add_special_tokens=False)["input_ids"]
-        flat = np.concatenate([np.asarray([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in encoded])
+        flat = pack_text([texts[i] for i in order], tokenizer)
         np.save(folder / "tokens.npy", flat)
         return {"tokens": len(flat)}
 
@@ -177,13 +175,15 @@ def denoise() -> Path:
         choose_attention(model, MAX_SOURCE_LENGTH)
         tokens = packed_text(tokenizer, tokenizer_folder)
         infilling = infilling_stream(tokens, tokenizer, WINDOW, DENOISING.batch_size, DENOISING.seed, ALIGNED_STEPS)
-        gaps = tokenize_pairs(gap_pairs(load_text("train")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+        gaps = tokenize_pairs(gap_pairs(load_text("pydocs", "train")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
         gap_sentences = pair_stream(gaps, tokenizer.pad_token_id, DENOISING.batch_size, DENOISING.seed)
 
         def batches(step: int) -> list[dict]:
             return gap_sentences(step // 3) if step >= ALIGNED_STEPS and step % 3 == 2 else infilling(step)
 
-        held_out = tokenize_pairs(gap_pairs(load_text("validation")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+        held_out = tokenize_pairs(
+            gap_pairs(load_text("pydocs", "validation")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH
+        )
         evaluate = held_out_loss(batch_list(held_out.select(range(512)), tokenizer.pad_token_id, 32))
         history = fit(model, summarization_loss, batches, DENOISING, folder, evaluate, stage="denoising")
         model.save_pretrained(folder / "model")

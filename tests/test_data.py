@@ -9,7 +9,6 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import BOS, EOS, MASK, PAD, WORDS, tiny_tokenizer
+from tiny_models import BOS, EOS, PAD, WORDS, tiny_tokenizer
 from tokenizers import processors
 
 from distill_utils import data, pydocs
@@ -124,7 +123,10 @@ BAD_FILES = {
         ["broken.jsonl line 3", "not JSON"],
     ),
     "list.jsonl": (lambda path: path.write_text('{"document": "a"}\n["a", "b"]\n'), ["list.jsonl line 2"]),
-    "latin.jsonl": (lambda path: path.write_bytes('{"document": "é"}\n'.encode("latin-1")), ["latin.jsonl", "UTF-8"]),
+    "latin.jsonl": (
+        lambda path: path.write_bytes('{"document": "é"}\n'.encode("latin-1")),
+        ["latin.jsonl line 1 ", "UTF-8", "byte 14 (0xe9)"],
+    ),
     "plain.jsonl.gz": (lambda path: path.write_text('{"document": "a", "summary": "b"}\n'), ["plain.jsonl.gz"]),
     "corrupt.jsonl.gz": (corrupt, ["corrupt.jsonl.gz"]),
     "cut.jsonl.gz": (
@@ -185,7 +187,7 @@ def test_impossible_requests_are_refused(tmp_path, monkeypatch):
     assert "'a/b/c'" in refusal(data.load_pairs, "a/b/c", "train")
     assert "'families'" in refusal(data.load_classification, "families", "train")
     assert "'dev'" in refusal(data.load_classification, "family", "dev")
-    assert "'dev'" in refusal(data.load_text, "dev")
+    assert "'dev'" in refusal(data.load_text, "pydocs", "dev")
 
 
 def test_hub_failures_are_one_line(monkeypatch):
@@ -249,7 +251,7 @@ def test_the_corpus_is_built_once(monkeypatch):
     assert sorted(train["id"]) == sorted(f"train{i}" for i in range(40))
     assert list(train["id"]) != [f"train{i}" for i in range(40)]  # shuffled, so that the first rows are a fair sample
     assert data.load_pairs("pydocs", "train", num=7).to_list() == train.to_list()[:7]
-    assert data.load_text("test") == ["test text"]
+    assert data.load_text("pydocs", "test") == ["test text"]
     facts = data.corpus_facts()
     assert facts["fingerprint"] == "abc" and facts["removed"] == {"x": 2}
     assert facts["pairs"] == dict.fromkeys(pydocs.SPLITS, 40) and facts["characters"]["test"] == len("test text")
@@ -257,6 +259,80 @@ def test_the_corpus_is_built_once(monkeypatch):
         rows = data.load_classification(task, "test", num=30)
         assert len(rows) == 30 and set(rows["label"]) == labels and {"sentence1", "sentence2"} <= set(rows.column_names)
     assert calls == [1]
+
+
+TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet", "train.txt"])
+def test_load_text_from_every_format(tmp_path, name):
+    if name.endswith(".txt"):  # two texts behind a byte order mark, with the line ends of another system, and blanks
+        content = "\ufeff\n" + "\n \n\n".join(TEXTS).replace("\n", "\r\n") + "\n\n"
+        (tmp_path / name).write_bytes(content.encode())
+    else:
+        write_rows(tmp_path / name, [{"text": text} for text in [*TEXTS, "", " \n"]])
+    assert data.load_text(str(tmp_path)) == data.load_text(str(tmp_path), "train") == TEXTS
+    assert data.load_text(str(tmp_path), num=3) == TEXTS[:3]
+    assert "40 usable texts, 41 asked for" in refusal(data.load_text, str(tmp_path), num=41)
+    assert "test.jsonl.gz" in refusal(data.load_text, str(tmp_path), "test")
+
+
+def test_load_text_cuts_one_file_by_a_hash_of_the_text(tmp_path):
+    (tmp_path / "all.txt").write_text("\n\n".join(TEXTS * 2))
+    write_rows(tmp_path / "all.jsonl", [{"body": text} for text in TEXTS[::-1]])
+    splits = [data.load_text(str(tmp_path / "all.txt"), split) for split in data.SPLITS]
+    assert sorted(text for split in splits for text in split) == sorted(TEXTS * 2)
+    assert not set(splits[0]) & set(splits[1]) | set(splits[0]) & set(splits[2]) and min(map(len, splits)) > 0
+    for split, texts in zip(data.SPLITS, splits, strict=True):  # whatever the order and the file
+        assert set(data.load_text(str(tmp_path / "all.jsonl"), split, column="body")) == set(texts)
+    message = refusal(data.load_text, str(tmp_path / "all.jsonl"))
+    assert "'text'" in message and "it has body" in message
+    (tmp_path / "one.txt").write_text("a")
+    assert any(
+        "0 usable texts" in refusal(data.load_text, str(tmp_path / "one.txt"), s) for s in ("validation", "test")
+    )
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl", "bad.jsonl.gz"])
+def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path, name):
+    good = '{"text": "café"}\n'.encode() * 3000  # more than any buffer that a decoder reads at once
+    content = good + '{"text": "é"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    message = refusal(data.load_text, str(tmp_path / name))
+    assert name in message and f"byte {len(good) + 10} (0xe9)" in message and "UTF-8" in message
+    assert ("line 3001" in message) == (name != "bad.txt")
+
+
+def test_text_that_is_missing_is_refused(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    assert "'empty.txt' is empty" in refusal(data.load_text, str(tmp_path / "empty.txt"))
+    assert "0 usable texts" in refusal(data.load_text, str(tmp_path / "blank.txt"))
+    assert "does not exist" in refusal(data.load_text, str(tmp_path / "none.txt"))
+    assert "'train'" in refusal(data.load_text, "train")
+    assert "it has text" in refusal(data.load_pairs, str(tmp_path / "blank.txt"), "train")
+
+
+def test_hub_text_without_a_validation_split_is_drawn_by_hash(monkeypatch):
+    parts = {"train": Dataset.from_dict({"text": TEXTS})}
+    monkeypatch.setattr(data, "load_dataset", lambda name, config, split: datasets.DatasetDict(parts))
+    splits = [data.load_text("Skylion007/openwebtext", split) for split in data.SPLITS]
+    assert sorted(text for split in splits for text in split) == sorted(TEXTS) and min(map(len, splits)) > 0
+    parts["test"] = Dataset.from_dict({"text": ["a"]})
+    assert data.load_text("a/b", "train") == TEXTS and data.load_text("a/b", "test") == ["a"]
+    assert "it has train, test" in refusal(data.load_text, "a/b", "validation")
+
+
+def test_shared_text():
+    folder = SHARED / "corpus_en"
+    if not folder.exists():
+        pytest.skip("the shared data sets are not here")
+    rows = dict(re.findall(r"^\| (validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE))
+    for split in ("validation", "test"):
+        texts = data.load_text(str(folder), split)
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            assert texts[0] == json.loads(next(file))["text"]
+        assert len(texts) == int(rows[split])
 
 
 def test_data_fingerprint_depends_on_every_text():
@@ -314,6 +390,17 @@ def test_collate_pads():
     assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "labels"))
     assert data.collate(rows, pad_token_id=1)["labels"].shape == (2, 8)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"}
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_line_breaks_of_a_summary_become_what_the_tokenizer_has(special):
+    tokenizer = tiny_tokenizer()
+    if special:
+        tokenizer.add_tokens(["<n>"])
+    rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["the list \n of text"]})
+    (labels,) = data.tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
+    words = tokenizer.convert_ids_to_tokens(labels)
+    assert words[:-1] == (["the", "list", "<n>", "of", "text"] if special else ["the", "list", "of", "text"])
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -411,134 +498,3 @@ def test_batch_list_holds_every_row_once_in_order_of_length():
     assert sorted(found) == sorted((row["id"], row["input_ids"], row["labels"]) for row in rows)
     lengths = [len(row[1]) for row in found]
     assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]
-
-
-# ----------------------------------------------------------------------------------------------------------- denoising
-
-
-def align(source: list[int], text: list[int], mask_id: int) -> list[list[int]]:
-    """Return what each mask of `source` hides in `text` (whose tokens are distinct); neighbours share their gap.
-
-    Fails when a token moved, changed or went missing without a mask.
-    """
-    hidden, place, open_masks = [], 0, 0
-    for token in [*source, None]:
-        if token == mask_id:
-            open_masks += 1
-            continue
-        end = len(text) if token is None else text.index(token)
-        gap = text[place:end]  # raises or is wrong below when the order changed
-        assert end >= place and (open_masks or not gap)
-        if open_masks:
-            hidden.append(gap)
-        place, open_masks = end + 1, 0
-    return hidden
-
-
-def test_infill_masks_spans_and_keeps_the_rest():
-    text = list(range(100, 164))
-    masked, masks = [], []
-    for draw in range(300):
-        source = data.infill(np.asarray(text, dtype=np.uint16), MASK, np.random.default_rng(draw))
-        assert source.dtype == np.int64
-        hidden = align(source.tolist(), text, MASK)
-        kept = [token for token in source.tolist() if token != MASK]
-        assert kept == [token for token in text if token in set(kept)]  # in order, unchanged
-        assert sum(map(len, hidden)) == len(text) - len(kept)  # all that is missing hides behind masks
-        masked.append(1 - len(kept) / len(text))
-        masks.append(source.tolist().count(MASK))
-    # A span of no token uses up a token of the budget too, so that the share lies a little below 0.3.
-    assert 0.28 < np.mean(masked) <= 0.3 and max(masked) <= 0.3
-    # 19 tokens in spans of Poisson(3), zeros counted as one: 19 / (3 + exp(-3)) = 6.2, and more for the cut last one
-    assert 6.0 < np.mean(masks) < 7.4
-    again = data.infill(np.asarray(text), MASK, np.random.default_rng(7))
-    assert again.tolist() == data.infill(np.asarray(text), MASK, np.random.default_rng(7)).tolist()
-
-
-def test_infill_reaches_every_place():
-    text, times = np.arange(100, 140), Counter()
-    for draw in range(2000):
-        source = data.infill(text, MASK, np.random.default_rng(draw)).tolist()
-        times.update(set(text.tolist()) - set(source))
-    shares = [times[token] / 2000 for token in text.tolist()]
-    assert 0.05 < min(shares) and max(shares) < 0.45  # the two ends less often than the middle
-
-
-@pytest.mark.parametrize(("share", "kept"), [(0.0, 10), (1.0, None)])
-def test_infill_at_the_ends(share, kept):
-    text = np.arange(100, 110)
-    source = data.infill(text, MASK, np.random.default_rng(0), share=share).tolist()
-    if share == 0:
-        assert source == text.tolist()
-    else:
-        assert MASK in source and len([token for token in source if token != MASK]) <= 3
-    assert data.infill(text[:0], MASK, np.random.default_rng(0)).tolist() == []
-
-
-SPECIAL = SimpleNamespace(mask_token_id=MASK, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-
-
-def test_infilling_stream_hides_parts_of_whole_windows():
-    flat = np.arange(100, 100 + 22 * 11 + 5, dtype=np.uint16)  # 11 windows of 22 tokens and a rest
-    stream = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
-    epochs = []
-    for epoch in range(2):
-        seen = {}
-        for step in range(3 * epoch, 3 * epoch + 3):
-            (batch,) = stream(step)
-            for name, source, target in unpadded([batch]):
-                number = int(name.removeprefix("window "))
-                window = flat[number * 22 : (number + 1) * 22].tolist()
-                assert target == [*window, EOS]
-                assert source[0] == BOS and source[-1] == EOS and MASK in source and len(source) <= 24
-                assert sum(map(len, align(source[1:-1], window, MASK))) == 22 - sum(t >= 100 for t in source)
-                seen[number] = source
-        assert len(seen) == 9  # none twice in an epoch
-        epochs.append(seen)
-    assert list(epochs[0]) != list(epochs[1])
-    assert all(epochs[0][number] != epochs[1][number] for number in set(epochs[0]) & set(epochs[1]))
-
-
-def test_infilling_stream_is_a_function_of_step_and_seed():
-    flat = np.arange(100, 400, dtype=np.uint16)
-    in_order = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
-    expected = [unpadded(in_order(step)) for step in range(10)]
-    fresh = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=4)
-    assert all(unpadded(fresh(step)) == expected[step] for step in (9, 2, 5, 5, 0, 8))
-    other = data.infilling_stream(flat, SPECIAL, length=24, batch_size=3, seed=5)
-    assert unpadded(other(0)) != expected[0]
-
-
-def test_infilling_stream_refuses_too_little_text():
-    assert "batch_size 3" in refusal(data.infilling_stream, np.arange(50), SPECIAL, 24, 3, 0)
-
-
-def test_gap_pairs():
-    body = "The file is opened once and read to its end."
-    texts = [
-        f"function load\nRead a table\nfrom a file.\n\n{body}\n\nMore   of it.",
-        "This comment stands on one line and has no name above it.",
-        f"function short\nRead it.\n\n{body}",
-        f"function long\n{'word ' * 41}\n\n{body}",
-        f"function whole\n{'word ' * 40}\n\n{body}",
-        "function bare\nRead a table from a file.\n\nToo short.",
-        "function none\nRead a table from a file.",
-        "class Wide\nRead a table from a file.\n\n" + "long " * 1000,
-    ]
-    rows = data.gap_pairs(texts).to_list()
-    assert [row["id"] for row in rows] == ["gap 0", "gap 1", "gap 2"]
-    assert rows[0]["document"] == f"function load <mask> {body} More of it."
-    assert rows[0]["summary"] == "Read a table from a file."
-    assert rows[1] == {"id": "gap 1", "document": f"function whole <mask> {body}", "summary": " ".join(["word"] * 40)}
-    assert rows[2]["document"] == "class Wide <mask> " + ("long " * 1000)[:1500]
-
-
-@pytest.mark.parametrize("special", [False, True])
-def test_line_breaks_of_a_summary_become_what_the_tokenizer_has(special):
-    tokenizer = tiny_tokenizer()
-    if special:
-        tokenizer.add_tokens(["<n>"])
-    rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["the list \n of text"]})
-    (labels,) = data.tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
-    words = tokenizer.convert_ids_to_tokens(labels)
-    assert words[:-1] == (["the", "list", "<n>", "of", "text"] if special else ["the", "list", "of", "text"])

@@ -27,12 +27,12 @@ SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 # A file imports only from lower floors (DESIGN, section 2).
 FLOORS = {
     "losses": 1, "pydocs": 1, "artifacts": 1,
-    "data": 2, "students": 2, "capture": 2, "sizing": 2,
+    "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
     "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3,
-    "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4,
+    "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
     "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
     "ablations": 5, "recommendation": 5, "layer_selection": 5,
-    "teachers": 5, "teacher_facts": 5,
+    "teachers": 5, "teacher_facts": 5, "t5_teacher": 5, "task_agnostic": 5,
     "pages": 6, "batch": 6, "__main__": 6,
 }  # fmt: skip
 # Parts of one concept that share a floor: each may import those named.
@@ -48,6 +48,10 @@ NEIGHBORS = {
     "explore": {"plotting"},
     "comparison": {"runs", "plotting"},
     "teachers": {"runs"},
+    "t5_teacher": {"teachers"},
+    "task_agnostic": {"runs"},
+    "denoising": {"data"},
+    "understanding": {"evaluation"},
     "teacher_facts": {"runs", "comparison", "plotting"},
     "batch": {"pages"},
     "__main__": {"batch"},
@@ -64,7 +68,7 @@ ONLY_IN = {
 }
 LAYOUT = (
     "README.md", "environment.yml", "pyproject.toml", "requirements.lock", "Makefile", "LOG.md", "LICENSE",
-    ".ci/run", ".gitignore", ".gitattributes", "notebooks", "distill_utils", "tests",
+    ".ci/run", ".gitignore", ".gitattributes", "notebooks", "distill_utils", "tests", "benchmarks",
 )  # fmt: skip
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from distill_utils.losses import DIVERGENCES, ce_loss, chunked_cached_losses, chunked_token_losses, hidden_loss, kl_loss
+from distill_utils import losses
+from distill_utils.losses import (
+    DIVERGENCES,
+    ce_loss,
+    chunked_cached_losses,
+    chunked_token_losses,
+    hidden_loss,
+    kl_loss,
+    relation_loss,
+)
 
 LABELS = torch.tensor([[3, 0, 4, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
 VOCAB = 5
@@ -319,3 +328,137 @@ def test_shapes_that_do_not_fit_are_named(logits):
         kl_loss(logits[0], logits[1][..., :4], LABELS)
     with pytest.raises(ValueError, match="same width"):
         hidden_loss(logits[0], logits[1][..., :4], LABELS != -100)
+
+
+def naive_relations(student, teacher, row_mask, column_mask, num_heads, causal=False, scale=None):
+    """Row by row and head by head in float64, over the valid columns only; student and teacher are pairs (a, b)."""
+    terms = []
+    for example, row in row_mask.nonzero().tolist():
+        columns = column_mask[example].nonzero().flatten()
+        columns = columns[columns <= row] if causal else columns
+        for head in range(num_heads):
+            logs = []
+            for (a, b), factor in zip((student, teacher), scale or (None, None), strict=True):
+                width = a.shape[-1] // num_heads
+                part = slice(head * width, (head + 1) * width)
+                scores = b[example, columns, part].double() @ a[example, row, part].double()
+                logs.append((scores * (width**-0.5 if factor is None else factor)).log_softmax(-1))
+            terms.append((logs[1].exp() * (logs[1] - logs[0])).sum())
+    return torch.stack(terms).mean()
+
+
+def relation_case(student_width=12, teacher_width=24, rows=5, columns=5, dtype=torch.float64):
+    torch.manual_seed(3)
+    shapes = [(3, length, width) for width in (student_width, teacher_width) for length in (rows, columns)]
+    student_a, student_b, *teacher = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    row_mask = torch.arange(rows) < torch.tensor([[rows], [2], [rows - 1]])
+    column_mask = torch.arange(columns) < torch.tensor([[columns - 1], [3], [columns]])
+    return [student_a.requires_grad_(), student_b.requires_grad_()], teacher, row_mask, column_mask
+
+
+@pytest.mark.parametrize("elements", [1, 60, 2**20])
+@pytest.mark.parametrize("num_heads", [1, 4, 12])
+@pytest.mark.parametrize(
+    ("num_columns", "options"), [(5, {}), (5, {"causal": True}), (7, {}), (7, {"scale": (1.0, 0.3)})]
+)
+def test_relations_equal_the_naive_loop_in_value_and_gradient(monkeypatch, num_columns, options, num_heads, elements):
+    monkeypatch.setattr(losses, "RELATION_ELEMENTS", elements)
+    student, teacher, rows, columns = relation_case(columns=num_columns)
+    columns = rows if options.get("causal") else columns
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in student]
+        value = relation_loss(*inputs, *(x.to(dtype) for x in teacher), rows, columns, num_heads, **options)
+        expected = naive_relations(student, teacher, rows, columns, num_heads, **options)
+        assert value.dtype == dtype and value.item() == pytest.approx(expected.item(), rel=tolerance)
+        gradients = torch.autograd.grad(3 * value, inputs)
+        for ours, theirs in zip(gradients, torch.autograd.grad(3 * expected, student), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=10 * tolerance, atol=tolerance)
+    student, teacher = [student[0]] * 2, [teacher[0]] * 2  # QQ, KK and VV: one tensor in both places
+    value = relation_loss(*student, *teacher, rows, rows, num_heads, **options)
+    expected = naive_relations(student, teacher, rows, rows, num_heads, **options)
+    gradients = [torch.autograd.grad(x, student[0])[0] for x in (value, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_relation_gradient_is_that_of_finite_differences(causal):
+    student, teacher, rows, _ = relation_case()
+    assert torch.autograd.gradcheck(lambda a, b: relation_loss(a, b, *teacher, rows, rows, 4, causal), student)
+    assert torch.autograd.gradcheck(lambda a: relation_loss(a, a, *teacher, rows, rows, 4, causal), student[:1])
+
+
+def test_relation_of_two_tokens_by_hand():
+    """Student scores are all 0, so q is a half; the teacher's are 0 and ln 3 in both rows, so p is (1/4, 3/4)."""
+    student, teacher = torch.zeros(1, 2, 1), torch.tensor([[[0.0], [1.0]]])
+    both, factor = torch.ones(1, 2), math.log(3)
+    kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    ones = torch.ones(1, 2, 1)
+    value = relation_loss(student, student, ones, teacher, both, both, 1, scale=(1.0, factor))
+    assert value.item() == pytest.approx(kl, rel=1e-6)
+    # Causal: row 0 sees one column and has KL 0, row 1 sees both; the mean is over the two.
+    value = relation_loss(student, student, ones, teacher, both, both, 1, True, (1.0, factor))
+    assert value.item() == pytest.approx(kl / 2, rel=1e-6)
+
+
+def test_relations_of_a_model_with_itself_and_of_the_first_causal_row_are_zero():
+    student, teacher, rows, columns = relation_case(teacher_width=12)
+    assert relation_loss(*student, *student, rows, columns, 4).item() == 0.0
+    first = torch.arange(5).expand(3, 5) == 0
+    assert relation_loss(*student, *teacher, first, rows, 4, causal=True).item() == pytest.approx(0.0, abs=1e-15)
+    assert relation_loss(*student, *teacher, first, rows, 4).item() > 0.1
+
+
+def test_padding_content_and_lack_of_valid_rows_do_no_harm_to_relations():
+    student, teacher, rows, columns = relation_case()
+    expected = relation_loss(*student, *teacher, rows, columns, 4)
+    gradients = torch.autograd.grad(expected, student)
+    for fill in (1e6, math.inf, math.nan):
+        inputs = [x.detach().masked_fill(~mask[..., None], fill)
+                  for x, mask in zip([*student, *teacher], (rows, columns) * 2, strict=True)]  # fmt: skip
+        inputs = [x.requires_grad_() for x in inputs]
+        value = relation_loss(*inputs, rows.long(), columns.long(), 4)
+        assert torch.equal(value, expected)
+        for ours, theirs in zip(torch.autograd.grad(value, inputs[:2]), gradients, strict=True):
+            assert torch.equal(ours, theirs)
+    value = relation_loss(*student, *teacher, torch.zeros_like(rows), columns, 4)
+    value.backward()
+    assert value.item() == 0.0 and not any(x.grad.any() for x in student)
+    value = relation_loss(*student, *teacher, rows, torch.zeros_like(columns), 4)  # no column to tell apart
+    assert value.item() == pytest.approx(0.0, abs=1e-15)
+
+
+def test_relations_in_half_precision_are_computed_in_float32_even_under_autocast():
+    student, teacher, rows, columns = relation_case(dtype=torch.float32)
+    halves = [x.detach().bfloat16().requires_grad_() for x in student]
+    rounded = [x.detach().float().requires_grad_() for x in halves]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = relation_loss(*halves, *(x.bfloat16() for x in teacher), rows, columns, 4)
+    expected = relation_loss(*rounded, *(x.bfloat16().float() for x in teacher), rows, columns, 4)
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+    assert value.item() == pytest.approx(relation_loss(*student, *teacher, rows, columns, 4).item(), rel=0.02)
+    value.backward(), expected.backward()
+    for half, full in zip(halves, rounded, strict=True):
+        torch.testing.assert_close(half.grad, full.grad.bfloat16())
+
+
+def test_relations_need_a_gradient_only_where_the_student_does():
+    student, teacher, rows, columns = relation_case()
+    expected = relation_loss(*student, *teacher, rows, columns, 4)
+    with torch.no_grad():
+        assert torch.equal(relation_loss(*student, *teacher, rows, columns, 4), expected)
+    fixed = relation_loss(*(x.detach() for x in student), *teacher, rows, columns, 4)
+    assert torch.equal(fixed, expected) and not fixed.requires_grad
+    half = relation_loss(student[0], student[1].detach(), *teacher, rows, columns, 4)
+    torch.testing.assert_close(torch.autograd.grad(half, student[0]), torch.autograd.grad(expected, student[0]))
+
+
+def test_impossible_relations_are_refused():
+    student, teacher, rows, columns = relation_case(columns=7)
+    message = (
+        "num_relation_heads 8 does not divide the inner widths 12 of the student and 24 of the teacher: use one of "
+    )
+    with pytest.raises(ValueError, match=message + "1, 2, 3, 4, 6, 12$"):
+        relation_loss(*student, *teacher, rows, columns, 8)
+    for options in ({"causal": True}, {}):
+        with pytest.raises(ValueError, match=r"\(3, 5, 12\) and \(3, 7, 12\) do not fit masks"):
+            relation_loss(*student, *teacher, rows, columns if options else rows, 4, **options)

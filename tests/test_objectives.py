@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, PAD, tiny_bart, tiny_batch, tiny_pegasus
+from tiny_models import EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_pegasus, tiny_t5
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from distill_utils import objectives
 from distill_utils.artifacts import InputError
-from distill_utils.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss
-from distill_utils.objectives import draw_samples, kd, kd_cached, on_policy, pl_kl, sft
+from distill_utils.capture import capture
+from distill_utils.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss, relation_loss
+from distill_utils.objectives import draw_samples, kd, kd_cached, miniend, on_policy, pl_kl, sft
 from distill_utils.students import freeze, has_teacher_encoder, init_student, supervision_map
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_KD = partial(kd, encoder_layer_ids=[0, 2], decoder_layer_ids=[2])
 OWN = partial(on_policy, max_new_tokens=5)
+RELATED = partial(miniend, num_relation_heads=4)
+ONLY = {  # weights that leave one term
+    "encoder_self_loss": {"decoder_self_weight": 0.0, "cross_weight": 0.0},
+    "decoder_self_loss": {"encoder_self_weight": 0.0, "cross_weight": 0.0},
+    "cross_loss": {"encoder_self_weight": 0.0, "decoder_self_weight": 0.0},
+}
 
 
 def gradients(model, loss):
@@ -394,3 +403,183 @@ def test_learning_from_the_teacher_brings_the_student_closer():
         optimizer.step()
         values.append(losses["kl_loss"].item())
     assert values[-1] < 0.5 * values[0]
+
+
+def narrow(family, encoder_layers=2, decoder_layers=2):
+    sizes = {"d_kv": 4} if family.startswith("t5") else {}
+    return FAMILIES[family](encoder_layers, decoder_layers, seed=1, d_model=8, **sizes)
+
+
+@each_family
+def test_miniend_is_the_mean_of_relations_by_hand(family):
+    teacher, student, batch = FAMILIES[family](3, 3), narrow(family), tiny_batch(padding=1)
+    losses = RELATED(student, teacher, batch, teacher_encoder_layer=1, cross_weight=2.0)
+    sites = ("encoder_self", "decoder_self", "decoder_cross")
+    with capture(student, [(site, 1) for site in sites]) as ours:
+        student(**batch)
+    with capture(teacher, [("encoder_self", 1), *((site, 2) for site in sites[1:])]) as theirs:
+        teacher(**batch)
+    source, target = batch["attention_mask"], batch["labels"] != -100
+
+    def relation(site, teacher_layer, name, mask, causal):
+        a, b = ours[site, 1][name], theirs[site, teacher_layer][name]
+        return relation_loss(a, a, b, b, mask, mask, 4, causal)
+
+    expected = {
+        "encoder_self_loss": sum(relation(sites[0], 1, name, source, False) for name in "qkv") / 3,
+        "decoder_self_loss": sum(relation(sites[1], 2, name, target, True) for name in "qkv") / 3,
+        "cross_loss": relation(sites[2], 2, "q", target, True) / 3
+        + sum(relation(sites[2], 2, name, source, False) for name in "kv") / 3,
+    }
+    assert list(losses) == ["loss", *expected]
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-6)
+    encoder, decoder, cross = expected.values()
+    torch.testing.assert_close(losses["loss"], (encoder + decoder + 2 * cross) / 4, rtol=1e-4, atol=1e-6)
+    loose = RELATED(student, teacher, tiny_batch(padding=6), teacher_encoder_layer=1, cross_weight=2.0)
+    torch.testing.assert_close(losses["loss"], loose["loss"], rtol=1e-4, atol=1e-6)
+
+
+@each_family
+def test_miniend_of_a_teacher_with_itself_is_zero_in_every_term(family):
+    teacher, batch = FAMILIES[family](2, 2), tiny_batch()
+    student, _, _ = init_student(teacher, 2, 2)
+    relations = ("qq", "kk", "vv", "qk")
+    losses = RELATED(student, teacher, batch, kl_weight=1.0, hidden_weight=1.0, cross_relations=relations)
+    assert list(losses) == ["loss", *ONLY, "kl_loss", "hidden_loss"]
+    assert all(value.item() == pytest.approx(0.0, abs=1e-5) for value in losses.values())
+
+
+def unused(family, names):
+    """The names of an encoder-decoder's weights that the patterns of the family match, of a student of 2-2 layers."""
+    bart = family != "t5"
+    last = {
+        "encoder": r"model\.encoder\.layers\.1\." if bart else r"encoder\.block\.1\.layer\.",
+        "decoder": r"model\.decoder\.layers\.1\." if bart else r"decoder\.block\.1\.layer\.",
+    }
+    after_norm = family == "bart"  # elsewhere the norm stands before the attention, which then needs it
+    behind_self = r"(self_attn\.out_proj|fc|final_layer_norm" + (r"|self_attn_layer_norm" if after_norm else "") + ")"
+    cross = r"(encoder_attn\.|encoder_attn_layer_norm)"
+    behind_cross = (
+        r"(encoder_attn\.out_proj|fc|final_layer_norm" + (r"|encoder_attn_layer_norm" if after_norm else "") + ")"
+    )
+    final = {side: rf"(model\.{side}\.layer_norm|{side}\.final_layer_norm)" for side in last}
+    patterns = {
+        "encoder_self_loss": [
+            last["encoder"] + (behind_self if bart else r"(0\.SelfAttention\.o|1)"), final["encoder"],
+            r"model\.decoder\.(?!embed_tokens)", r"decoder\.(?!embed_tokens)",
+        ],
+        "decoder_self_loss": [
+            *([last["decoder"] + part for part in (behind_self, cross)] if bart
+              else [last["decoder"] + r"(0\.SelfAttention\.o|1|2)"]), final["decoder"],
+        ],
+        "cross_loss": [last["decoder"] + (behind_cross if bart else r"(1\.EncDecAttention\.o|2)"), final["decoder"]],
+    }  # fmt: skip
+    return {term: {name for name in names if any(map(partial(re.match, string=name), some))}
+            for term, some in patterns.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
+def test_gradients_of_relations_reach_exactly_what_stands_before_them(family):
+    teacher, student, batch = FAMILIES[family](3, 3), narrow(family), tiny_batch()
+    names = [name for name, weight in student.named_parameters() if weight.requires_grad]
+    expected = unused(family, names)
+    # With cross-attention in the first decoder layer, decoder terms reach all of the encoder, its last FFN included.
+    assert all(name.partition("coder.")[0].endswith("de") for name in expected["decoder_self_loss"])
+    expected["P4"] = expected["encoder_self_loss"] & expected["decoder_self_loss"]
+    expected["P6"] = expected["P4"] & expected["cross_loss"]
+    for term, without in expected.items():
+        weights = {"P4": {"cross_weight": 0.0}, "P6": {}}.get(term) or ONLY.get(term, {})
+        found = gradients(student, RELATED(student, teacher, batch, **weights)["loss"])
+        assert set(names) - found.keys() == without and without, term
+        assert all(gradient.abs().sum() > 0 for name, gradient in found.items()), term
+    assert all(weight.grad is None for weight in teacher.parameters())
+    trained = gradients(student, RELATED(student, teacher, batch, kl_weight=1.0)["loss"])
+    assert trained.keys() == set(names)
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
+def test_miniend_runs_no_further_than_its_terms_need(family):
+    teacher, student, batch = FAMILIES[family](3, 3), narrow(family), tiny_batch()
+    heads = [calls(model.get_output_embeddings()) for model in (student, teacher)]
+    decoders = [calls(model.get_decoder()) for model in (student, teacher)]  # called when a pass ends
+    first = [calls(objectives.decoder_layers(model)[0]) for model in (student, teacher)]
+    early = RELATED(student, teacher, batch)
+    assert not any([*heads, *decoders]) and all(len(seen) == 1 for seen in first)
+    assert RELATED(student, teacher, batch, **ONLY["encoder_self_loss"])["loss"] == early["encoder_self_loss"]
+    assert all(len(seen) == 1 for seen in first)
+    late = RELATED(student, teacher, batch, ce_weight=0.5)
+    assert [len(seen) for seen in (*heads, *decoders)] == [1, 0, 1, 0]
+    for name, value in early.items():
+        assert torch.equal(value, late[name]) or name == "loss"
+    torch.testing.assert_close(late["loss"], early["loss"] + 0.5 * student(**batch).loss)
+    scratch = miniend(student, None, batch, **ONLY["cross_loss"] | {"cross_weight": 0.0}, ce_weight=1.0)
+    torch.testing.assert_close(scratch["loss"], student(**batch).loss)
+    assert not any(module._forward_hooks and "capture" in str(module._forward_hooks) for module in teacher.modules())
+
+
+@pytest.mark.parametrize("make", [tiny_bart, tiny_t5])
+def test_cross_distributions_are_the_models_own(make):
+    teacher, batch = make(2, 2), tiny_batch()
+    student = make(1, 2, seed=1, d_model=8)
+    losses = RELATED(student, teacher, batch, **ONLY["cross_loss"], cross_relations=["qk"])
+    logs = []
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+        logs.append(model(**batch, output_attentions=True).cross_attentions[-1].double().clamp(min=1e-300).log())
+    rows = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean(1)  # (batch, target)
+    assert losses["loss"].item() == pytest.approx(rows[batch["labels"] != -100].mean().item(), rel=1e-4)
+
+
+def test_miniend_refuses_what_cannot_be_compared():
+    teacher, batch = tiny_bart(2, 2), tiny_batch()
+    with pytest.raises(InputError, match="qk needs as many heads in both models, the student has 4 and the teacher 2"):
+        RELATED(tiny_bart(2, 2, decoder_attention_heads=4), teacher, batch, cross_relations=["qk"])
+    for relations in (["qv"], []):
+        with pytest.raises(InputError, match="cross_relations .* are unknown: use some of qq, kk, vv, qk"):
+            RELATED(teacher, teacher, batch, cross_relations=relations)
+    with pytest.raises(
+        ValueError, match="num_relation_heads 3 does not divide the inner widths 16 of the student and 16"
+    ):
+        miniend(teacher, teacher, batch, num_relation_heads=3)
+    with pytest.raises(InputError, match="layer 4 of decoder_self does not exist: give 0 to 1"):
+        RELATED(teacher, teacher, batch, teacher_decoder_layer=4)
+    with pytest.raises(ValueError, match="need the same width"):
+        RELATED(tiny_bart(2, 2, d_model=8), teacher, batch, hidden_weight=1.0)
+    with pytest.raises(ValueError, match="student has 96 vocabulary entries and teacher 97"):
+        RELATED(teacher, tiny_bart(2, 2, vocab_size=97), batch, kl_weight=1.0)
+    with pytest.raises(InputError, match="every weight of the objective is 0"):
+        RELATED(teacher, None, batch, **ONLY["cross_loss"] | {"cross_weight": 0.0})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_miniend_serves_models_of_one_stack(causal):
+    shape = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 2, "pad_token_id": PAD, "max_position_embeddings": 64}
+    models = []
+    for layers, width in ((2, 8), (3, 16)):
+        sizes = shape | {"hidden_size": width, "num_hidden_layers": layers}
+        models.append(
+            OPTForCausalLM(OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=width)).eval() if causal
+            else BertForMaskedLM(BertConfig(**sizes, intermediate_size=32)).eval()
+        )  # fmt: skip
+    student, teacher = models
+    batch = tiny_batch()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    only = ONLY["decoder_self_loss" if causal else "encoder_self_loss"]
+    losses = RELATED(student, teacher, batch, **only, ce_weight=1.0, kl_weight=1.0)
+    assert losses["ce_loss"].item() == pytest.approx(student(**batch).loss.item(), rel=1e-5)
+    site = "decoder_self" if causal else "encoder_self"
+    vectors = []
+    for model in models:
+        with capture(model, [(site, -1)]) as captured:
+            model(**batch)
+        vectors.append(captured[site, -1])
+    mask = batch["attention_mask"]
+    expected = sum(
+        relation_loss(*[vectors[0][name]] * 2, *[vectors[1][name]] * 2, mask, mask, 4, causal) for name in "qkv"
+    )
+    torch.testing.assert_close(losses[f"{site}_loss"], expected / 3)
+    same = RELATED(teacher, teacher, batch, **only, kl_weight=1.0, hidden_weight=1.0)
+    assert same["loss"].item() == pytest.approx(0.0, abs=1e-5)
+    with pytest.raises(InputError, match="models have no"):
+        RELATED(student, teacher, batch)

@@ -453,3 +453,41 @@ def test_teacher_encoder_is_recognized(family):
 
 def test_padding_id_of_the_tiny_models_is_the_tokenizers():
     assert tiny_tokenizer().pad_token_id == PAD and len(tiny_tokenizer()) == VOCAB_SIZE
+
+
+# ------------------------------------------------------------------------------------------------- a narrower student
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_student_has_the_asked_sizes_and_writes(family):
+    teacher = FAMILIES[family]()
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    torch.manual_seed(3)
+    student = students.new_student(teacher, 2, 1, teacher.config.d_model // 2)
+    config = student.config
+    assert (len(encoder_layers(student)), len(decoder_layers(student))) == (2, 1)
+    assert student.get_input_embeddings().weight.shape == (teacher.config.vocab_size, teacher.config.d_model // 2)
+    inner = [layer for name, layer in student.named_modules() if name.endswith(("q_proj", ".q"))]
+    whole = [layer for name, layer in teacher.named_modules() if name.endswith(("q_proj", ".q"))]
+    assert {layer.out_features * 2 for layer in inner} == {layer.out_features for layer in whole}
+    assert config.num_attention_heads * 2 == teacher.config.num_attention_heads
+    assert student.generation_config.to_dict() == teacher.generation_config.to_dict()
+    written = student.generate(**{name: tiny_batch()[name] for name in ("input_ids", "attention_mask")})
+    assert written.shape[0] == 3 and teacher.config.d_model == 2 * config.d_model
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+
+
+def test_new_student_of_the_teacher_s_width_shares_nothing_with_it():
+    teacher = tiny_t5()
+    student = students.new_student(teacher, 3, 3)
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    assert ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours)
+    assert not torch.equal(ours["shared.weight"], theirs["shared.weight"])
+
+
+def test_new_student_refuses_a_width_between_heads():
+    teacher = tiny_bart()
+    with pytest.raises(InputError, match=f"width {teacher.config.d_model - 1} leaves no whole .*give a multiple of"):
+        students.new_student(teacher, 2, 2, teacher.config.d_model - 1)
+    with pytest.raises(InputError, match="decoder_layers is 9"):
+        students.new_student(teacher, 2, 9)

@@ -1,0 +1,223 @@
+"""Task-agnostic distillation: a student distilled on plain text along one path, then fine-tuned like any other model.
+
+Not here: the objective (objectives.miniend), the corrupted text (denoising.py), fine-tuning and tests (runs.py).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from distill_utils import data, objectives, runs, students, understanding
+from distill_utils.artifacts import (
+    InputError,
+    artifact,
+    config_hash,
+    device,
+    report_progress,
+    seed_everything,
+    write_json,
+)
+from distill_utils.capture import projections
+from distill_utils.denoising import denoising_stream
+from distill_utils.losses import check_relation_heads
+from distill_utils.training import Training, choose_attention, fit
+
+RELATIONS = ("encoder_self_weight", "decoder_self_weight", "cross_weight")
+LOGITS = {"ce_weight": 0.5, "kl_weight": 0.5}
+# What the student imitates: weights of `objectives.miniend`. The grid is ours; the paper's own paths are not known.
+PATHS = {
+    "scratch": {"ce_weight": 1.0},
+    "logits": LOGITS,
+    "encoder": {"encoder_self_weight": 1.0},
+    "decoder": {"decoder_self_weight": 1.0},
+    "self": {"encoder_self_weight": 1.0, "decoder_self_weight": 1.0},
+    "decoder_cross": {"decoder_self_weight": 1.0, "cross_weight": 1.0},
+    "miniend": dict.fromkeys(RELATIONS, 1.0),
+    "miniend_logits": dict.fromkeys(RELATIONS, 1.0) | LOGITS,
+    "hidden": {"hidden_weight": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class AgnosticRun:
+    """What determines one distilled student, before any task; JSON-serialisable by `dataclasses.asdict`."""
+
+    path: str  # one of PATHS
+    shape: str  # "<encoder layers>-<decoder layers>"
+    teacher: str  # shipped name, folder or hub name
+    training: Training
+    source_length: int  # tokens of the encoder's input
+    denoising: str = "span_corruption"  # one of denoising.OBJECTIVES
+    width: int = 0  # of the student, 0 = the teacher's
+    init: str = "random"  # or "copied": layers of the teacher, by `students.layer_map`
+    num_relation_heads: int = 32
+    options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
+    variant: str = ""  # what sets this run apart from another of its path and shape
+
+    @property
+    def name(self) -> str:
+        size = f"-w{self.width}" if self.width else ""
+        init = "-copied" if self.init == "copied" else ""
+        variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", self.variant).strip("_") if self.variant else ""
+        return f"{self.path}-{self.shape}{size}{init}{variant}-s{self.training.seed}"
+
+    @property
+    def weights(self) -> dict:
+        """All arguments that the path sets: weights it does not name are 0."""
+        silent = dict.fromkeys((*RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
+        return silent | PATHS[self.path] | {"num_relation_heads": self.num_relation_heads} | self.options
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the path trains the language-model head, so that its loss on held-out text means something."""
+        return self.weights["ce_weight"] > 0 or self.weights["kl_weight"] > 0
+
+
+def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
+    """Refuse what cannot work before anything is trained; one line names the value and the mend."""
+    if not plan:
+        raise InputError("there is nothing to distil: name at least one path, one student shape and one seed")
+    for run in plan:
+        if run.path not in PATHS:
+            raise InputError(f"path {run.path!r} is unknown: use {', '.join(PATHS)}")
+        if run.init not in ("random", "copied"):
+            raise InputError(f"init {run.init!r} is unknown: use random or copied")
+        if run.init == "copied" and run.width not in (0, teacher.config.d_model):
+            raise InputError(f"a student of width {run.width} cannot copy layers: use init=random or width=0")
+        if run.weights["hidden_weight"] and run.width not in (0, teacher.config.d_model):
+            raise InputError(f"path {run.path} compares hidden states of equal width: use width=0, not {run.width}")
+        encoder, decoder = runs.parse_shape(run.shape, teacher)
+        with torch.device("meta"):
+            student = students.new_student(teacher, encoder, decoder, run.width)
+        if any(run.weights[name] for name in RELATIONS):
+            widths = [projections(model, "encoder_self", -1)[0].out_features for model in (student, teacher)]
+            try:
+                check_relation_heads(run.num_relation_heads, *widths)
+            except ValueError as error:
+                raise InputError(str(error)) from None
+    if len({run.name for run in plan}) < len(plan):
+        raise InputError("a path, student shape or seed is named twice: name each once")
+
+
+def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
+    """Return the untrained student of a run; every path of a seed starts from the same weights."""
+    encoder, decoder = runs.parse_shape(run.shape, teacher)
+    if run.init == "copied":
+        return students.init_student(teacher, encoder, decoder)[0]
+    torch.manual_seed(run.training.seed)
+    return students.new_student(teacher, encoder, decoder, run.width)
+
+
+def distill(run: AgnosticRun, teacher, tokenizer, tokens: np.ndarray, held_out: np.ndarray) -> Path:
+    """Return the artifact of one distilled student: student/, history.csv, results.json with costs.
+
+    `tokens` and `held_out` are flat token ids of training and held-out text. The validation loss is the cross-entropy
+    of corrupted held-out text, nats per target token; it is given for paths that train the head only.
+    """
+    settings = {
+        **asdict(run),
+        "weights": run.weights,
+        "teacher": runs.model_fingerprint(run.teacher, teacher),
+        "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
+    }
+    corrupt = partial(denoising_stream, tokenizer=tokenizer, objective=run.denoising, source_length=run.source_length)
+
+    def build(folder: Path) -> dict:
+        student = new_student(run, teacher)
+        seed_everything(run.training.seed)
+        choose_attention(student, run.source_length)
+        training = run.training
+        batches = corrupt(
+            tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
+        )
+        checks = corrupt(held_out, batch_size=min(32, len(held_out) // (2 * run.source_length)), seed=0)
+        evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)]) if run.has_head else None
+        objective = partial(objectives.miniend, **run.weights)
+        began = time.monotonic()
+        history = fit(
+            student, lambda model, batch: objective(model, teacher, batch), batches, training, folder, evaluate,
+            stage=run.name,
+        )  # fmt: skip
+        student.set_attn_implementation("sdpa")
+        students.save_model(student.to("cpu"), tokenizer, folder / "student")
+        return {
+            "name": run.name,
+            "parameters": students.count_parameters(student),
+            "seconds": round(time.monotonic() - began, 2),
+            "target_tokens": sum(int((batch["labels"] != -100).sum()) for batch in batches(0)) * training.max_steps,
+            "final": history[-1],
+        }
+
+    return artifact(run.name, settings, build)
+
+
+@torch.no_grad()
+def held_out_loss(student, batches: list[dict]) -> dict:
+    """Return the validation_loss over batches, nats per target token."""
+    total = tokens = 0.0
+    for batch in batches:
+        moved = {k: v.to(student.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        count = int((batch["labels"] != objectives.IGNORED).sum())
+        total += float(objectives.sft(student, None, moved)["loss"]) * count
+        tokens += count
+    return {"validation_loss": total / tokens}
+
+
+# ------------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def load_task(task: str, split: str, num: int = 0, path: str = "") -> Dataset:
+    """Return the rows of a task: pairs to summarize under the name "summaries", any task of understanding.py else."""
+    if task == "summaries":
+        return data.load_pairs(path or "pydocs", split, num)
+    return understanding.load_task(task, split, path, num)
+
+
+def fine_tune(
+    name: str, folder: str, model, tokenizer, task: str, train: Dataset, validation: Dataset, training: Training,
+    max_source_length: int, max_target_length: int,
+) -> Path:  # fmt: skip
+    """Return the artifact of a model fine-tuned on one task, all of it trained: student/, history.csv, results.json.
+
+    `folder` is where the model was loaded from, or the shipped name; `name` tells it from others.
+    """
+    shape = f"{len(students.encoder_layers(model))}-{len(students.decoder_layers(model))}"
+    run = runs.StudentRun(
+        method="sft", shape=shape, teacher=folder, training=training, max_source_length=max_source_length,
+        max_target_length=max_target_length, freeze_encoder=False, freeze_embeddings=False, variant=f"{task} {name}",
+    )  # fmt: skip
+    return runs.train_student(run, model, tokenizer, train, validation)
+
+
+def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **generation_settings) -> Path:
+    """Return the artifact of a fine-tuned model's test: ROUGE of summaries, or the task's own metrics.
+
+    Either holds scores.json with one value a document, for paired tests, under "rouge2" or "correct".
+    """
+    model, tokenizer = students.load_model(tuned / "student")
+    model.to(device())
+    if task == "summaries":
+        return runs.evaluate_model(
+            tuned.name, model, tokenizer, tuned.name, test, max_source_length=max_source_length, **generation_settings
+        )
+    settings = {"model": tuned.name, "task": task, "data": data.data_fingerprint(test), "length": max_source_length}
+
+    def build(folder: Path) -> dict:
+        def progress(done: int, total: int) -> None:
+            report_progress(folder, f"evaluating {tuned.name}", done, total, "documents")
+
+        found = understanding.predict_labels(model, tokenizer, test, task, max_source_length, progress=progress)
+        correct = [100.0 * (a == b) for a, b in zip(found, test["summary"], strict=True)]
+        write_json(folder / "scores.json", {"correct": correct})
+        return understanding.scores(task, found, test["label"])
+
+    return artifact(f"test-{tuned.name}", settings, build)

@@ -1,0 +1,157 @@
+"""Distillation on plain text: every path from description to a fine-tuned student, on tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_runs import planted
+from tiny_models import VOCAB_SIZE, tiny_bart, tiny_t5, tiny_tokenizer
+
+from distill_utils import objectives, students, task_agnostic, understanding
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.task_agnostic import PATHS, AgnosticRun
+from distill_utils.training import Training, read_history
+
+TRAINING = Training(max_steps=3, batch_size=4, learning_rate=1e-3, log_every=1, seed=0)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    students.save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    generator = np.random.default_rng(0)
+    tokens, held_out = (generator.integers(5, 60, size=size).astype(np.uint16) for size in (2000, 600))
+    run = AgnosticRun(
+        path="miniend", shape="2-1", teacher=str(tmp_path / "teacher"), training=TRAINING, source_length=16,
+        denoising="text_infilling", num_relation_heads=4,
+    )  # fmt: skip
+    return run, teacher, tokenizer, tokens, held_out
+
+
+def test_every_path_from_description_to_a_tested_task(place, capsys):
+    base, teacher, tokenizer, tokens, held_out = place
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    plan = [replace(base, path=path) for path in PATHS]
+    task_agnostic.check_runs(plan, teacher)
+    starts = [task_agnostic.new_student(run, teacher).state_dict() for run in plan]
+    for start in starts[1:]:
+        assert all(torch.equal(start[name], starts[0][name]) for name in start)
+    for run in plan:
+        folder = task_agnostic.distill(run, teacher, tokenizer, tokens, held_out)
+        final = read_json(folder / "results.json")["final"]
+        terms = {name for name, weight in PATHS[run.path].items() if weight}
+        assert {name.replace("_weight", "_loss") for name in terms} <= final.keys()
+        assert ("validation_loss" in final) == (run.path in ("scratch", "logits", "miniend_logits"))
+        ids = {row["step"] for row in read_history(folder)}
+        assert ids == {1, 2, 3}
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+
+    student, tokenizer = students.load_model(folder / "student")
+    rows = {"train": planted(12, 1), "validation": planted(4, 2), "test": planted(6, 3)}
+    tuned = task_agnostic.fine_tune(
+        "hidden", str(folder / "student"), student, tokenizer, "summaries", rows["train"], rows["validation"], TRAINING,
+        24, 10,
+    )  # fmt: skip
+    moved, _ = students.load_model(tuned / "student")
+    changed = [name for name, weight in moved.named_parameters() if not torch.equal(weight, student.state_dict()[name])]
+    assert any("encoder" in name for name in changed) and "model.shared.weight" in changed
+    tested = task_agnostic.test_task(tuned, "summaries", rows["test"], 24, num_beams=1, max_new_tokens=6, num_speed=1)
+    assert {"rouge1", "rouge2"} <= read_json(tested / "results.json").keys()
+
+
+def test_classification_is_scored_row_by_row(place, monkeypatch):
+    base, teacher, tokenizer, *_ = place
+    words = ("list", "file")  # words that the tiny tokenizer has
+    tasks = understanding.TASKS
+    monkeypatch.setitem(tasks, "belongs", tasks["belongs"]._replace(labels=words))
+    labels = [words[i % 2] for i in range(10)]
+    rows = planted(10, 4).remove_columns("summary").add_column("summary", labels).add_column("label", labels)
+    tuned = task_agnostic.fine_tune(
+        "teacher", base.teacher, teacher, tokenizer, "belongs", rows, rows.select(range(4)), TRAINING, 24, 8
+    )
+    tested = task_agnostic.test_task(tuned, "belongs", rows, 24)
+    found, scores = read_json(tested / "results.json"), read_json(tested / "scores.json")
+    assert np.mean(scores["correct"]) == pytest.approx(found["accuracy"])
+
+
+def test_same_text_for_every_path_and_exact_resume(place):
+    base, teacher, tokenizer, tokens, held_out = place
+    whole = task_agnostic.distill(base, teacher, tokenizer, tokens, held_out)
+    again = task_agnostic.distill(base, teacher, tokenizer, tokens, held_out)
+    assert whole == again
+    other = task_agnostic.distill(base, teacher, tokenizer, tokens[:-1], held_out)
+    assert other != whole  # other text, other run
+
+
+def test_narrow_student(place):
+    base, teacher, tokenizer, tokens, held_out = place
+    run = replace(base, width=teacher.config.d_model // 2)
+    task_agnostic.check_runs([run], teacher)
+    folder = task_agnostic.distill(run, teacher, tokenizer, tokens, held_out)
+    assert students.load_model(folder / "student")[0].config.d_model * 2 == teacher.config.d_model
+
+
+def test_copied_student_starts_from_the_teacher_s_layers(place):
+    base, teacher, *_ = place
+    student = task_agnostic.new_student(replace(base, init="copied"), teacher)
+    ids = students.layer_map(3, 2)
+    for ours, layer in zip(students.encoder_layers(student), ids, strict=True):
+        theirs = students.encoder_layers(teacher)[layer]
+        assert torch.equal(ours.fc1.weight, theirs.fc1.weight)
+
+
+def test_relations_alone_leave_the_last_decoder_block_s_end_untrained(place):
+    base, teacher, tokenizer, tokens, held_out = place
+    start = task_agnostic.new_student(base, teacher).state_dict()
+    folder = task_agnostic.distill(base, teacher, tokenizer, tokens, held_out)
+    end = students.load_model(folder / "student")[0].state_dict()
+    assert torch.equal(start["model.decoder.layers.0.fc2.weight"], end["model.decoder.layers.0.fc2.weight"])
+    assert not torch.equal(start["model.encoder.layers.1.fc2.weight"], end["model.encoder.layers.1.fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"path": "nothing"}, "path 'nothing' is unknown: use scratch, logits"),
+        ({"init": "copy"}, "init 'copy' is unknown: use random or copied"),
+        ({"init": "copied", "width": 8}, "a student of width 8 cannot copy layers"),
+        ({"path": "hidden", "width": 8}, "path hidden compares hidden states of equal width"),
+        ({"num_relation_heads": 7}, "num_relation_heads 7 does not divide the inner widths"),
+        ({"shape": "9-1"}, "student_layers is 9"),
+        ({"width": 17}, "width 17 leaves no whole"),
+    ],
+)
+def test_bad_runs_are_refused_before_training(place, changes, said):
+    base, teacher, *_ = place
+    with pytest.raises(InputError, match=said):
+        task_agnostic.check_runs([replace(base, **changes)], teacher)
+
+
+def test_nothing_and_twice_are_refused(place):
+    base, teacher, *_ = place
+    with pytest.raises(InputError, match="nothing to distil"):
+        task_agnostic.check_runs([], teacher)
+    with pytest.raises(InputError, match="named twice"):
+        task_agnostic.check_runs([base, base], teacher)
+
+
+def test_held_out_loss_is_the_mean_over_tokens(place):
+    model = tiny_t5()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows, length in ((2, 5), (3, 4)):
+        labels = torch.randint(5, VOCAB_SIZE, (rows, length), generator=generator)
+        labels[0, 2:] = -100
+        ids = torch.randint(5, VOCAB_SIZE, (rows, 6), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    total = tokens = 0.0
+    for batch in batches:
+        logits = model(**batch).logits.double()
+        valid = batch["labels"] != objectives.IGNORED
+        chosen = logits.log_softmax(-1)[valid].gather(1, batch["labels"][valid][:, None])
+        total, tokens = total - float(chosen.sum().detach()), tokens + int(valid.sum())
+    assert task_agnostic.held_out_loss(model, batches)["validation_loss"] == pytest.approx(total / tokens, rel=1e-5)
