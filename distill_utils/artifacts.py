@@ -135,6 +135,10 @@ def lock(folder: Path | str):
         yield
 
 
+_built: set[str] = set()  # run folders of this process
+_reused: dict[str, float] = {}  # those of earlier ones, and what they took, in seconds
+
+
 def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bool = False) -> Path:
     """Return the run folder that holds what `settings` determine, building it when it is missing.
 
@@ -146,6 +150,8 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
     if (folder / "results.json").exists():
         if not quiet:
             print(f"reusing runs/{folder.name}", flush=True)
+            if folder.name not in _built:
+                _reused[folder.name] = read_json(folder / "results.json").get("build_seconds", 0.0)
         return folder
     with lock(folder):
         if not (folder / "results.json").exists():  # else another process finished it while we waited
@@ -154,6 +160,7 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
             start = time.time()
             results = {**build(folder), "build_seconds": round(time.time() - start, 2), "provenance": provenance()}
             write_json(folder / "results.json", results)
+            _built.add(folder.name)
     return folder
 
 
@@ -168,8 +175,12 @@ def notebook_folder(name: str, parameters: dict) -> Path:
 def save_notebook_results(
     folder: Path, notebook: str, parameters: dict, rows: list[dict], headline: str, **extra: object
 ) -> None:
-    """Write results.json of a notebook: its completion marker, so call it in the last executed cell."""
+    """Write results.json of a notebook: its completion marker, so call it in the last executed cell.
+
+    What earlier processes had computed is counted in `reused_seconds`, so that no report looks cheaper than it was.
+    """
     results = {"notebook": notebook, "parameters": parameters, "headline": headline, "rows": rows, **extra}
+    results["reused_seconds"] = round(sum(_reused.values()), 1)
     write_json(folder / "results.json", results | {"provenance": provenance()})
     print(f"wrote runs/{folder.name}/results.json")
 

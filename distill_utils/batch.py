@@ -509,7 +509,7 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
         **{name: made.get(name) for name in ("processor", "threads", "platform", "python")},
         "packages": ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items()),
         "date": entry["date"],
-        "duration": pages.duration(entry["wall_seconds"]),
+        "duration": pages.wall_time(entry),
     }
     return [(name, str(value)) for name, value in facts.items() if value]
 

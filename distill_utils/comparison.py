@@ -136,16 +136,22 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
     }
 
 
-def add_speedup(rows: list[dict], times: Mapping[str, float]) -> None:
-    """Give all students of one shape its time per generated token, and add `speedup` over the teacher's.
+def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str, float]]) -> None:
+    """Replace latency and time per token of the rows by those taken in turns, and add `speedup` over the teacher.
 
-    `times` is what `runs.time_shapes` returned. Students of one shape are one architecture: what would separate their
-    own measurements, taken minutes apart, is the machine's noise.
+    `times` is what `runs.time_students` returned. Students of one shape are one architecture and get one time per
+    token, the median of theirs.
     """
+    by_shape: dict[str, list[float]] = {}
+    for (_, shape, _), time in times.items():
+        by_shape.setdefault(shape, []).append(time["ms_per_token"])
+    teacher = by_shape[""][0]
     for row in rows:
-        if row.get("ms_per_token"):
-            row["ms_per_token"] = round(times[row["student"]], 4)
-            row["speedup"] = round(times[""] / row["ms_per_token"], 3)
+        key = (row["method"], row["student"], row.get("variant") or "")
+        if key in times:
+            row["latency_ms"] = times[key]["latency_ms"]
+            row["ms_per_token"] = round(float(np.median(by_shape[row["student"]])), 4)
+            row["speedup"] = round(teacher / row["ms_per_token"], 3)
 
 
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from distill_utils import artifacts, generation
 from distill_utils.generation import is_empty, is_repeating, words
@@ -218,26 +217,31 @@ def _seconds(run: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def ms_per_token(
-    models: Mapping[str, PreTrainedModel], tokenizer, documents: Sequence[str], *, num_new_tokens: int = 16,
-    repeats: int = 3, **options,
-) -> dict[str, float]:  # fmt: skip
-    """Return each model's milliseconds a token: batch 1, greedy, exactly `num_new_tokens`, the encoder's run included.
+def ms_in_turns(
+    runs: Mapping[object, Callable[[list[str]], object]], documents: Sequence[str], device: torch.device,
+    repeats: int = 3,
+) -> dict[object, float]:  # fmt: skip
+    """Return milliseconds a document of several functions of a list with one document.
 
-    Models take turns document by document, so that a busy moment of the machine meets them all; of repeats the best
-    counts, since what disturbs a measurement only adds to it, and of documents the median. Options: `summarize`'s.
+    They take turns document by document, so that a busy moment of the machine meets them all; of repeats the best
+    counts, since what disturbs a measurement only adds to it, and of documents the median.
     """
-    # Equal limits force the number of tokens; min_length counts the decoder's start token, max_new_tokens does not.
-    options |= {"num_beams": 1, "max_new_tokens": num_new_tokens, "min_length": num_new_tokens + 1}
-    found = {name: np.empty((repeats, len(documents))) for name in models}
+    found = {name: np.empty((repeats, len(documents))) for name in runs}
     for repeat in range(-1, repeats):  # the first turn is a warm-up: kernels, caches, allocator
         for i, text in enumerate(documents[:1] if repeat < 0 else documents):
-            for name, model in models.items():
-                run = partial(generation.summarize, model, tokenizer, [text], batch_size=1, **options)
-                spent = _seconds(run, model.device)
+            for name, run in runs.items():
+                spent = _seconds(partial(run, [text]), device)
                 if repeat >= 0:
                     found[name][repeat, i] = spent
-    return {name: 1000 * float(np.median(times.min(0))) / num_new_tokens for name, times in found.items()}
+    return {name: 1000 * float(np.median(times.min(0))) for name, times in found.items()}
+
+
+def decoding_runs(model, tokenizer, num_new_tokens: int, options: dict, **generation_settings) -> dict[str, Callable]:
+    """Return functions of documents to time: a model's own decoding, and greedily exactly `num_new_tokens` tokens."""
+    # Equal limits force the number of tokens; min_length counts the decoder's start token, max_new_tokens does not.
+    fixed = {"num_beams": 1, "max_new_tokens": num_new_tokens, "min_length": num_new_tokens + 1}
+    summarize = partial(generation.summarize, model, tokenizer, **options)
+    return {"latency_ms": partial(summarize, **generation_settings), "ms_per_token": partial(summarize, **fixed)}
 
 
 def measure_speed(
@@ -246,18 +250,18 @@ def measure_speed(
 ) -> dict[str, float | None]:  # fmt: skip
     """Time a model on documents; every number is after one untimed pass, and tokenisation is part of it.
 
-    Of repeats the best counts, since what disturbs a measurement only adds to it; of documents the median.
-    `latency_ms`: batch 1, the model's own decoding (or the settings given).
-    `throughput`: summaries a second in length-sorted batches, the same decoding.
-    `ms_per_token`: see there. `encoder_ms`: the share of a latency that no shallower decoder removes.
-    `peak_memory_gb`: most that CUDA held meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest
-    of the process.
+    `latency_ms`: batch 1, the model's own decoding (or the settings given), as `ms_in_turns` measures it.
+    `throughput`: summaries a second in length-sorted batches, the same decoding, best of the repeats.
+    `ms_per_token`: batch 1, greedy, exactly `num_new_tokens` tokens, whole time (encoder too) over tokens.
+    `encoder_ms`: the share of a latency that no shallower decoder removes. `peak_memory_gb`: most that CUDA held
+    meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest of the process.
     """
     if not documents:
         raise ValueError("no documents to time: give at least one")
     device, on_cuda = model.device, model.device.type == "cuda"
-    options = {"max_source_length": max_source_length, "prefix": prefix, "dtype": dtype}
-    own = partial(generation.summarize, model, tokenizer, batch_size=batch_size, **options, **generation_settings)
+    options = {"max_source_length": max_source_length, "prefix": prefix, "dtype": dtype, "batch_size": batch_size}
+    timed = decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
+    own = timed["latency_ms"]
     cast = dtype or (artifacts.autocast_dtype(device) if on_cuda else None)
 
     @torch.inference_mode()
@@ -266,25 +270,14 @@ def measure_speed(
         with torch.autocast(device.type, dtype=cast, enabled=cast not in (None, torch.float32)):
             model.get_encoder()(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
 
-    def milliseconds(run) -> float:
-        times = [[_seconds(partial(run, [text]), device) for text in documents] for _ in range(repeats)]
-        return 1000 * float(np.median(np.min(times, axis=0)))
-
     was_training = model.training
     model.eval()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     own(documents)
-    for run in (own, encode):
-        run(documents[:1])  # warm-up: kernels, caches, allocator
-    row = {
-        "latency_ms": milliseconds(own),
-        "throughput": len(documents) / min(_seconds(partial(own, documents), device) for _ in range(repeats)),
-        "ms_per_token": ms_per_token(
-            {"": model}, tokenizer, documents, num_new_tokens=num_new_tokens, repeats=repeats, **options
-        )[""],
-        "encoder_ms": milliseconds(encode),
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
-    }
+    row = ms_in_turns(timed | {"encoder_ms": encode}, documents, device, repeats)
+    row["ms_per_token"] /= num_new_tokens
+    row["throughput"] = len(documents) / min(_seconds(partial(own, documents), device) for _ in range(repeats))
+    row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
     model.train(was_training)
     return row

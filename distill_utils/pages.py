@@ -290,7 +290,7 @@ def write_index(reports: Path) -> None:
     for entry in gather(reports):
         changed = ", ".join(f"{name} = {value}" for name, value in entry.get("changed", {}).items())
         meta = [f"profile {entry.get('profile', '?')}", f"changed: {changed}" if changed else "", entry.get("date")]
-        meta.append(duration(entry.get("wall_seconds")))
+        meta.append(wall_time(entry))
         folder, _, short = entry["report"].rpartition("/")
         sections.setdefault(folder, []).append(
             {
@@ -336,6 +336,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def wall_time(entry: dict) -> str:
+    """Return how long a report took, and what the results that it reused had taken before."""
+    reused = entry.get("reused_seconds") or 0.0
+    wall = duration(entry.get("wall_seconds"))
+    return f"{wall}, reused results {duration(reused)}" if wall and reused >= 1 else wall
+
+
 def readme_table(reports: Path) -> str:
     """Return the README's results: what the reports that train students found, and the wall time of every notebook.
 
@@ -344,7 +351,7 @@ def readme_table(reports: Path) -> str:
     """
     blocks, timed = [], []
     for entry in gather(reports):
-        link, wall = f"reports/{entry['report']}.html", duration(entry.get("wall_seconds"))
+        link, wall = f"reports/{entry['report']}.html", wall_time(entry)
         if wall:
             parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
             line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from distill_utils import data, objectives, students
 from distill_utils.artifacts import (
@@ -29,7 +30,7 @@ from distill_utils.artifacts import (
     seed_everything,
     write_atomic,
 )
-from distill_utils.evaluation import evaluate_summaries, measure_speed, ms_per_token
+from distill_utils.evaluation import decoding_runs, evaluate_summaries, measure_speed, ms_in_turns
 from distill_utils.generation import summarize
 from distill_utils.label_filters import bounds_of, filter_labels
 from distill_utils.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
@@ -416,15 +417,30 @@ def evaluate_model(
     return artifact(f"test-{name}", settings, build)
 
 
-def time_shapes(teacher, tokenizer, shapes: Iterable[str], documents: Sequence[str], **options) -> dict[str, float]:
-    """Return milliseconds a generated token of the teacher, under "", and of each shape; options as `ms_per_token`'s.
+def time_students(
+    teacher: PreTrainedModel, tokenizer, plan: Sequence[StudentRun], trained: Mapping[str, Path],
+    documents: Sequence[str], *, max_source_length: int, prefix: str = "", num_new_tokens: int = 16,
+    **generation_settings,
+) -> dict[tuple[str, str, str], dict[str, float]]:  # fmt: skip
+    """Return latency_ms and ms_per_token of the teacher and of one student of each method, shape and variant.
 
-    The students are views on the teacher's layers: time depends on the shape, not on the weights.
+    The keys are (method, shape, variant), the teacher's ("teacher", "", ""). All models are in memory and take turns,
+    because times that were taken minutes apart differ by the machine's noise more than models do.
     """
-    models = {"": teacher}
-    for shape in dict.fromkeys(shapes):
-        models[shape] = students.init_student(teacher, *parse_shape(shape, teacher), share_weights=True)[0]
-    return ms_per_token(models, tokenizer, documents, **options)
+    models = {("teacher", "", ""): teacher}
+    for run in plan:
+        if (run.method, run.shape, run.variant) not in models:
+            student = students.load_model(trained[run.name] / "student")[0]
+            models[run.method, run.shape, run.variant] = student.to(teacher.device)
+    options = {"max_source_length": max_source_length, "prefix": prefix}
+    timed = {
+        (key, name): function
+        for key, model in models.items()
+        for name, function in decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings).items()
+    }
+    found = ms_in_turns(timed, documents, teacher.device)
+    per_token = {key: found[key, "ms_per_token"] / num_new_tokens for key in models}
+    return {key: {"latency_ms": found[key, "latency_ms"], "ms_per_token": per_token[key]} for key in models}
 
 
 def read_predictions(folder: Path) -> list[dict]:

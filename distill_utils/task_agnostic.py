@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,14 @@ from distill_utils.artifacts import (
     artifact,
     config_hash,
     device,
+    read_json,
     report_progress,
     seed_everything,
     write_json,
 )
 from distill_utils.capture import projections
 from distill_utils.denoising import denoising_stream
+from distill_utils.evaluation import bootstrap_interval, paired_test
 from distill_utils.losses import check_relation_heads
 from distill_utils.training import Training, choose_attention, fit
 
@@ -221,3 +223,54 @@ def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **g
         return understanding.scores(task, found, test["label"])
 
     return artifact(f"test-{tuned.name}", settings, build)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+def mean_scores(tested: Sequence[Path]) -> np.ndarray:
+    """Return one value a test document, averaged over the tests of several seeds: ROUGE-2, or 100 where correct."""
+    found = [read_json(folder / "scores.json") for folder in tested]
+    return np.mean([scores.get("rouge2", scores.get("correct")) for scores in found], axis=0)
+
+
+def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[Path] | None = None) -> dict:
+    """Return one line of the grid: a model's score on a task, mean over seeds, with interval and paired test.
+
+    The score is ROUGE-2 or the task's own; its interval is over documents, and so is the difference to `baseline`,
+    which counts correct answers where the score itself is no mean over documents.
+    """
+    results, values = [read_json(folder / "results.json") for folder in tested], mean_scores(tested)
+    key = "rouge2" if "rouge2" in results[0] else "score"
+    row = {"name": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key, "seeds": len(tested)}
+    row["score"] = float(np.mean([result[key] for result in results]))
+    row["score_low"], row["score_high"] = bootstrap_interval(values)[1:]
+    if key == "score" and abs(row["score"] - values.mean()) > 0.01:
+        row |= {
+            f"score_{end}": float(np.mean([result[f"score_{end}"] for result in results])) for end in ("low", "high")
+        }
+    return row | (paired_test(values, mean_scores(baseline)) if baseline else {})
+
+
+def gap_closed(
+    tested: Mapping[tuple[str, str], Sequence[Path]], name: str, low: str, high: str, num_samples: int = 1000
+) -> dict:
+    """Return which share of the way from model `low` to model `high` a model goes, mean over tasks, with its interval.
+
+    `tested` is {(model, task): test artifacts of its seeds}. Every draw takes new documents of every task. A task
+    where `high` is not above `low` says nothing and is left out; `tasks` names those that count.
+    """
+    generator, shares, used = np.random.default_rng(0), [], []
+    for task in dict.fromkeys(task for _, task in tested):
+        ours, bottom, top = (mean_scores(tested[model, task]) for model in (name, low, high))
+        if paired_test(top, bottom)["low"] <= 0:
+            continue
+        drawn = generator.integers(len(ours), size=(num_samples, len(ours)))
+        way = np.maximum((top - bottom)[drawn].mean(1), 1e-9)
+        shares.append(np.append((ours - bottom)[drawn].mean(1) / way, (ours - bottom).mean() / (top - bottom).mean()))
+        used.append(task)
+    if not used:
+        return {"share": None, "low": None, "high": None, "tasks": []}
+    means = np.mean(shares, axis=0)
+    interval = np.quantile(means[:-1], [0.025, 0.975])
+    return {"share": float(means[-1]), "low": float(interval[0]), "high": float(interval[1]), "tasks": used}

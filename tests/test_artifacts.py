@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import random
@@ -278,8 +279,30 @@ def test_notebook_folder_and_results(runs, monkeypatch, capsys):
     artifacts.save_notebook_results(folder, "03", {"seed": 1}, [{"rouge1": 0.3}], "**It works**", seconds={"train": 2})
     assert capsys.readouterr().out == f"wrote runs/{folder.name}/results.json\n"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"notebook", "parameters", "headline", "rows", "seconds", "provenance"}
+    assert set(results) == {
+        "notebook", "parameters", "headline", "rows", "seconds", "reused_seconds", "provenance"
+    }  # fmt: skip
     assert results["rows"] == [{"rouge1": 0.3}] and results["seconds"] == {"train": 2}
+
+
+def test_results_of_earlier_processes_are_counted_once(runs, monkeypatch, capsys):
+    monkeypatch.setattr(artifacts, "_built", set())
+    monkeypatch.setattr(artifacts, "_reused", {})
+
+    def reused() -> float:
+        folder = artifacts.notebook_folder("03", {"seed": 1})
+        artifacts.save_notebook_results(folder, "03", {"seed": 1}, [], "")
+        return json.loads((folder / "results.json").read_text())["reused_seconds"]
+
+    clock = itertools.count(0, 7)
+    monkeypatch.setattr(artifacts.time, "time", lambda: next(clock))
+    for _ in range(3):
+        artifacts.artifact("long", {"a": 1}, lambda folder: {})
+    assert reused() == 0.0  # this process built it
+    monkeypatch.setattr(artifacts, "_built", set())  # as in another process
+    for _ in range(3):
+        artifacts.artifact("long", {"a": 1}, lambda folder: {})
+    assert reused() == 7.0
 
 
 # ----------------------------------------------------------------------------------------------------------- progress

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -161,19 +161,18 @@ def test_evaluate_summaries_gives_one_flat_row():
 # -------------------------------------------------------------------------------------------------------------- speed
 
 
-def test_models_take_turns_when_timed(monkeypatch):
+def test_functions_take_turns_when_timed(monkeypatch):
     order, clock = [], [0.0]
 
-    def summarize(model, tokenizer, documents, **options):
-        order.append((model.name, documents[0]))
+    def run(name, cost, documents):
+        order.append((name, *documents))
         # The second round falls into a busy moment: it must not count.
-        clock[0] += model.cost * (10 if len(order) > 2 + 4 else 1)
+        clock[0] += cost * (10 if len(order) > 2 + 4 else 1)
 
-    monkeypatch.setattr(evaluation.generation, "summarize", summarize)
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
-    models = {n: SimpleNamespace(name=n, cost=c, device=torch.device("cpu")) for n, c in (("a", 0.5), ("b", 0.25))}
-    found = evaluation.ms_per_token(models, None, ["x", "y"], num_new_tokens=5, repeats=2, max_source_length=16)
-    assert found == {"a": pytest.approx(100.0), "b": pytest.approx(50.0)}
+    timed = {"a": partial(run, "a", 0.5), "b": partial(run, "b", 0.25)}
+    found = evaluation.ms_in_turns(timed, ["x", "y"], torch.device("cpu"), repeats=2)
+    assert found == {"a": pytest.approx(500.0), "b": pytest.approx(250.0)}
     turn = [("a", "x"), ("b", "x")]
     assert order == [*turn, *[*turn, ("a", "y"), ("b", "y")] * 2]
 

@@ -331,6 +331,13 @@ def test_not_a_number_becomes_null_beside_the_page(made):
     assert saved["seconds"] == {"corpus": 1.5, "training": 75.0}
 
 
+def test_wall_time_names_what_was_reused():
+    assert pages.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
+    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
+    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
+    assert pages.wall_time({}) == ""
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
 )

@@ -62,8 +62,11 @@ def test_every_method_from_description_to_row(place, capsys):
         tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
     rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
     rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
-    times = runs.time_shapes(teacher, tokenizer, ["3-1"], test["document"][:2], max_source_length=16, num_new_tokens=4)
-    comparison.add_speedup(rows, times)
+    options = {"max_source_length": base.max_source_length, "num_new_tokens": 4, "num_beams": 1}
+    times = runs.time_students(teacher, tokenizer, plan, trained, test["document"][:2], **options)
+    assert set(times) == {("teacher", "", "")} | {(method, "3-1", "") for method in runs.METHODS}
+    comparison.add_speed(rows, times)
+    assert rows[0]["speedup"] == 1 and len({row["ms_per_token"] for row in rows if row.get("student")}) == 1
     means = comparison.mean_over_seeds(rows, tested, teacher_test)
     versus = comparison.compare_methods(plan, tested)
 

@@ -11,7 +11,7 @@ from test_runs import planted
 from tiny_models import VOCAB_SIZE, tiny_bart, tiny_t5, tiny_tokenizer
 
 from distill_utils import objectives, students, task_agnostic, understanding
-from distill_utils.artifacts import InputError, read_json
+from distill_utils.artifacts import InputError, read_json, write_json
 from distill_utils.task_agnostic import PATHS, AgnosticRun
 from distill_utils.training import Training, read_history
 
@@ -155,3 +155,40 @@ def test_held_out_loss_is_the_mean_over_tokens(place):
         chosen = logits.log_softmax(-1)[valid].gather(1, batch["labels"][valid][:, None])
         total, tokens = total - float(chosen.sum().detach()), tokens + int(valid.sum())
     assert task_agnostic.held_out_loss(model, batches)["validation_loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+
+
+def a_test(folder, **values):
+    """Write a test artifact with one value a document."""
+    folder.mkdir(parents=True)
+    write_json(folder / "scores.json", {key: list(map(float, scores)) for key, scores in values.items()})
+    (key, scores) = next(iter(values.items()))
+    mean = float(np.mean(scores))
+    write_json(folder / "results.json", {"rouge2" if key == "rouge2" else "score": mean})
+    return folder
+
+
+def test_result_row_averages_seeds_document_by_document(tmp_path):
+    ours = [a_test(tmp_path / "a", rouge2=[10, 20, 30]), a_test(tmp_path / "b", rouge2=[20, 40, 30])]
+    theirs = [a_test(tmp_path / "c", rouge2=[5, 20, 20])]
+    row = task_agnostic.result_row("miniend", "summaries", ours, theirs)
+    assert task_agnostic.mean_scores(ours).tolist() == [15, 30, 30]
+    assert row["score"] == pytest.approx(25) and row["difference"] == pytest.approx(10) and row["seeds"] == 2
+    assert row["score_low"] <= 25 <= row["score_high"] and row["metric"] == "ROUGE-2"
+
+
+def test_gap_closed_is_the_share_of_the_way_and_leaves_out_tasks_without_one(tmp_path):
+    generator = np.random.default_rng(0)
+    tested = {}
+    for task, way in (("one", 40.0), ("two", 20.0), ("flat", 0.0)):
+        bottom = generator.uniform(0, 10, 200)
+        for name, share in (("scratch", 0.0), ("teacher", 1.0), ("miniend", 0.25)):
+            noise = generator.normal(0, 1, 200) if way else generator.normal(0, 5, 200)
+            tested[name, task] = [a_test(tmp_path / f"{name}-{task}", correct=bottom + share * way + noise)]
+    found = task_agnostic.gap_closed(tested, "miniend", "scratch", "teacher")
+    assert found["tasks"] == ["one", "two"]
+    assert found["low"] < found["share"] < found["high"] and found["share"] == pytest.approx(0.25, abs=0.02)
+    nothing = {key: value for key, value in tested.items() if key[1] == "flat"}
+    assert task_agnostic.gap_closed(nothing, "miniend", "scratch", "teacher")["share"] is None
