@@ -288,14 +288,13 @@ def _label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float |
 
 
 def plot_quality_speed(
-    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None, front: bool = False
+    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None
 ) -> Axes:
     """Plot quality against speed, one point a row, intervals as error bars, the teacher's as a band.
 
     Rows are results rows: method, student, `x`, `y`, `y`_low, `y`_high. Colour is the method, marker the student's
     shape. Rows without `x` (lead words, object name) are dotted lines, the teacher is a point in its band. Points of
-    nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another. A row may
-    bring its own `label`. With `front` a line joins what nothing else beats in both quantities (`pareto_front`).
+    nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
     """
     ax = new_axes(ax)
     rows = [row for row in rows if _is_number(row.get(y))]
@@ -323,10 +322,7 @@ def plot_quality_speed(
             marker = "*" if method == "teacher" else shapes.get(row.get("student"), "o")
             ax.plot(at, value, marker, color=color, ms=11 if marker == "*" else 7, mec="white", mew=0.8, zorder=4)
         if not is_line:
-            points.append((at, value, row.get("label") or method_label(method, row.get("student")), color))
-    if front:
-        best = pareto_front(rows, x, y)
-        ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=2)
+            points.append((at, value, method_label(method, row.get("student")), color))
     ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
     ax.margins(x=0.14, y=0.1)
     ax.autoscale_view()
@@ -630,15 +626,23 @@ def plot_differences(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_decoding(rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", ax: Axes | None = None) -> Axes:
-    """Plot quality against speed for several decoding settings, one line a model through its settings by time.
+def plot_trade_off(
+    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", legend: str = "numbers: beams",
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Plot quality against speed, one line a name through its settings by time; a setting is written beside its point.
 
-    Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high; models of one method share a colour, not a marker.
+    Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high. Names of one method share its colour, not the
+    marker; where all are of one method, colours tell the names apart. What nothing else beats is joined by dashes.
     """
     ax = new_axes(ax)
-    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    shades = sns.color_palette("crest_r", len(names)).as_hex()
+    mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2
+    for number, name in enumerate(names):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
-        color, values, at = method_color(own[0]["method"]), [row[y] for row in own], [row[x] for row in own]
+        color = method_color(own[0]["method"]) if mixed else shades[number]
+        values, at = [row[y] for row in own], [row[x] for row in own]
         bars = [[max(row[y] - row[f"{y}_low"], 0) for row in own], [max(row[f"{y}_high"] - row[y], 0) for row in own]]
         ax.errorbar(at, values, yerr=bars, color=color, lw=1.2, marker=MARKERS[number], ms=7, mec="white", capsize=2,
                     label=name, elinewidth=0.7)  # fmt: skip
@@ -646,8 +650,10 @@ def plot_decoding(rows: Sequence[Mapping], x: str = "latency_ms", y: str = "roug
             text = row["setting"].replace(" beams", "").replace(" beam", "")
             ax.annotate(text, (row[x], row[y]), (4, 5), textcoords="offset points", color=color, fontsize="small")
     ax.set(xlabel=AXIS_LABELS.get(x, x.replace("_", " ")), ylabel=AXIS_LABELS.get(y, y))
+    best = pareto_front(rows, x, y)
+    ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=1)
     ax.set_xlim(left=0)
-    ax.legend(title="numbers: beams", frameon=False)
+    ax.legend(title=legend, frameon=False)
     return ax
 
 

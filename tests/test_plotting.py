@@ -235,7 +235,7 @@ def decoding_rows(name: str, method: str, *points) -> list[dict]:
 def test_decoding_settings_are_joined_by_time_one_line_a_model():
     rows = decoding_rows("teacher", "teacher", ("4 beams", 80.0, 9.5), ("1 beam", 30.0, 9.0))
     rows += decoding_rows("SFT 6-3", "sft", ("1 beam", 20.0, 8.0))
-    ax = plotting.plot_decoding(rows)
+    ax = plotting.plot_trade_off(rows)
     lines = [line for line in ax.lines if line.get_marker() in plotting.MARKERS]
     assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
     assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
@@ -308,12 +308,14 @@ def test_pareto_front_holds_what_nothing_beats_in_both():
     rows += [{"n": "rule", "rouge2": 20.0}, {"n": "odd", "t": float("nan"), "rouge2": 1.0}]
     assert [row["n"] for row in plotting.pareto_front(rows, "t")] == ["d", "c", "a"]
     drawn = [
-        {**row, "ms_per_token": row["t"], "method": "sft", "student": row["n"], "label": row["n"]} for row in rows[:5]
+        {**row, "name": row["n"], "setting": "1", "method": "sft", "rouge2_low": 0, "rouge2_high": 9}
+        for row in rows[:5]
     ]
-    ax = plotting.plot_quality_speed(drawn, front=True)
+    ax = plotting.plot_trade_off(drawn, "t")
     (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [2, 8, 9]
-    assert {text.get_text() for text in ax.texts} == set("abcde")
+    joined = [line for line in ax.lines if line.get_marker() in plotting.MARKERS]
+    assert len({line.get_color() for line in joined}) == 5  # of one method: told apart by colour
 
 
 def test_agreement_names_every_point():
