@@ -140,7 +140,7 @@ def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str
     """Replace latency and time per token of the rows by those taken in turns, and add `speedup` over the teacher.
 
     `times` is what `runs.time_students` returned. Students of one shape are one architecture and get one time per
-    token, the median of theirs.
+    token, the median of theirs; one that was not timed itself has no latency, which depends on what it writes.
     """
     by_shape: dict[str, list[float]] = {}
     for (_, shape, _), time in times.items():
@@ -148,8 +148,8 @@ def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str
     teacher = by_shape[""][0]
     for row in rows:
         key = (row["method"], row["student"], row.get("variant") or "")
-        if key in times:
-            row["latency_ms"] = times[key]["latency_ms"]
+        if row["student"] in by_shape:
+            row["latency_ms"] = times.get(key, {}).get("latency_ms")
             row["ms_per_token"] = round(float(np.median(by_shape[row["student"]])), 4)
             row["speedup"] = round(teacher / row["ms_per_token"], 3)
 
