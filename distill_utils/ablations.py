@@ -119,17 +119,21 @@ def ablation_runs(base: runs.StudentRun, texts: Sequence[str], seeds: Sequence[i
 def ablation_row(
     base: runs.StudentRun, text: str, tested: Mapping[str, Path], seeds: Sequence[int], metric: str = "rouge2"
 ) -> dict | None:
-    """Return what a change did to a metric: paired difference with its 95 % interval; None when a run is missing.
+    """Return what a change did to a metric: paired difference with its 95 % interval; None when no seed has both runs.
 
-    Scores are averaged over seeds, document by document, first; the interval is over documents.
+    Scores are averaged over those seeds, document by document, first; the interval is over documents.
     """
-    scores = []
-    for run in parse_ablation(base, text):
-        names = [replace(run, training=replace(run.training, seed=seed)).name for seed in seeds]
-        if not all(name in tested for name in names):
-            return None
-        scores.append(np.mean([runs.read_scores(tested[name])[metric] for name in names], axis=0))
-    return {"name": text, "score": float(scores[0].mean()), "versus": float(scores[1].mean()), **paired_test(*scores)}
+    named = [
+        [replace(run, training=replace(run.training, seed=seed)).name for run in parse_ablation(base, text)]
+        for seed in seeds
+    ]
+    pairs = [names for names in named if all(name in tested for name in names)]
+    if not pairs:
+        return None
+    sides = zip(*pairs, strict=True)
+    scores = [np.mean([runs.read_scores(tested[name])[metric] for name in names], axis=0) for names in sides]
+    means = {"seeds": len(pairs), "score": float(scores[0].mean()), "versus": float(scores[1].mean())}
+    return {"name": text, **means, **paired_test(*scores)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -175,5 +179,6 @@ def hypothesis_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Se
         else:
             verdict = "contradicted" if row["high"] < 0 else "not confirmed"
         interval = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})" if row else ""
-        rows.append({"claim": claim, "comparison": text, "ROUGE-2": interval, "here": verdict, "source": source})
+        found = {"ROUGE-2": interval, "seeds": str(row["seeds"]) if row else "", "here": verdict}
+        rows.append({"claim": claim, "comparison": text, **found, "source": source})
     return rows

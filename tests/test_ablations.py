@@ -98,7 +98,8 @@ def test_what_a_change_did(tested):
     back = ablations.ablation_row(BASE, "sft versus kd", tested, [0, 1])
     assert back["difference"] == pytest.approx(-row["difference"])
     assert ablations.ablation_row(BASE, "pl versus sft", tested, [0, 1]) is None
-    assert ablations.ablation_row(BASE, "kd versus sft", tested, [0, 2]) is None
+    assert ablations.ablation_row(BASE, "kd versus sft", tested, [2]) is None
+    assert ablations.ablation_row(BASE, "kd versus sft", tested, [1, 2])["seeds"] == 1  # the seeds that both have
     forecast = [{"student": "kd-6-3-hidden_weight_0", "ms/step": 7.0, "activations (MB)": 1.0}]
     texts = ["kd hidden_weight=0", "kd hidden_weight=0 versus sft"]
     first, second = ablations.ablation_rows(BASE, texts, tested, tested, [0, 1], forecast)
