@@ -148,7 +148,7 @@ def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str
     teacher = by_shape[""][0]
     for row in rows:
         key = (row["method"], row["student"], row.get("variant") or "")
-        if row["student"] in by_shape:
+        if row.get("ms_per_token") and row["student"] in by_shape:  # rules such as lead words take no time
             row["latency_ms"] = times.get(key, {}).get("latency_ms")
             row["ms_per_token"] = round(float(np.median(by_shape[row["student"]])), 4)
             row["speedup"] = round(teacher / row["ms_per_token"], 3)

@@ -67,6 +67,7 @@ def test_every_method_from_description_to_row(place, capsys):
     assert set(times) == {("teacher", "", "")} | {(method, "3-1", "") for method in runs.METHODS}
     comparison.add_speed(rows, {key: time for key, time in times.items() if key[0] != "pl"})
     assert [row["method"] for row in rows if row.get("student") and not row["latency_ms"]] == ["pl", "pl"]
+    assert "ms_per_token" not in rows[1] and "latency_ms" not in rows[1]  # lead words
     assert rows[0]["speedup"] == 1 and len({row["ms_per_token"] for row in rows if row.get("student")}) == 1
     means = comparison.mean_over_seeds(rows, tested, teacher_test)
     versus = comparison.compare_methods(plan, tested)
