@@ -119,6 +119,18 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     return students.new_student(teacher, encoder, decoder, run.width)
 
 
+def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
+    """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
+    settings = {"teacher": runs.model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
+
+    def build(folder: Path) -> dict:
+        students.save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
+        return {}
+
+    name = f"untrained-{run.shape}-s{run.training.seed}"
+    return artifact(name, settings | {"init": run.init, "seed": run.training.seed}, build) / "student"
+
+
 def distill(run: AgnosticRun, teacher, tokenizer, tokens: np.ndarray, held_out: np.ndarray) -> Path:
     """Return the artifact of one distilled student: student/, history.csv, results.json with costs.
 
@@ -274,3 +286,35 @@ def gap_closed(
     means = np.mean(shares, axis=0)
     interval = np.quantile(means[:-1], [0.025, 0.975])
     return {"share": float(means[-1]), "low": float(interval[0]), "high": float(interval[1]), "tasks": used}
+
+
+def headline(ways: Sequence[Mapping], proposed: str, num_seeds: int, distill_steps: int, tune_steps: int) -> str:
+    """Return which path won as Markdown, computed from the shares of the gap; it says so where the run cannot tell."""
+    budget = (
+        f"{num_seeds} seed(s), {distill_steps} updates on text, {tune_steps} of fine-tuning; intervals over test rows."
+    )
+    known = sorted((way for way in ways if way["share"] is not None), key=lambda way: -way["share"])
+    paths = [way for way in known if way["path"] != "none"]
+    if not paths:
+        return f"**This run cannot tell**: no task shows the teacher above scratch, there is no gap to close. {budget}"
+
+    def described(way: Mapping) -> str:
+        return f"{100 * way['share']:.0f} % ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
+
+    best, lines = paths[0], []
+    if best["low"] > 0:
+        lines.append(
+            f"**{best['path']} is the best path**: it closes {described(best)} of the gap from scratch to teacher."
+        )
+    else:
+        lines.append(
+            f"**No path is shown to beat scratch**; the best, {best['path']}, closes {described(best)} of the gap."
+        )
+    near = [way["path"] for way in paths[1:] if way["high"] >= best["low"]]
+    lines += [f"Its interval overlaps with that of {', '.join(near)}."] if near else []
+    ours = next((way for way in paths if way["path"] == proposed), None)
+    if ours and ours is not best:
+        lines.append(f"The proposed path, {proposed}, does not win: it closes {described(ours)}.")
+    worse = [way["path"] for way in paths if way["high"] < 0]
+    lines += [f"Worse than scratch: {', '.join(worse)}."] if worse else []
+    return "\n\n".join([*lines, f"Tasks that count: {', '.join(best['tasks'])}. {budget}"])
