@@ -219,15 +219,19 @@ def _seconds(run: Callable, device: torch.device) -> float:
 
 def ms_in_turns(
     runs: Mapping[object, Callable[[list[str]], object]], documents: Sequence[str], device: torch.device,
-    repeats: int = 3,
+    repeats: int = 3, max_seconds: float = 60.0,
 ) -> dict[object, float]:  # fmt: skip
     """Return milliseconds a document of several functions of a list with one document.
 
     They take turns document by document, so that a busy moment of the machine meets them all; of repeats the best
-    counts, since what disturbs a measurement only adds to it, and of documents the median.
+    counts, since what disturbs a measurement only adds to it, and of documents the median. No repeat begins after
+    `max_seconds`: large models on a processor are slow, and their times steady.
     """
-    found = {name: np.empty((repeats, len(documents))) for name in runs}
+    found = {name: np.full((repeats, len(documents)), np.inf) for name in runs}
+    began = time.perf_counter()
     for repeat in range(-1, repeats):  # the first turn is a warm-up: kernels, caches, allocator
+        if repeat > 0 and time.perf_counter() - began > max_seconds:
+            break
         for i, text in enumerate(documents[:1] if repeat < 0 else documents):
             for name, run in runs.items():
                 spent = _seconds(partial(run, [text]), device)

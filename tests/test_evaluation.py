@@ -173,6 +173,9 @@ def test_functions_take_turns_when_timed(monkeypatch):
     timed = {"a": partial(run, "a", 0.5), "b": partial(run, "b", 0.25)}
     found = evaluation.ms_in_turns(timed, ["x", "y"], torch.device("cpu"), repeats=2)
     assert found == {"a": pytest.approx(500.0), "b": pytest.approx(250.0)}
+    evaluation.ms_in_turns(timed, ["x"], torch.device("cpu"), repeats=5, max_seconds=0.0)
+    order, again = order[: 2 + 8], order[2 + 8 :]
+    assert again == [("a", "x"), ("b", "x")] * 2  # a warm-up and one turn, whatever the limit
     turn = [("a", "x"), ("b", "x")]
     assert order == [*turn, *[*turn, ("a", "y"), ("b", "y")] * 2]
 
