@@ -61,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "report":
             return report(arguments)
-        from distill_utils import teachers
+        from distill_utils import t5_teacher, teachers
 
-        print(f"wrote {teachers.build().name}")
+        for teacher in (teachers, t5_teacher):
+            print(f"wrote {teacher.build().name}", flush=True)
         return batch.OK
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)

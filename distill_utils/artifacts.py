@@ -236,9 +236,10 @@ def provenance() -> dict:
 def git_state() -> dict:
     """Return the repository's commit and whether tracked files differ from it (None outside a checkout).
 
-    What the runner itself writes, reports and the README's tables, counts for nothing.
+    What this project's own commands write counts for nothing: reports, the README's tables, trained teachers.
     """
-    changed = ["status", "--porcelain", "-uno", "--", ".", ":!reports", ":!README.md"]
+    written = [":!reports", ":!README.md", ":!distill_utils/assets/pydocs-*"]
+    changed = ["status", "--porcelain", "-uno", "--", ".", *written]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]

@@ -12,14 +12,15 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_progress_bars, load_dataset
 
 from distill_utils import pydocs
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
@@ -86,7 +87,8 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
 
     `name` is otherwise a hub name such as "Skylion007/openwebtext", a folder with one file a split, or one file; in
     .txt files blank lines stand between texts. One file, and a hub set with nothing but "train", is cut into 80 %
-    train, 10 % validation and 10 % test by a hash of the text. Empty texts are dropped; `num` keeps the first ones.
+    train, 10 % validation and 10 % test by a hash of the text. Empty texts are dropped; `num` keeps the first ones, and
+    of a hub set, which may be too large to keep, no more is then fetched than these need.
     Raises InputError for an unknown name, a missing file, split or column, a broken file, and when too little is left.
     """
     _check(split, num)
@@ -96,16 +98,17 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
     elif _is_path(name):
         found, undivided = _read_files(path, split), path.is_file()
     else:
-        parts = _read_hub(name, None)
+        parts = _read_hub(name, None, stream=num > 0)
         undivided = list(parts) == ["train"]
         if not undivided and split not in parts:
             raise InputError(f"data set {name!r} has no split {split!r}: it has {', '.join(parts)}")
         found = parts["train" if undivided else split]
-    _check_column(found, column, label, "name the right one by column")
-    # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
-    texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
-    kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
-    kept = list(islice(kept, num or None))
+    with _hub_errors(f"data set {label}"):  # a stream is read here only
+        _check_column(found, column, label, "name the right one by column")
+        # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
+        texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
+        kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
+        kept = list(islice(kept, num or None))
     if len(kept) < max(num, 1):
         raise InputError(f"{label} has {len(kept)} usable texts, {max(num, 1)} asked for: give more or ask for less")
     return kept
@@ -171,19 +174,28 @@ def _is_path(name: str) -> bool:
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS)
 
 
-def _check_column(found: Dataset, column: str, name: str, mend: str) -> None:
-    if column not in found.column_names:
-        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(found.column_names)}; {mend}")
+def _check_column(found: Dataset | IterableDataset, column: str, name: str, mend: str) -> None:
+    columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
+    if column not in columns:
+        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {mend}")
 
 
-def _read_hub(name: str, split: str | None) -> Dataset | DatasetDict:
+def _read_hub(name: str, split: str | None, stream: bool = False) -> Dataset | DatasetDict | IterableDatasetDict:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"data set {name!r} is unknown: use pydocs, a hub name like EdinburghNLP/xsum, or a path")
+    with _hub_errors(f"data set {name!r} ({split or 'all splits'})"):
+        return load_dataset(name, HUB_CONFIGS.get(name), split=split, streaming=stream)
+
+
+@contextmanager
+def _hub_errors(place: str) -> Iterator[None]:
+    """Turn whatever the hub client raises, many kinds that mean the same here, into one line."""
     try:
-        return load_dataset(name, HUB_CONFIGS.get(name), split=split)
-    except Exception as error:  # the hub client raises many kinds; each means the same here
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         reason = str(error).strip().split("\n")[0][:150]
-        place = f"data set {name!r} ({split or 'all splits'})"
         raise InputError(f"{place} cannot be loaded: {reason}; check the name or use a local path") from error
 
 

@@ -39,6 +39,7 @@ def kl_loss(
     temperature: float = 1.0,
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
+    mix: float = 1.0,
 ) -> Tensor:
     """Return a divergence between teacher p and student q per target token: KL(p || q) in nats unless told otherwise.
 
@@ -50,13 +51,16 @@ def kl_loss(
     of the gradient when it changes (Hinton et al. 2015, section 2). TVD is multiplied by the temperature itself: its
     gradient holds the sign of p - q, not the difference, and so shrinks by one power only. It lies in [0, temperature].
 
+    With `mix` below 1 the teacher is not p itself but the softmax of (1 - mix) times the student's logits, held fixed,
+    plus mix times the teacher's (Shing et al. 2025, TAID).
+
     Shapes: logits (batch, target, vocab), labels (batch, target) with -100 for padding. Without any valid token the
     result is 0 and still has a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
     """
     check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_logits)
     _valid_tokens(labels, teacher_logits)
-    total = _divergence_sum(student_logits[valid], teacher_logits[valid], temperature, divergence, jsd_beta)
+    total = _divergence_sum(student_logits[valid], teacher_logits[valid], temperature, divergence, jsd_beta, mix)
     return total / valid.sum().clamp(min=1)
 
 
@@ -94,6 +98,7 @@ def chunked_token_losses(
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
     with_ce: bool = True,
+    mix: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return `ce_loss`, and the divergence as `kl_loss` when a teacher is given, without ever holding all logits.
 
@@ -113,7 +118,7 @@ def chunked_token_losses(
         if teacher_hidden is not None:
             with torch.no_grad():
                 teacher_logits = teacher_project(teacher_hidden)
-            sums["kl_loss"] = _divergence_sum(student_logits, teacher_logits, temperature, divergence, jsd_beta)
+            sums["kl_loss"] = _divergence_sum(student_logits, teacher_logits, temperature, divergence, jsd_beta, mix)
         return sums
 
     teacher_hidden = None if teacher_hidden is None else teacher_hidden[valid]
@@ -226,7 +231,8 @@ class _RelationLoss(torch.autograd.Function):
             return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (batch, heads, length, width of a head), a view
 
         pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(rows * columns, 1))
-        examples, heads = max(1, pairs // num_heads), min(pairs, num_heads)
+        examples, heads = min(batch, max(1, pairs // num_heads)), min(pairs, num_heads)
+        work = bias.new_empty(4, examples * heads * rows * columns)  # memory of its own each time costs more than sums
         for i, j in itertools.product(range(0, batch, examples), range(0, num_heads, heads)):
             chunk = (slice(i, i + examples), slice(j, j + heads))
             # What padding holds must not reach the sums, not even as 0 * inf.
@@ -234,13 +240,19 @@ class _RelationLoss(torch.autograd.Function):
                 split(x)[chunk].to(dtype).masked_fill(~mask[chunk[0], None, :, None], 0.0)
                 for x, mask in zip(vectors, masks * 2, strict=True)
             )
-            log_q = (a * scales[0]).matmul(b.mT).add_(bias[chunk[0]]).log_softmax(-1)  # (.., .., rows, columns)
-            log_p = (teacher_a * scales[1]).matmul(teacher_b.mT).add_(bias[chunk[0]]).log_softmax(-1)
-            p, row_weight = log_p.exp(), weight[chunk[0], None, :, None]
-            total += (p * log_p.sub_(log_q) * row_weight).sum()
+            shape = (*a.shape[:3], columns)
+            s, t, q, p = (x[: math.prod(shape)].view(shape) for x in work)  # scores and relations of both models
+            log_sums = []
+            for x, y, scale, scores, relation in ((a, b, scales[0], s, q), (teacher_a, teacher_b, scales[1], t, p)):
+                torch.bmm((x * scale).flatten(0, 1), y.mT.flatten(0, 1), out=scores.flatten(0, 1))
+                torch.softmax(scores.add_(bias[chunk[0]]), -1, out=relation)
+                log_sums.append(scores.amax(-1, True) - relation.amax(-1, True).log())  # what log_softmax subtracts
+            row_weight = weight[chunk[0], None, :, None]
+            log_ratio = t.sub_(s).add_(log_sums[0] - log_sums[1])
+            total += (log_ratio.mul_(p).sum(-1, keepdim=True) * row_weight).sum()
             if with_grad:
-                d_scores = log_q.exp_().sub_(p).mul_(scales[0] * row_weight)
-                d_ab = d_scores.matmul(b), d_scores.mT.matmul(a)
+                d_scores = q.sub_(p).mul_(scales[0] * row_weight)
+                d_ab = b.mT.matmul(d_scores.mT).mT, a.mT.matmul(d_scores).mT  # long rows: faster than d_scores @ b
                 for gradient, value in zip(gradients, d_ab if len(students) == 2 else (sum(d_ab),), strict=True):
                     split(gradient)[chunk] = value
         ctx.save_for_backward(*gradients)
@@ -288,13 +300,16 @@ def _ce_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _divergence_sum(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float,
+    mix: float = 1.0,
+) -> Tensor:  # fmt: skip
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student has {student_logits.shape[-1]} vocabulary entries and teacher {teacher_logits.shape[-1]}; "
             "logits are only comparable over one vocabulary, so start the student from this teacher"
         )
+    if mix != 1:
+        teacher_logits = torch.lerp(student_logits.detach().float(), teacher_logits.float(), mix)
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     if divergence == "forward_kl":

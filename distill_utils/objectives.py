@@ -11,6 +11,7 @@ returned. `kl_loss` is the divergence in use, forward KL unless `divergence` nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -200,12 +201,14 @@ def miniend(
     teacher_decoder_layer: int = -1,
     cross_relations: Sequence[str] = RELATIONS,
     temperature: float = 1.0,
+    mix: float = 1.0,
 ) -> dict[str, Tensor]:
     """Relation distillation of self- and cross-attention, as we read the abstract of MiniEnD (Zhang et al. 2023).
 
     The student's last layers imitate the given layers of the teacher. `loss` is the weighted *mean* of the relation
     terms plus the weighted others. qk among `cross_relations` is the cross-attention itself, which needs as many heads
-    in both models. `hidden_loss` is that of the encoder's last state plus that of the decoder's.
+    in both models. `hidden_loss` is that of the encoder's last state plus that of the decoder's. `mix` is the teacher's
+    share in the logits that `kl_loss` aims at, the rest is the student's own (`losses.kl_loss`, `grow_mix`).
 
     Both models run only as far as the terms need. BERT-like and GPT-like ones have but the self-attention of their one
     stack, so the other sites need weight 0; the labels of the latter are the input ids and are shifted here.
@@ -237,7 +240,7 @@ def miniend(
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         losses |= chunked_token_losses(
             states[-1], head(student), labels, teacher_states[-1] if kl_weight else None, head(teacher), temperature,
-            with_ce=ce_weight != 0,
+            with_ce=ce_weight != 0, mix=mix,
         )  # fmt: skip
     if hidden_weight:
         losses["hidden_loss"] = sum(map(hidden_loss, states, teacher_states, masks.values()))
@@ -338,6 +341,23 @@ def match_relations(
         vectors, causal = (ours[a], ours[b], theirs[a], theirs[b]), sides[a] + sides[b] == "tt"
         losses.append(relation_loss(*vectors, masks[sides[a]], masks[sides[b]], heads, causal, scale))
     return torch.stack(losses).mean()
+
+
+def grow_mix(
+    mixing: dict[str, float], done: int, losses: dict[str, float], *, start: float, rate: float, max_steps: int
+) -> None:
+    """Move `mixing["mix"]`, the teacher's share in the target, towards 1 after `done` updates.
+
+    As in TAID (Shing et al. 2025), it grows faster while `kl_loss` falls: by `rate` times the sigmoid of the loss's
+    relative fall, averaged with momentum 0.99, times what is missing to 1. It never lies below the straight line from
+    `start` to 1 at the last update, which it cannot leave in runs of fewer than 1 / `rate` updates. The dictionary
+    holds all that the next update needs; beside the share these are `momentum` and `kl_loss`.
+    """
+    before, now = mixing.get("kl_loss", losses["kl_loss"]), losses["kl_loss"]
+    momentum = 0.99 * mixing.get("momentum", 0.0) + 0.01 * (before - now) / max(before, 1e-15)
+    faster = mixing["mix"] + rate * (0.5 + 0.5 * math.tanh(momentum / 2)) * (1 - mixing["mix"])  # sigmoid, no overflow
+    line = start + (1 - start) * done / max(max_steps - 1, 1)
+    mixing |= {"mix": min(1.0, max(faster, line)), "momentum": momentum, "kl_loss": now}
 
 
 def cross_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, tuple[float, float]]:

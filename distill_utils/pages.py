@@ -357,13 +357,14 @@ def readme_table(reports: Path) -> str:
             line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
             timed.append(line)
         rows = [row for row in entry.get("means") or entry["rows"] if row.get("rouge2") is not None]
+        grid = any("task" in row for row in rows)  # scores of several tasks: their table is in the page
         if any(row.get("student") for row in rows):
             seeds = max(row.get("seeds", 1) for row in rows)
             origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
             origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
             title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
             blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
-            if len(rows) <= README_ROWS:
+            if len(rows) <= README_ROWS and not grid:
                 blocks.append(_markdown_table([_scores(row) for row in rows]))
     if timed:
         blocks.append(_markdown_table(timed))

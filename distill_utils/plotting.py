@@ -32,9 +32,22 @@ METHOD_COLORS = {
     "miniend": "#56b4e9",
     "reference": "#1c2127",
 }
+# Paths of task-agnostic distillation (task_agnostic.PATHS), in no figure with the objectives above.
+PATH_COLORS = {
+    "scratch": "#8b949e",
+    "logits": "#d55e00",
+    "encoder": "#009e73",
+    "decoder": "#cc79a7",
+    "self": "#e69f00",
+    "decoder_cross": "#a6761d",
+    "miniend_logits": "#0072b2",
+    "hidden": "#00604a",
+    "none": "#1c2127",
+}
 BASELINE_COLOR = "#b0b0b0"
 METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "pl_gold": "PL+references",
-                 "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD"}  # fmt: skip
+                 "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD",
+                 "miniend_logits": "MiniEnD + logits"}  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIGURE_SIZE = (6.5, 3.5)  # inches
 MANY_MARKS = 2000  # above this an SVG grows past a PNG at 150 dpi
@@ -103,8 +116,8 @@ def use_style() -> None:
 
 
 def method_color(method: str) -> str:
-    """Return the colour of a method in every figure; what is not a method is a light grey baseline."""
-    return METHOD_COLORS.get(method, BASELINE_COLOR)
+    """Return the colour of a method or path in every figure; what is neither is a light grey baseline."""
+    return (METHOD_COLORS | PATH_COLORS).get(method, BASELINE_COLOR)
 
 
 def method_label(method: str, student: str | None = None) -> str:
@@ -654,6 +667,46 @@ def plot_trade_off(
     ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=1)
     ax.set_xlim(left=0)
     ax.legend(title=legend, frameon=False)
+    return ax
+
+
+def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score", ax: Axes | None = None) -> Axes:
+    """Plot a student's score against its teacher's size, one line a name through its teachers, a lone one as a mark.
+
+    The student is always of one size. Rows have name, method (its colour), teacher_parameters, score, score_low and
+    score_high; those named "teacher" hold a teacher's own score and stand behind in grey, the interval may be missing.
+    A student by way of an assistant has the size of the teacher that its assistant learned from.
+    """
+    ax = new_axes(ax)
+    sizes = sorted({row["teacher_parameters"] / 1e6 for row in rows})
+    teachers = sorted((row for row in rows if row["name"] == "teacher"), key=lambda row: row["teacher_parameters"])
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "teacher"))
+    labels, right = [], sizes[-1]
+    if teachers:
+        at, values = [row["teacher_parameters"] / 1e6 for row in teachers], [row["score"] for row in teachers]
+        ax.plot(at, values, color=method_color("teacher"), lw=0.9, ls=":", marker="*", ms=9, alpha=0.6, zorder=2)
+        labels.append((values[-1], "teacher", method_color("teacher")))
+    for number, name in enumerate(names):
+        own = sorted((row for row in rows if row["name"] == name), key=lambda row: row["teacher_parameters"])
+        # Intervals of one teacher's students must not hide each other; on a log axis steps sideways are factors.
+        aside = max(sizes[-1] / sizes[0], 2) ** (0.025 * (number - (len(names) - 1) / 2))
+        at = [row["teacher_parameters"] / 1e6 * aside for row in own]
+        values, color = [row["score"] for row in own], method_color(own[0]["method"])
+        bars = [[max(row["score"] - row["score_low"], 0) for row in own],
+                [max(row["score_high"] - row["score"], 0) for row in own]]  # fmt: skip
+        lone = len(own) == 1
+        ax.errorbar(
+            at, values, yerr=bars, color=color, lw=1.4, elinewidth=1.1, capsize=2, marker=MARKERS[number % 8],
+            ms=9 if lone else 7, mec="#1c2127" if lone else "white", mew=1.1 if lone else 0.8, zorder=4,
+        )  # fmt: skip
+        labels.append((values[-1], name, color))
+        right = max(right, at[-1])
+    ax.set_xscale("log")
+    ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    ax.minorticks_off()
+    ax.set(xlabel="teacher parameters (M, log scale)", ylabel=ylabel)
+    ax.margins(y=0.1)
+    _label_right(ax, labels, at=1.015 * right)  # beyond a large mark
     return ax
 
 

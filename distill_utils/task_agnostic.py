@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class AgnosticRun:
     width: int = 0  # of the student, 0 = the teacher's
     init: str = "random"  # or "copied": layers of the teacher, by `students.layer_map`
     num_relation_heads: int = 32
+    mix_start: float = 1.0  # below 1 the target holds the student's own logits, too, ever fewer: `objectives.grow_mix`
+    mix_rate: float = 5e-4  # how much faster than a straight line; as published
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
 
@@ -69,6 +71,7 @@ class AgnosticRun:
     def name(self) -> str:
         size = f"-w{self.width}" if self.width else ""
         init = "-copied" if self.init == "copied" else ""
+        init += f"-mix{self.mix_start:g}" if self.mix_start < 1 else ""
         variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", self.variant).strip("_") if self.variant else ""
         return f"{self.path}-{self.shape}{size}{init}{variant}-s{self.training.seed}"
 
@@ -97,6 +100,13 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
             raise InputError(f"a student of width {run.width} cannot copy layers: use init=random or width=0")
         if run.weights["hidden_weight"] and run.width not in (0, teacher.config.d_model):
             raise InputError(f"path {run.path} compares hidden states of equal width: use width=0, not {run.width}")
+        if not 0 < run.mix_start <= 1 or not 0 <= run.mix_rate <= 1:
+            raise InputError(
+                f"mix_start {run.mix_start} with mix_rate {run.mix_rate} is impossible: use a start above 0 and at "
+                "most 1, for example 0.4, 1 for the teacher alone, and a rate of 0 to 1"
+            )
+        if run.mix_start < 1 and not run.weights["kl_weight"]:
+            raise InputError(f"path {run.path} imitates no distribution that could be mixed: use mix_start=1 or logits")
         encoder, decoder = runs.parse_shape(run.shape, teacher)
         with torch.device("meta"):
             student = students.new_student(teacher, encoder, decoder, run.width)
@@ -156,10 +166,21 @@ def distill(run: AgnosticRun, teacher, tokenizer, tokens: np.ndarray, held_out: 
         checks = corrupt(held_out, batch_size=min(32, len(held_out) // (2 * run.source_length)), seed=0)
         evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)]) if run.has_head else None
         objective = partial(objectives.miniend, **run.weights)
+        mixing = {"mix": run.mix_start} if run.mix_start < 1 else {}
+        grow = partial(
+            objectives.grow_mix, mixing, start=run.mix_start, rate=run.mix_rate, max_steps=training.max_steps
+        )
+
+        def loss_fn(model, batch: dict) -> dict:
+            if not mixing:
+                return objective(model, teacher, batch)
+            losses = objective(model, teacher, batch, mix=mixing["mix"])
+            return losses | {"mix": losses["loss"].new_tensor(mixing["mix"])}  # for the history
+
         began = time.monotonic()
         history = fit(
-            student, lambda model, batch: objective(model, teacher, batch), batches, training, folder, evaluate,
-            stage=run.name,
+            student, loss_fn, batches, training, folder, evaluate, stage=run.name, memory=mixing,
+            after_step=grow if mixing else None,
         )  # fmt: skip
         student.set_attn_implementation("sdpa")
         students.save_model(student.to("cpu"), tokenizer, folder / "student")
@@ -254,13 +275,16 @@ def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[
     """
     results, values = [read_json(folder / "results.json") for folder in tested], mean_scores(tested)
     key = "rouge2" if "rouge2" in results[0] else "score"
-    row = {"name": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key, "seeds": len(tested)}
+    row = {"name": name, "method": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key}
+    row["seeds"] = len(tested)
     row["score"] = float(np.mean([result[key] for result in results]))
     row["score_low"], row["score_high"] = bootstrap_interval(values)[1:]
     if key == "score" and abs(row["score"] - values.mean()) > 0.01:
         row |= {
             f"score_{end}": float(np.mean([result[f"score_{end}"] for result in results])) for end in ("low", "high")
         }
+    if key == "rouge2":
+        row |= {f"rouge2{end}": row[f"score{end}"] for end in ("", "_low", "_high")}
     return row | (paired_test(values, mean_scores(baseline)) if baseline else {})
 
 
@@ -318,3 +342,69 @@ def headline(ways: Sequence[Mapping], proposed: str, num_seeds: int, distill_ste
     worse = [way["path"] for way in paths if way["high"] < 0]
     lines += [f"Worse than scratch: {', '.join(worse)}."] if worse else []
     return "\n\n".join([*lines, f"Tasks that count: {', '.join(best['tasks'])}. {budget}"])
+
+
+# ----------------------------------------------------------------------------------------- protocol and task-specific
+
+
+def search_learning_rate(
+    run: AgnosticRun, rates: Sequence[float], train: Callable[[AgnosticRun], Sequence[Path]]
+) -> tuple[float, list[dict]]:
+    """Return the rate that fine-tunes best, and one row a rate; with a single rate nothing is trained.
+
+    `train(run)` distils a student and returns its fine-tuned artifacts. Paths without a language-model head have no
+    loss on text in common with the others, so all are judged after fine-tuning, on validation rows: cross-entropy,
+    nats per target token, mean over tasks.
+    """
+    rows = []
+    for rate in rates if len(rates) > 1 else ():
+        tuned = train(replace(run, training=replace(run.training, learning_rate=rate)))
+        losses = [read_json(folder / "results.json")["final"]["validation_ce"] for folder in tuned]
+        rows.append({"path": run.path, "learning_rate": rate, "validation_ce": float(np.mean(losses))})
+    best = min(rows, key=lambda row: row["validation_ce"], default=None)
+    return (best["learning_rate"] if best else rates[0]), rows
+
+
+def tokens_per_update(batches: Callable[[int], list[dict]], num: int = 20) -> float:
+    """Return the mean number of source and target tokens that an update reads, padding left out, over `num` updates."""
+    seen = [batch for step in range(num) for batch in batches(step)]
+    return sum(int(batch["attention_mask"].sum() + (batch["labels"] != -100).sum()) for batch in seen) / num
+
+
+def equal_token_steps(
+    run: AgnosticRun, tuning: Training, tokenizer, tokens: np.ndarray, pairs: Dataset, max_source_length: int,
+    max_target_length: int,
+) -> int:  # fmt: skip
+    """Return after how many updates on pairs a student has read what one distilled and then fine-tuned has.
+
+    Both sides read the teacher's distribution for every token they learn from it; the teacher's own training is not
+    counted on either side.
+    """
+    text = denoising_stream(
+        tokens, tokenizer, run.denoising, run.source_length, run.training.batch_size, run.training.seed
+    )
+    tokenized = data.tokenize_pairs(pairs, tokenizer, max_source_length, max_target_length)
+    on_pairs = data.pair_stream(tokenized, tokenizer.pad_token_id, tuning.batch_size, tuning.seed)
+    return tuning.max_steps + round(tokens_per_update(text) * run.training.max_steps / tokens_per_update(on_pairs))
+
+
+def task_specific(
+    method: str, shape: str, tuned_teacher: Path, tokenizer, train: Dataset, validation: Dataset, training: Training,
+    max_source_length: int, max_target_length: int,
+) -> Path:  # fmt: skip
+    """Return the artifact of a student that is cut out of a fine-tuned teacher and trained on the task alone."""
+    folder = str(tuned_teacher / "student")
+    teacher, _ = students.load_model(folder)
+    teacher.to(device())
+    run = runs.StudentRun(
+        method=method, shape=shape, teacher=folder, training=training, max_source_length=max_source_length,
+        max_target_length=max_target_length, variant="task_specific",
+    )  # fmt: skip
+    runs.check_runs([run], teacher)
+    return runs.train_student(run, teacher, tokenizer, train, validation)
+
+
+def verdict(row: Mapping, other: str) -> str:
+    """Return "beats" and the like, with the difference, for a row with a paired test against `other`."""
+    says = "beats" if row["low"] > 0 else "loses to" if row["high"] < 0 else "cannot be told from"
+    return f"{row['name']} {says} {other} ({row['difference']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"

@@ -63,12 +63,16 @@ def fit(
     folder: Path,
     evaluate: Callable[[torch.nn.Module], dict] | None = None,
     stage: str = "training",
+    memory: dict | None = None,
+    after_step: Callable[[int, dict], None] | None = None,
 ) -> list[dict]:
     """Train `model` in place and return the history, one row every `log_every` steps.
 
     `loss_fn(model, batch)` returns named scalars with "loss" among them, each a mean over the batch's valid target
     tokens; micro-batches are weighted by their tokens, so that accumulation does not change the loss. `batches(step)`
     returns the micro-batches of a step. `evaluate(model)` returns numbers for the history row at every `eval_every`.
+    `after_step(done, losses)` sees the losses of every update; what it keeps for the next ones belongs in `memory`,
+    plain JSON, which is saved in checkpoints and restored from them.
     The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
@@ -83,6 +87,8 @@ def fit(
     half = autocast_dtype(on) if settings.precision == "auto" else None
     state = restore_checkpoint(folder, model, parameters, optimizers)
     history, window = state["history"], state["window"]
+    if memory is not None:
+        memory |= state.get("memory") or {}
     began = time.monotonic() - state["seconds"]
 
     for step in range(state["step"], settings.max_steps):
@@ -114,6 +120,8 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
+        if after_step:
+            after_step(done, values)
         for name, value in values.items():
             window[name] = window.get(name, 0.0) + value
         window["steps"] = window.get("steps", 0) + 1
@@ -140,7 +148,8 @@ def fit(
                 print(format_row(stage, row, settings.max_steps), flush=True)
             history.append(row)
         if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
-            save_checkpoint(folder, model, parameters, optimizers, done, history, window, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            save_checkpoint(folder, model, parameters, optimizers, done, history, window, seconds, memory)
     model.eval()
     write_history(folder, history)
     return history
@@ -220,7 +229,7 @@ def format_row(stage: str, row: dict, max_steps: int) -> str:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, model, parameters, optimizers, step, history, window, seconds) -> None:
+def save_checkpoint(folder, model, parameters, optimizers, step, history, window, seconds, memory=None) -> None:
     """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones."""
     moments = {}
     for name, parameter in parameters.items():
@@ -232,7 +241,8 @@ def save_checkpoint(folder, model, parameters, optimizers, step, history, window
     with folder_atomic(target) as temporary:
         save_file(weights, temporary / "model.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, "seconds": seconds, "history": history, "window": window})
+        state = {"step": step, "seconds": seconds, "history": history, "window": window, "memory": memory}
+        write_json(temporary / "state.json", state)
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):  # the latter left by killed processes
         if old != target:
             shutil.rmtree(old, ignore_errors=True)

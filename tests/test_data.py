@@ -202,7 +202,8 @@ def test_hub_failures_are_one_line(monkeypatch):
 def test_hub_columns_and_configurations(monkeypatch):
     asked = []
 
-    def load(name, config, split):
+    def load(name, config, split, streaming):
+        assert not streaming
         asked.append((name, config, split))
         columns = ("article", "highlights") if "cnn" in name else ("document", "summary")
         return Dataset.from_dict({columns[0]: ["A b."], columns[1]: ["C."], "id": ["x"]})
@@ -315,12 +316,37 @@ def test_text_that_is_missing_is_refused(tmp_path):
 
 def test_hub_text_without_a_validation_split_is_drawn_by_hash(monkeypatch):
     parts = {"train": Dataset.from_dict({"text": TEXTS})}
-    monkeypatch.setattr(data, "load_dataset", lambda name, config, split: datasets.DatasetDict(parts))
+    monkeypatch.setattr(data, "load_dataset", lambda name, config, split, streaming: datasets.DatasetDict(parts))
     splits = [data.load_text("Skylion007/openwebtext", split) for split in data.SPLITS]
     assert sorted(text for split in splits for text in split) == sorted(TEXTS) and min(map(len, splits)) > 0
     parts["test"] = Dataset.from_dict({"text": ["a"]})
     assert data.load_text("a/b", "train") == TEXTS and data.load_text("a/b", "test") == ["a"]
     assert "it has train, test" in refusal(data.load_text, "a/b", "validation")
+
+
+def test_hub_text_is_fetched_only_as_far_as_it_is_needed(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        rows = [{"text": f"{i}: text {n}", "n": n} for n in range(1500)]
+        write_rows(folder / f"train-0000{i}-of-00003.parquet", rows)
+    load = datasets.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda name, config, **options: load(str(folder), **options))
+    whole = {split: data.load_text("a/b", split) for split in data.SPLITS}
+    assert sum(map(len, whole.values())) == 4500
+    (folder / "train-00002-of-00003.parquet").write_bytes(b"a shard that cannot be read")
+    for split, texts in whole.items():
+        num = sum(not text.startswith("2") for text in texts)  # all that the other two hold
+        assert data.load_text("a/b", split, num=num) == texts[:num]
+    message = refusal(data.load_text, "a/b", "train", num=3000)  # of 2400 or so
+    assert "a/b (train) cannot be loaded" in message
+    assert "it has text, n" in refusal(data.load_text, "a/b", "train", column="body", num=5)
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_rows(folder / "train.jsonl", [{"body": text} for text in TEXTS])  # a stream that declares no columns
+    assert "it has body" in refusal(data.load_text, "a/b", "train", num=5)
+    drawn = data.load_text(str(folder / "train.jsonl"), "train", column="body")
+    assert data.load_text("a/b", "train", column="body", num=5) == drawn[:5]
 
 
 def test_shared_text():

@@ -32,7 +32,7 @@ FLOORS = {
     "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
     "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
     "ablations": 5, "recommendation": 5, "layer_selection": 5,
-    "teachers": 5, "teacher_facts": 5, "t5_teacher": 5, "task_agnostic": 5,
+    "teachers": 5, "teacher_facts": 5, "t5_teacher": 5, "task_agnostic": 5, "interpolation": 5, "controls": 5,
     "pages": 6, "batch": 6, "__main__": 6,
 }  # fmt: skip
 # Parts of one concept that share a floor: each may import those named.
@@ -48,8 +48,10 @@ NEIGHBORS = {
     "explore": {"plotting"},
     "comparison": {"runs", "plotting"},
     "teachers": {"runs"},
-    "t5_teacher": {"teachers"},
+    "t5_teacher": {"teachers", "task_agnostic"},
     "task_agnostic": {"runs"},
+    "interpolation": {"runs", "task_agnostic"},
+    "controls": {"runs", "task_agnostic"},
     "denoising": {"data"},
     "understanding": {"evaluation"},
     "teacher_facts": {"runs", "comparison", "plotting"},

@@ -17,6 +17,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from distill_utils import explore, plotting  # noqa: E402
+from distill_utils.task_agnostic import PATHS  # noqa: E402
 
 ROWS = [
     {
@@ -94,6 +95,8 @@ def test_show_refuses_silence(alt, caption):
 def test_colours_are_one_a_method_and_distinct():
     assert len(set(plotting.METHOD_COLORS.values())) == len(plotting.METHOD_COLORS)
     assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(plotting.METHOD_COLORS)
+    assert set(PATHS) <= {*plotting.PATH_COLORS, "miniend"}
+    assert len({plotting.method_color(path) for path in PATHS}) == len(PATHS)
     assert plotting.method_color("lead words") == plotting.BASELINE_COLOR
 
 
@@ -240,6 +243,43 @@ def test_decoding_settings_are_joined_by_time_one_line_a_model():
     assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
     assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["teacher", "SFT 6-3"]
+
+
+def gap_rows(name, method, *points) -> list[dict]:
+    return [
+        {
+            "name": name,
+            "method": method,
+            "teacher_parameters": size,
+            "score": y,
+            "score_low": y - 1,
+            "score_high": y + 1,
+        }
+        for size, y in points
+    ]
+
+
+def test_capacity_gap_is_a_line_by_teacher_size_and_a_mark_for_the_assistant():
+    rows = gap_rows("direct", "miniend", (4e6, 20.0), (1e6, 19.0), (16e6, 18.0))
+    rows += gap_rows("by an assistant", "miniend", (16e6, 21.0))
+    teachers = [
+        {"name": "teacher", "method": "teacher", "teacher_parameters": n, "score": s} for n, s in ((4e6, 25), (1e6, 22))
+    ]
+    ax = plotting.plot_capacity_gap([*rows, *teachers], "accuracy")
+    drawn = [line for line in ax.lines if line.get_marker() in ("*", *plotting.MARKERS)]
+    assert [list(line.get_ydata()) for line in drawn] == [[22, 25], [19.0, 20.0, 18.0], [21.0]]
+    assert list(drawn[0].get_xdata()) == [1.0, 4.0]
+    direct, assisted = (list(line.get_xdata()) for line in drawn[1:])
+    assert direct == pytest.approx([1.0, 4.0, 16.0], rel=0.05) and assisted == pytest.approx([16.0], rel=0.05)
+    assert direct[-1] != assisted[0]  # of one teacher, side by side
+    assert len({line.get_color() for line in drawn}) == 2 and drawn[1].get_marker() != drawn[2].get_marker()
+    bars = [[segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()] for container in ax.containers]
+    assert bars == [[[18, 20], [19, 21], [17, 19]], [[20, 22]]]
+    assert {text.get_text() for text in ax.texts} == {"teacher", "direct", "by an assistant"}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "16"] and ax.get_xscale() == "log"
+    assert ax.get_ylabel() == "accuracy" and not ax.get_legend()
+    alone = plotting.plot_capacity_gap(gap_rows("direct", "kd", (1e6, 3.0), (2e6, 4.0)))
+    assert list(alone.lines[0].get_xdata()) == [1.0, 2.0]
 
 
 def test_differences_without_zero_are_filled():

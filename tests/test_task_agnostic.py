@@ -217,3 +217,60 @@ def test_the_floor_starts_where_the_paths_do(place):
     floor = students.load_model(task_agnostic.untrained(run, teacher, tokenizer))[0].state_dict()
     start = task_agnostic.new_student(replace(run, path="scratch"), teacher).state_dict()
     assert all(torch.equal(floor[name], start[name]) for name in floor)
+
+
+def test_the_learning_rate_is_the_one_that_fine_tunes_best(place, tmp_path):
+    base, *_ = place
+    tried = []
+
+    def train(run):
+        rate = run.training.learning_rate
+        tried.append((run.path, rate))
+        folders = [tmp_path / f"{rate}-{task}" for task in ("a", "b")]
+        for folder, loss in zip(folders, (abs(rate - 0.02), 1.0), strict=True):
+            folder.mkdir()
+            write_json(folder / "results.json", {"final": {"validation_ce": loss}})
+        return folders
+
+    best, rows = task_agnostic.search_learning_rate(base, [0.01, 0.025, 0.1], train)
+    assert best == 0.025 and tried == [("miniend", rate) for rate in (0.01, 0.025, 0.1)]
+    assert [row["validation_ce"] for row in rows] == pytest.approx([0.505, 0.5025, 0.54])
+    assert task_agnostic.search_learning_rate(base, [0.3], train) == (0.3, []) and len(tried) == 3
+
+
+def test_equal_tokens_by_counting(place):
+    base, _, tokenizer, tokens, _ = place
+    pairs, tuning = planted(40, 1), replace(TRAINING, max_steps=2)
+    steps = task_agnostic.equal_token_steps(replace(base, training=replace(TRAINING, max_steps=60)), tuning, tokenizer,
+                                            tokens, pairs, 24, 10)  # fmt: skip
+    sizes = [
+        min(len(tokenizer(row["document"]).input_ids), 24) + min(len(tokenizer(row["summary"]).input_ids), 10)
+        for row in pairs
+    ]
+    target = base.source_length - 1  # the window's text and an end token
+    # What text infilling leaves of a source is drawn: between half of it and all of it.
+    low, high = (60 * (source + target) / np.mean(sizes) for source in (base.source_length / 2, base.source_length))
+    assert 2 + low < steps < 2 + high
+
+
+def test_a_task_specific_student_comes_from_the_fine_tuned_teacher(place):
+    base, teacher, tokenizer, *_ = place
+    train, validation = planted(12, 1), planted(4, 2)
+    tuned = task_agnostic.fine_tune(
+        "teacher", base.teacher, teacher, tokenizer, "summaries", train, validation, TRAINING, 24, 10
+    )
+    still = replace(TRAINING, learning_rate=1e-12)
+    folder = task_agnostic.task_specific("kd", "2-1", tuned, tokenizer, train, validation, still, 24, 10)
+    student, whole = (students.load_model(place / "student")[0] for place in (folder, tuned))
+    kept = students.layer_map(len(students.decoder_layers(whole)), 1)
+    weights = (students.decoder_layers(model)[i].fc1.weight for model, i in ((student, 0), (whole, kept[0])))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+    assert "kl_loss" in read_json(folder / "results.json")["final"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"), [(0.1, 2, "beats"), (-2, -0.1, "loses to"), (-1, 1, "cannot be told")]
+)
+def test_verdict(low, high, says):
+    text = task_agnostic.verdict({"name": "kd", "difference": 0.5, "low": low, "high": high}, "miniend")
+    assert text == f"kd {says}{' from' if 'told' in says else ''} miniend (+0.50, {low:+.2f} to {high:+.2f})"

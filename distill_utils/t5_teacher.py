@@ -1,0 +1,231 @@
+"""The embedded language model `pydocs-t5`: T5's shape and objective on the corpus's raw text, from nothing.
+
+It is the teacher of task-agnostic distillation: it has seen no task, only text. `python -m distill_utils teachers`
+rebuilds `assets/pydocs-t5`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from distill_utils import students, task_agnostic
+from distill_utils.artifacts import (
+    artifact,
+    git_state,
+    provenance,
+    read_json,
+    seed_everything,
+    write_atomic,
+    write_json,
+)
+from distill_utils.data import corpus_facts, load_text
+from distill_utils.denoising import denoising_stream, infilling_stream, pack_text
+from distill_utils.evaluation import bootstrap_interval
+from distill_utils.objectives import sft
+from distill_utils.teachers import load_tokenizer, stage_facts, train_tokenizer
+from distill_utils.training import Training, choose_attention, describe, fit
+
+WIDTH, HEADS, LAYERS = 192, 4, 6
+SENTINELS = 100  # as T5: <extra_id_0> first
+SOURCE_LENGTH = 128  # tokens of the encoder's input; the decoder's follow from it
+WINDOW = 64  # tokens of text in one example of text infilling
+HELD_OUT = 512  # windows of validation text that the loss is measured on
+CHECKED = 32  # of them, those that a test of the shipped files repeats
+INFILLING = Training(
+    max_steps=1200, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=21,
+)  # fmt: skip
+SPAN_CORRUPTION = Training(
+    max_steps=2200, batch_size=32, optimizer="muon", learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=22,
+)  # fmt: skip
+
+
+def make_tokenizer() -> Path:
+    """Return the folder of the corpus's tokenizer in T5's manner: sentinels, an end token, no start token."""
+    original = train_tokenizer()
+
+    def build(folder: Path) -> dict:
+        tokenizer = Tokenizer.from_file(str(original / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+        made.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(SENTINELS)]})
+        made.save_pretrained(folder)
+        return {"vocabulary": len(made)}
+
+    return artifact("t5-tokenizer", {"tokenizer": original.name, "sentinels": SENTINELS}, build)
+
+
+def new_model(vocab_size: int, dropout: float = 0.0) -> T5ForConditionalGeneration:
+    """Return a randomly initialised model of the teacher's shape: T5 v1.0, with tied embeddings."""
+    config = T5Config(
+        vocab_size=vocab_size, d_model=WIDTH, d_kv=WIDTH // HEADS, num_heads=HEADS, d_ff=4 * WIDTH, num_layers=LAYERS,
+        num_decoder_layers=LAYERS, dropout_rate=dropout, feed_forward_proj="relu", tie_word_embeddings=True,
+        pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def token_stream(split: str, tokenizer, tokenizer_folder: Path) -> np.ndarray:
+    """Return the raw text of a split as one flat array of token ids."""
+
+    def build(folder: Path) -> dict:
+        texts = load_text("pydocs", split)
+        order = np.random.default_rng(0).permutation(len(texts))
+        flat = pack_text([texts[i] for i in order], tokenizer)
+        np.save(folder / "tokens.npy", flat)
+        return {"tokens": len(flat)}
+
+    folder = artifact("token-stream", {"tokenizer": tokenizer_folder.name, "split": split}, build)
+    return np.load(folder / "tokens.npy")
+
+
+@torch.no_grad()
+def window_losses(model, tokenizer, tokens: np.ndarray, num: int, source_length: int = SOURCE_LENGTH) -> np.ndarray:
+    """Return the span-corruption loss of the first windows of a fixed order, nats per target token, one value each."""
+    stream = denoising_stream(tokens, tokenizer, "span_corruption", source_length, 1, seed=0)
+    found = []
+    for number in range(num):
+        (batch,) = stream(number)
+        batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        found.append(float(sft(model, None, batch)["loss"]))
+    return np.array(found)
+
+
+def base_embeddings() -> torch.Tensor:
+    """Return the embeddings (vocabulary, width) of pydocs-bart-base, whose tokens are ours but for the sentinels."""
+    return students.load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach()
+
+
+def infill() -> Path:
+    """Train on text infilling, which teaches cross-attention to copy, and return the run folder.
+
+    Span corruption alone does not within this budget: it asks for hidden tokens only, which a decoder guesses about as
+    well without the source (LOG.md). The embeddings start as those of pydocs-bart-base, which has the same vocabulary.
+    """
+    tokenizer_folder = make_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.mask_token = "<extra_id_0>"  # here only: one sentinel for every span, the whole text as target
+    embeddings = base_embeddings()
+    shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "window": WINDOW, "held_out": HELD_OUT}
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": describe(INFILLING)}
+    settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
+
+    def build(folder: Path) -> dict:
+        seed_everything(INFILLING.seed)
+        model = new_model(len(tokenizer))
+        own = model.get_input_embeddings().weight.data
+        own[: len(embeddings)] = embeddings * (own.std() / embeddings.std())
+        choose_attention(model, WINDOW)
+        tokens = token_stream("train", tokenizer, tokenizer_folder)
+        batches = infilling_stream(tokens, tokenizer, WINDOW, INFILLING.batch_size, INFILLING.seed)
+        checks = infilling_stream(token_stream("validation", tokenizer, tokenizer_folder), tokenizer, WINDOW, 32, 0)
+        held_out = [checks(step)[0] for step in range(HELD_OUT // 32)]
+        evaluate = partial(task_agnostic.held_out_loss, batches=held_out)
+        history = fit(
+            model, lambda m, batch: sft(m, None, batch), batches, INFILLING, folder, evaluate, stage="T5, infilling"
+        )
+        model.save_pretrained(folder / "model")
+        return {"tokens": len(tokens), "final": history[-1]}
+
+    return artifact("t5-infilled", settings, build)
+
+
+def corrupt(infilled: Path) -> Path:
+    """Go on with span corruption, T5's own objective, and return the run folder."""
+    tokenizer_folder = make_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": describe(SPAN_CORRUPTION)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(SPAN_CORRUPTION.seed)
+        model = T5ForConditionalGeneration.from_pretrained(infilled / "model")
+        choose_attention(model, SOURCE_LENGTH)
+        tokens = token_stream("train", tokenizer, tokenizer_folder)
+        size, seed = SPAN_CORRUPTION.batch_size, SPAN_CORRUPTION.seed
+        batches = denoising_stream(tokens, tokenizer, "span_corruption", SOURCE_LENGTH, size, seed)
+        held_out = token_stream("validation", tokenizer, tokenizer_folder)
+
+        def evaluate(model) -> dict:
+            return {"validation_loss": float(window_losses(model, tokenizer, held_out, HELD_OUT).mean())}
+
+        history = fit(
+            model, lambda m, batch: sft(m, None, batch), batches, SPAN_CORRUPTION, folder, evaluate, stage="T5, spans"
+        )
+        ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return {"tokens": len(tokens), "final": history[-1]}
+
+    return artifact("t5-corrupted", settings, build)
+
+
+def build() -> Path:
+    """Train the language model, write it to assets/pydocs-t5 in bf16 with its card, and return that folder."""
+    trained_by = git_state()
+    infilled = infill()
+    trained = corrupt(infilled)
+    folder = students.ASSETS / "pydocs-t5"
+    model, tokenizer = students.load_model(trained / "model")
+    students.save_model(model.to(torch.bfloat16), tokenizer, folder)
+
+    model, tokenizer = students.load_model(folder)
+    losses = window_losses(model, tokenizer, token_stream("validation", tokenizer, make_tokenizer()), HELD_OUT)
+    mean, low, high = bootstrap_interval(losses)
+    made = read_json(trained / "results.json")
+    card = {
+        "name": "pydocs-t5",
+        "command": "make teachers",
+        **trained_by,
+        "corpus_fingerprint": corpus_facts()["fingerprint"],
+        "parameters": students.count_parameters(model),
+        "training_tokens": made["tokens"],
+        "stages": [
+            stage_facts("text infilling", infilled, INFILLING),
+            stage_facts("span corruption", trained, SPAN_CORRUPTION),
+        ],
+        "source_length": SOURCE_LENGTH,
+        "num_windows": HELD_OUT,
+        "loss": [round(value, 4) for value in (mean, low, high)],
+        "num_checked": CHECKED,
+        "loss_checked": round(float(losses[:CHECKED].mean()), 4),
+        "machine": {key: made["provenance"][key] for key in ("processor", "threads", "gpu")},
+        "packages": provenance()["packages"],
+    }
+    write_json(folder / "card.json", card)
+    write_atomic(folder / "README.md", card_text(card))
+    return folder
+
+
+def card_text(card: dict) -> str:
+    """Return the model card as Markdown, every figure from `card`."""
+    first, second = card["stages"]
+    mean, low, high = card["loss"]
+    machine = card["machine"]["gpu"] or card["machine"]["processor"]
+    return f"""# {card["name"]}
+
+A small T5-shaped language model of Python documentation with {card["parameters"]["total"] / 1e6:.1f} M parameters,
+trained from nothing by `{card["command"]}` at commit {card["commit"]} on the corpus with fingerprint
+{card["corpus_fingerprint"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
+
+Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows, {first["seconds"] / 60:.0f}
+minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base; then span corruption
+({second["steps"]:,} updates of {second["examples"] // second["steps"]} windows, {second["seconds"] / 60:.0f} minutes).
+Both over {card["training_tokens"]:,} tokens of docstrings and comments. Trained on: {machine}.
+
+Loss on {card["num_windows"]} windows of validation text, {card["source_length"]} source tokens each: {mean:.3f} nats
+per target token, 95 % bootstrap interval over windows {low:.3f} to {high:.3f}.
+
+Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
+"""

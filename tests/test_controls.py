@@ -1,0 +1,243 @@
+"""Controls: masking and streams, one loss for both kinds, and every path from text to a tested task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from test_data import refusal
+from tiny_models import EOS, MASK, PAD, WORDS, tiny_tokenizer
+
+from distill_utils import controls
+from distill_utils.artifacts import read_json
+from distill_utils.controls import KINDS, Text
+from distill_utils.denoising import infilling_stream
+from distill_utils.training import Training, read_history
+
+TRAINING = Training(max_steps=3, batch_size=4, learning_rate=1e-2, log_every=1, seed=0, precision="float32")
+SHAPE = {"layers": 2, "width": 16, "heads": 2}
+TOKENS = np.random.default_rng(0).integers(5, 25, size=2003).astype(np.uint16)
+
+
+def tiny_text(length: int = 24) -> Text:
+    return Text(TOKENS, TOKENS[:500][::-1], tiny_tokenizer(), length)
+
+
+def task_rows(num: int, seed: int) -> Dataset:
+    """Return rows of the task "belongs" that one word decides."""
+    generator = np.random.default_rng(seed)
+    texts = [" ".join(generator.choice(WORDS[3:], size=generator.integers(4, 16))) for _ in range(num)]
+    yes = generator.random(num) < 0.5
+    documents = [f"the {text}" if is_yes else f"for {text}" for text, is_yes in zip(texts, yes, strict=True)]
+    rows = {"id": [f"d{i}" for i in range(num)], "document": documents, "label": np.where(yes, "yes", "no").tolist()}
+    return Dataset.from_dict(rows | {"summary": rows["label"]})
+
+
+@pytest.fixture(autouse=True)
+def runs_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_masking_hides_the_shares_of_bert_and_nothing_else():
+    ids = np.random.default_rng(1).integers(5, 90, size=(400, 100))
+    inputs, labels = controls.mask_tokens(ids, MASK, np.arange(5, 96), np.random.default_rng(2))
+    chosen = labels != -100
+    assert (chosen.sum(axis=1) == 15).all()
+    assert (inputs == ids)[~chosen].all() and (labels == ids)[chosen].all()
+    masked, kept = (inputs == MASK)[chosen].mean(), (inputs == ids)[chosen].mean()
+    assert masked == pytest.approx(0.8, abs=0.02)
+    assert kept == pytest.approx(0.1 + 0.1 / 91, abs=0.02)  # a random token may be the one that was there
+    replaced = inputs[chosen & (inputs != MASK) & (inputs != ids)]
+    assert replaced.min() >= 5 and len(set(replaced.tolist())) > 80
+    places = chosen.sum(axis=0) / 400  # no position is left out or preferred
+    assert places.min() > 0.05 and places.max() < 0.25
+    short = controls.mask_tokens(ids[:, :2], MASK, np.arange(5, 96), np.random.default_rng(2))[1]
+    assert ((short != -100).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_visit_windows_as_denoising_does(kind):
+    tokenizer = tiny_tokenizer()
+    batches = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
+    again = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
+    other = infilling_stream(TOKENS, tokenizer, 22, 6, 3)  # start and end token beside the window
+    for step in (7, 0, 40):
+        micro = batches(step)
+        assert [batch["input_ids"].shape for batch in micro] == [(2, 20)] * 3
+        whole = {name: torch.cat([batch[name] for batch in micro]) for name in ("input_ids", "labels")}
+        for batch, same in zip(micro, again(step), strict=True):
+            assert all(torch.equal(batch[name], same[name]) for name in ("input_ids", "labels", "attention_mask"))
+        windows = other(step)[0]["labels"][:, :20]
+        if kind == "opt":
+            assert torch.equal(whole["input_ids"], windows) and torch.equal(whole["labels"], windows)
+        else:
+            hidden = whole["labels"] != -100
+            assert torch.equal(torch.where(hidden, whole["labels"], whole["input_ids"]), windows)
+            assert not torch.equal(whole["input_ids"], windows)
+    assert not torch.equal(batches(0)[0]["input_ids"], batches(1)[0]["input_ids"])
+
+
+def test_first_sentinel_masks_where_there_is_no_mask_token():
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    message = refusal(controls.text_stream, "bert", TOKENS, tokenizer, 20, 4, 0)
+    assert "neither a mask token nor <extra_id_0>" in message
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_id_1>", "<extra_id_0>"]})
+    (batch,) = controls.text_stream("bert", TOKENS, tokenizer, 20, 40, 0)(0)
+    sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    seen = batch["input_ids"][batch["labels"] != -100]
+    assert (seen == sentinel).float().mean() > 0.6
+    assert not set(seen.tolist()) & (set(tokenizer.all_special_ids) - {sentinel})
+    assert not (batch["input_ids"][batch["labels"] == -100] == sentinel).any()
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_path_from_text_to_rows(kind, capsys):
+    text, task = tiny_text(), {"train": task_rows(24, 1), "test": task_rows(20, 2)}
+    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    before = (teacher / "model" / "model.safetensors").read_bytes()
+    large = KINDS[kind][1].from_pretrained(teacher / "model")
+    assert large.config.model_type == kind and large.config.num_hidden_layers == 2
+
+    checks = controls.text_stream(kind, text.held_out, text.tokenizer, 24, 20, 0)
+    losses = []
+    for step in range(4):
+        (batch,) = checks(step)
+        with torch.no_grad():
+            losses.append(large(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item())
+    assert read_history(teacher)[-1]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+    arguments = ([kind], text.tokens, text.held_out, text.tokenizer, {"belongs": task}, TRAINING, TRAINING, TRAINING)
+    options = {"seeds": [1], "length": 24, "layers": 1, "num_relation_heads": 4, "shape": SHAPE}
+    rows = controls.run_controls(*arguments, **options)
+    assert f"building runs/control-{kind}-teacher" not in capsys.readouterr().out.partition("reusing")[2]
+    assert (teacher / "model" / "model.safetensors").read_bytes() == before
+    assert [row["path"] for row in rows] == ["none", "scratch", "logits", "self", "teacher"]
+    assert [row["held_out_loss"] is None for row in rows] == [True, False, False, True, False]
+    for row in rows:
+        assert row["seeds"] == 1 and 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 100
+        assert ("difference" in row) == (row["path"] != "scratch")
+    scores = {row["path"]: row["score"] for row in rows}
+    assert rows[2]["difference"] == pytest.approx(scores["logits"] - scores["scratch"])
+    assert controls.run_controls(*arguments, **options) == rows
+    assert "building" not in capsys.readouterr().out.partition("reusing")[2].rpartition("reusing")[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_paths_share_a_start_and_train_what_they_should(kind):
+    text = tiny_text()
+    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    models, terms = {}, {}
+    for path in controls.CONTROL_PATHS:
+        folder = controls.distill_control(kind, path, teacher, text, TRAINING, 1, 4)
+        models[path] = KINDS[kind][1].from_pretrained(folder / "model").state_dict()
+        terms[path] = {name for name in read_history(folder)[0] if name.endswith("_loss")} if path != "none" else set()
+    site = "encoder_self_loss" if kind == "bert" else "decoder_self_loss"
+    assert terms == {
+        "none": set(), "scratch": {"ce_loss"}, "logits": {"ce_loss", "kl_loss"}, "self": {site},
+    }  # fmt: skip
+    start = controls.new_student(KINDS[kind][1].from_pretrained(teacher / "model"), 1, TRAINING.seed).state_dict()
+    assert all(torch.equal(start[name], weight) for name, weight in models["none"].items())
+    changed = {path: {name for name in start if not torch.equal(start[name], models[path][name])} for path in models}
+    # Relations stop at the projections of the last layer: neither what comes behind them nor the head is trained.
+    behind = {name for name in start if any(part in name for part in ("out_proj", "attention.output", "fc", "cls."))}
+    behind -= {name for name in behind if torch.equal(start[name], models["scratch"][name])}
+    assert len(behind) > 3 and not changed["self"] & {name for name in behind if "decoder.weight" not in name}
+    assert any("value" in name or "v_proj" in name for name in changed["self"])
+    assert changed["scratch"] == changed["logits"] >= behind
+    folder = controls.distill_control(kind, "self", teacher, text, TRAINING, 1, 4)
+    for other in (
+        controls.distill_control(kind, "self", teacher, text, TRAINING, 1, 2),
+        controls.distill_control(kind, "self", teacher, text, replace(TRAINING, seed=1), 1, 4),
+        controls.distill_control(kind, "self", teacher, text._replace(tokens=TOKENS[:-1]), TRAINING, 1, 4),
+        controls.distill_control(kind, "self", teacher, text._replace(length=20), TRAINING, 1, 4),
+    ):
+        assert other != folder
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifier_keeps_the_stack_and_ignores_padding(kind):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = controls.new_model(kind, tokenizer, 24, **SHAPE)
+    classifier = controls.new_classifier(model, 3, 5).eval()
+    again = controls.new_classifier(model, 3, 5).state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in classifier.state_dict().items())
+    stack, own = model.base_model.state_dict(), classifier.base_model.state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in stack.items())
+    assert all("pooler" in name for name in own.keys() - stack.keys())
+
+    rows = controls.encode_rows("belongs", task_rows(6, 3), tokenizer, 12)
+    assert max(map(len, rows["input_ids"])) == 12 and all(ids[-1] == EOS for ids in rows["input_ids"])
+    (batch,) = controls.batch_list(rows, PAD, 6)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        together = classifier(**inputs).logits
+        for row, logits in zip(batch["ids"], together, strict=True):
+            alone = classifier(input_ids=torch.tensor([rows[row]["input_ids"]])).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+    loss = controls.classification_loss(classifier, batch)["loss"]
+    wanted = torch.tensor([rows[row]["labels"][0] for row in batch["ids"]])
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(together, wanted))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuning_learns_a_task_that_a_word_decides(kind):
+    text = tiny_text()
+    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    tuning = replace(TRAINING, max_steps=40, batch_size=16)
+    train, test = task_rows(64, 1), task_rows(30, 2)
+    tested = controls.tune_control(kind, teacher, "belongs", train, test, text, tuning)
+    correct = read_json(tested / "scores.json")["correct"]
+    results = read_json(tested / "results.json")
+    assert len(correct) == 30 and set(correct) <= {0.0, 100.0} and np.mean(correct) > 90
+    assert results["score"] == pytest.approx(np.mean(correct)) and results["num_documents"] == 30
+    short = controls.tune_control(kind, teacher, "belongs", train, test, text, TRAINING)
+    assert controls.tune_control(kind, teacher, "belongs", train, test.select(range(29)), text, TRAINING) != short
+
+
+def judged(model: str, path: str, low: float, high: float) -> dict:
+    row = {"model": model, "path": path, "name": path, "task": "belongs"}
+    return row | {"low": low, "high": high, "difference": (low + high) / 2}
+
+
+def test_verdict_is_computed_from_the_rows():
+    rows = [
+        judged("bert", "none", -9, -8), {"model": "bert", "path": "scratch", "name": "scratch", "task": "belongs"},
+        judged("bert", "logits", 1, 3), judged("bert", "self", -1, 2), judged("bert", "teacher", 4, 6),
+    ]  # fmt: skip
+    said = controls.verdict(rows)
+    assert "bert: logits beats scratch (+2.00, +1.00 to +3.00) on belongs" in said
+    assert "self cannot be told from scratch (+0.50" in said and "teacher beats scratch" in said
+    assert "suspect" not in said
+    said = controls.verdict([*rows, judged("opt", "self", -3, -1)])
+    assert "opt: self loses to scratch" in said and said.endswith("then the pipeline is suspect.")
+    assert "suspect" not in controls.verdict([judged("opt", "teacher", -3, -1)])
+
+
+def test_bad_input_is_refused_before_anything_is_trained(tmp_path):
+    text, task = tiny_text(), {"belongs": {"train": task_rows(4, 1), "test": task_rows(4, 2)}}
+
+    def refused(kind: str = "bert", tokens: np.ndarray = TOKENS, heads: int = 4) -> str:
+        arguments = ([kind], tokens, text.held_out, text.tokenizer, task, TRAINING, TRAINING, TRAINING, [0], 24)
+        return refusal(controls.run_controls, *arguments, num_relation_heads=heads, shape=SHAPE)
+
+    assert "model kind 'gpt' is unknown: use bert or opt" in refused("gpt")
+    assert "fewer than batch_size 4" in refused(tokens=TOKENS[:50])
+    assert "num_relation_heads 5 does not divide" in refused(heads=5)
+    assert "path 'encoder' is no control" in refusal(
+        controls.distill_control, "bert", "encoder", tmp_path, text, TRAINING
+    )
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,167 @@
+"""The shipped language model: its tokenizer, its shape, how it is made, and that its card tells what its files give."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from distill_utils import data, denoising, students, t5_teacher, teachers
+from distill_utils.__main__ import main
+from distill_utils.artifacts import read_json
+
+FOLDER = students.ASSETS / "pydocs-t5"
+FACTS = {"fingerprint": "0123456789ab"}
+TEXTS = [
+    f"Return item {i} of the list.\n\nThe number {i * i} is read from file_{i}.txt; see also `read_{i % 7}`."
+    for i in range(120)
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return (folder of a tokenizer, the tokenizer) of a few texts, with every size patched to a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILL_RUNS", str(tmp_path_factory.mktemp("runs")))
+        for module in (teachers, t5_teacher):
+            patch.setattr(module, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
+            patch.setattr(module, "corpus_facts", lambda: FACTS)
+        patch.setattr(teachers, "VOCABULARY", 320)
+        patch.setattr(t5_teacher, "WIDTH", 16)
+        patch.setattr(t5_teacher, "HEADS", 2)
+        patch.setattr(t5_teacher, "LAYERS", 2)
+        patch.setattr(t5_teacher, "SOURCE_LENGTH", 32)
+        patch.setattr(t5_teacher, "HELD_OUT", 32)
+        patch.setattr(t5_teacher, "CHECKED", 2)
+        patch.setattr(t5_teacher, "WINDOW", 24)
+        patch.setattr(t5_teacher, "base_embeddings", lambda: torch.linspace(-1, 1, 320 * 16).view(320, 16))
+        for name in ("INFILLING", "SPAN_CORRUPTION"):
+            tiny = replace(
+                getattr(t5_teacher, name), max_steps=4, batch_size=4, warmup_steps=1, eval_every=2, checkpoint_every=2,
+                log_every=1,
+            )  # fmt: skip
+            patch.setattr(t5_teacher, name, tiny)
+        folder = t5_teacher.make_tokenizer()
+        yield folder, teachers.load_tokenizer(folder)
+
+
+def test_tokenizer_is_in_t5s_manner(made):
+    _, tokenizer = made
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+    assert denoising.find_sentinels(tokenizer) == sentinels and len(set(sentinels)) == 100
+    assert sentinels == sorted(sentinels) and max(sentinels) == len(tokenizer) - 1
+    assert tokenizer.unk_token_id not in sentinels and tokenizer.bos_token_id is None
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 2)
+    text = "".join(map(chr, range(32, 127))) + "\n\tcafé"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids[:-1]) == text
+    assert tokenizer("a <extra_id_7> b")["input_ids"].count(sentinels[7]) == 1  # one token wherever it stands
+
+
+def test_model_has_the_shape_of_t5_with_tied_embeddings(made):
+    _, tokenizer = made
+    model = t5_teacher.new_model(len(tokenizer))
+    config = model.config
+    assert len(students.encoder_layers(model)) == len(students.decoder_layers(model)) == t5_teacher.LAYERS
+    assert config.d_kv * config.num_heads == config.d_model == t5_teacher.WIDTH and config.d_ff == 4 * config.d_model
+    assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
+    assert model.shared.weight.shape == (len(tokenizer), config.d_model)
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    labels = torch.tensor([[7, 8, 2]])
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    assert shifted.tolist() == [[tokenizer.pad_token_id, 7, 8]]  # as T5: decoding starts with padding
+
+
+def test_window_losses_are_those_of_the_model_itself(made):
+    _, tokenizer = made
+    torch.manual_seed(0)
+    model = t5_teacher.new_model(len(tokenizer)).eval()
+    tokens = denoising.pack_text(TEXTS, tokenizer)
+    found = t5_teacher.window_losses(model, tokenizer, tokens, 5, 32)
+    windows = denoising.denoising_stream(tokens, tokenizer, "span_corruption", 32, 1, seed=0)
+    with torch.no_grad():
+        for number, loss in enumerate(found):
+            (batch,) = windows(number)
+            batch.pop("ids")
+            assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert len(set(found)) == 5
+    assert np.array_equal(found, t5_teacher.window_losses(model, tokenizer, tokens, 5, 32))
+
+
+def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch, capsys):
+    tokenizer_folder, tokenizer = made
+    monkeypatch.setattr(students, "ASSETS", tmp_path)
+    folder = t5_teacher.build()
+    assert folder == tmp_path / "pydocs-t5"
+    infilled, card = t5_teacher.infill(), read_json(folder / "card.json")
+    trained = t5_teacher.corrupt(infilled)
+    assert read_json(trained / "results.json")["final"]["step"] == 4
+    assert len(list(trained.glob("checkpoint-*"))) <= 1 and (trained / "history.csv").exists()
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+    model, loaded = students.load_model(folder)
+    before, _ = students.load_model(trained / "model")
+    for name, weight in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.bfloat16().float()), name
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    assert model.generation_config.decoder_start_token_id == 1 and model.generation_config.max_new_tokens == 40
+
+    held_out = t5_teacher.token_stream("validation", tokenizer, tokenizer_folder)
+    losses = t5_teacher.window_losses(model, loaded, held_out, t5_teacher.HELD_OUT)
+    mean, low, high = card["loss"]
+    assert mean == pytest.approx(losses.mean(), abs=1e-4) and low <= mean <= high
+    assert card["loss_checked"] == pytest.approx(losses[: card["num_checked"]].mean(), abs=1e-4)
+    stages = [(stage["stage"], stage["steps"], stage["examples"]) for stage in card["stages"]]
+    assert stages == [("text infilling", 4, 16), ("span corruption", 4, 16)]
+    assert card["training_tokens"] == len(t5_teacher.token_stream("train", tokenizer, tokenizer_folder))
+    assert card["corpus_fingerprint"] == FACTS["fingerprint"]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{mean:.3f}" in text and f"{card['training_tokens']:,} tokens" in text and card["commit"] in text
+    for path in folder.glob("*.*"):  # nothing of where it was made
+        if path.suffix in (".json", ".md"):
+            assert str(tmp_path) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_command_builds_both_teachers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(teachers, "build", lambda: tmp_path / "pydocs-bart")
+    monkeypatch.setattr(t5_teacher, "build", lambda: tmp_path / "pydocs-t5")
+    assert main(["teachers"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["wrote pydocs-bart", "wrote pydocs-t5"]
+
+
+# ---------------------------------------------------------------------------------------------------- the shipped files
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    if not (FOLDER / "card.json").exists():
+        pytest.skip("pydocs-t5 is not built here")
+    return *students.load_model("pydocs-t5"), read_json(FOLDER / "card.json")
+
+
+def test_card_states_what_the_files_give(shipped):
+    model, tokenizer, card = shipped
+    assert card["source_length"] == t5_teacher.SOURCE_LENGTH and card["num_checked"] == t5_teacher.CHECKED
+    assert card["parameters"] == students.count_parameters(model)
+    held_out = t5_teacher.token_stream("validation", tokenizer, FOLDER)
+    found = t5_teacher.window_losses(model, tokenizer, held_out, card["num_checked"]).mean()
+    same_corpus = data.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
+    # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.
+    assert found == pytest.approx(card["loss_checked"], abs=0.002 if same_corpus else 0.4)
+    assert found < 0.6 * math.log(len(tokenizer))  # it learned something: drawn at random it gives about log(entries)
+
+
+def test_card_is_complete(shipped):
+    _, tokenizer, card = shipped
+    mean, low, high = card["loss"]
+    assert low < mean < high and card["num_windows"] > 100 and card["training_tokens"] > 1e6
+    assert [stage["stage"] for stage in card["stages"]] == ["text infilling", "span corruption"]
+    assert re.fullmatch(r"[0-9a-f]{12}", card["corpus_fingerprint"])
+    assert len(denoising.find_sentinels(tokenizer)) == t5_teacher.SENTINELS
