@@ -219,10 +219,11 @@ A small T5-shaped language model of Python documentation with {card["parameters"
 trained from nothing by `{card["command"]}` at commit {card["commit"]} on the corpus with fingerprint
 {card["corpus_fingerprint"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
 
-Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows, {first["seconds"] / 60:.0f}
-minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base; then span corruption
-({second["steps"]:,} updates of {second["examples"] // second["steps"]} windows, {second["seconds"] / 60:.0f} minutes).
-Both over {card["training_tokens"]:,} tokens of docstrings and comments. Trained on: {machine}.
+Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows in
+{first["seconds"] / 60:.0f} minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base;
+then span corruption ({second["steps"]:,} updates of {second["examples"] // second["steps"]} windows in
+{second["seconds"] / 60:.0f} minutes). Both over {card["training_tokens"]:,} tokens of docstrings and comments.
+Trained on: {machine}.
 
 Loss on {card["num_windows"]} windows of validation text, {card["source_length"]} source tokens each: {mean:.3f} nats
 per target token, 95 % bootstrap interval over windows {low:.3f} to {high:.3f}.

@@ -28,6 +28,7 @@ from distill_utils.artifacts import (
     write_json,
 )
 from distill_utils.capture import projections
+from distill_utils.comparison import FEW_DOCUMENTS
 from distill_utils.denoising import denoising_stream
 from distill_utils.evaluation import bootstrap_interval, paired_test
 from distill_utils.losses import check_relation_heads
@@ -312,8 +313,12 @@ def gap_closed(
     return {"share": float(means[-1]), "low": float(interval[0]), "high": float(interval[1]), "tasks": used}
 
 
-def headline(ways: Sequence[Mapping], proposed: str, num_seeds: int, distill_steps: int, tune_steps: int) -> str:
+def headline(
+    ways: Sequence[Mapping], proposed: str, num_seeds: int, distill_steps: int, tune_steps: int, num_test: int
+) -> str:
     """Return which path won as Markdown, computed from the shares of the gap; it says so where the run cannot tell."""
+    if num_test < FEW_DOCUMENTS:
+        return f"**Smoke run:** {num_test} test rows show that the code runs, nothing else."
     budget = (
         f"{num_seeds} seed(s), {distill_steps} updates on text, {tune_steps} of fine-tuning; intervals over test rows."
     )

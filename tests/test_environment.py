@@ -49,7 +49,7 @@ NEIGHBORS = {
     "comparison": {"runs", "plotting"},
     "teachers": {"runs"},
     "t5_teacher": {"teachers", "task_agnostic"},
-    "task_agnostic": {"runs"},
+    "task_agnostic": {"runs", "comparison"},
     "interpolation": {"runs", "task_agnostic"},
     "controls": {"runs", "task_agnostic"},
     "denoising": {"data"},

@@ -311,6 +311,14 @@ def test_readme_table(reports):
     assert pages.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
+def test_readme_leaves_the_scores_of_several_tasks_to_the_page(tmp_path):
+    rows = [row("miniend", "3-3", task="summaries", rouge2=5.0), row("miniend", "3-3", task="belongs", score=70.0)]
+    entry(tmp_path, "04_miniend", title="4. MiniEnD", headline="**miniend** is best", rows=rows)
+    text = pages.readme_table(tmp_path)
+    assert "**[4. MiniEnD](reports/04_miniend.html)**" in text and "**miniend** is best" in text
+    assert "| miniend |" not in text
+
+
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     readme = tmp_path / "README.md"
     pages.update_readme(readme, reports)

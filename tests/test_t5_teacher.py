@@ -23,7 +23,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def made(tmp_path_factory):
     """Return (folder of a tokenizer, the tokenizer) of a few texts, with every size patched to a tiny one."""
     with pytest.MonkeyPatch.context() as patch:
