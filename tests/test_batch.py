@@ -271,6 +271,8 @@ time.sleep(300)"""
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and these tests may be started so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline().startswith("03_x  profile demo")
     # before it, a slow machine may show the start of the kernel

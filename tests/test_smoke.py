@@ -27,7 +27,8 @@ def test_smoke_profile_makes_a_report(notebook, tmp_path):
     assert len(page.find_all("h1")) == 1 and "Smoke run" in page.get_text()
     assert all(picture.get("alt") or picture.get("aria-label") for picture in page.find_all(["img", "svg"]))
     results = read_json(tmp_path / "smoke" / f"{notebook}.json")
-    assert results["rows"] and {"method", "rouge2", "rouge2_low", "rouge2_high"} <= results["rows"][0].keys()
+    assert results["rows"] and all("method" in row for row in results["rows"])
+    assert any({"rouge2", "rouge2_low", "rouge2_high"} <= row.keys() for row in results["rows"])  # not of every task
     with open(tmp_path / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(results["rows"])
 
