@@ -94,6 +94,11 @@ def paired_test(values: Sequence[float], baseline: Sequence[float], num_samples:
     return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "p_value": float(p_value)}
 
 
+def relation_of(test: Mapping) -> str:
+    """Return how a `paired_test` reads: beats, loses to, or cannot be told from; its interval is `low` to `high`."""
+    return "beats" if test["low"] > 0 else "loses to" if test["high"] < 0 else "cannot be told from"
+
+
 def _bootstrap_means(values: Sequence[float], num_samples: int, seed: int) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     if not len(values):

@@ -294,7 +294,7 @@ def verdict(test: Mapping) -> str:
     """Return in words what a paired difference of ROUGE-2 says, or that it cannot tell."""
     if test["same"]:
         return f"is the same map as {test['rival']}"
-    says = "beats" if test["low"] > 0 else "loses to" if test["high"] < 0 else "cannot be told from"
+    says = evaluation.relation_of(test)
     return f"{says} {test['rival']} ({test['difference']:+.2f} ROUGE-2, {test['low']:+.2f} to {test['high']:+.2f})"
 
 

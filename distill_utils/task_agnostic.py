@@ -30,7 +30,7 @@ from distill_utils.artifacts import (
 from distill_utils.capture import projections
 from distill_utils.comparison import FEW_DOCUMENTS
 from distill_utils.denoising import denoising_stream
-from distill_utils.evaluation import bootstrap_interval, paired_test
+from distill_utils.evaluation import bootstrap_interval, paired_test, relation_of
 from distill_utils.losses import check_relation_heads
 from distill_utils.training import Training, choose_attention, fit
 
@@ -411,5 +411,5 @@ def task_specific(
 
 def verdict(row: Mapping, other: str) -> str:
     """Return "beats" and the like, with the difference, for a row with a paired test against `other`."""
-    says = "beats" if row["low"] > 0 else "loses to" if row["high"] < 0 else "cannot be told from"
+    says = relation_of(row)
     return f"{row['name']} {says} {other} ({row['difference']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"

@@ -298,3 +298,14 @@ def test_vocabularies_must_agree_to_mix():
     student, teacher = torch.randn(1, 2, VOCAB_SIZE), torch.randn(1, 2, VOCAB_SIZE + 1)
     with pytest.raises(ValueError, match="only comparable over one vocabulary"):
         kl_loss(student, teacher, torch.zeros(1, 2, dtype=torch.long), mix=0.5)
+
+
+@pytest.mark.parametrize(("label", "found"), [("6-6-w96", ("6-6", 96)), ("4-12", ("4-12", 0))])
+def test_assistants_are_written_as_layers_and_width(label, found):
+    assert interpolation.parse_assistant(label) == found
+
+
+@pytest.mark.parametrize("label", ["", "6", "6-6-96", "6-6-w", "a-6"])
+def test_an_assistant_that_is_not_understood_is_named(label):
+    with pytest.raises(InputError, match=f"assistant '{label}' is not understood"):
+        interpolation.parse_assistant(label)
