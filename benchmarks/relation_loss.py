@@ -115,6 +115,7 @@ def main() -> None:
         for form in FORMS
     }
     shape = {name: getattr(arguments, name) for name in sizes}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(arguments.output, {"shape": shape, "forms": forms, "provenance": artifacts.provenance()})
     print(json.dumps(forms, indent=1))
 
