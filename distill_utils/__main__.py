@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+from functools import partial
 from pathlib import Path
 
 from distill_utils import batch
@@ -63,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             return report(arguments)
         from distill_utils import t5_teacher, teachers
 
-        for teacher in (teachers, t5_teacher):
-            print(f"wrote {teacher.build().name}", flush=True)
+        for build in (teachers.build, *(partial(t5_teacher.build, name) for name in t5_teacher.SHAPES)):
+            print(f"wrote {build().name}", flush=True)
         return batch.OK
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)

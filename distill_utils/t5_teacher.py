@@ -1,7 +1,8 @@
-"""The embedded language model `pydocs-t5`: T5's shape and objective on the corpus's raw text, from nothing.
+"""The embedded language models: T5's shape and objective on the corpus's raw text, from nothing, in three sizes.
 
-It is the teacher of task-agnostic distillation: it has seen no task, only text. `python -m distill_utils teachers`
-rebuilds `assets/pydocs-t5`.
+`pydocs-t5` is the teacher of task-agnostic distillation, the smaller ones are further rungs of a ladder of teachers:
+they have seen no task, only text, and all of them the same. `python -m distill_utils teachers` rebuilds
+`assets/pydocs-t5*`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from distill_utils.objectives import sft
 from distill_utils.teachers import load_tokenizer, stage_facts, train_tokenizer
 from distill_utils.training import Training, choose_attention, describe, fit
 
-WIDTH, HEADS, LAYERS = 192, 4, 6
+HEAD_WIDTH = 48
+# {name: (width, layers of either stack)}; parameters are about as 12 to 3 to 1.
+SHAPES = {"pydocs-t5": (192, 6), "pydocs-t5-small": (96, 4), "pydocs-t5-tiny": (48, 4)}
 SENTINELS = 100  # as T5: <extra_id_0> first
 SOURCE_LENGTH = 128  # tokens of the encoder's input; the decoder's follow from it
 WINDOW = 64  # tokens of text in one example of text infilling
@@ -46,6 +49,12 @@ SPAN_CORRUPTION = Training(
     max_steps=2200, batch_size=32, optimizer="muon", learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=22,
 )  # fmt: skip
+TUNING = Training(
+    max_steps=300, batch_size=16, optimizer="muon", learning_rate=2e-3, warmup_steps=30, checkpoint_every=100, seed=23
+)  # fmt: skip
+TASKS = ("summaries", "family", "belongs")
+TASK_ROWS = {"train": 5000, "validation": 128, "test": 1000}
+LENGTHS = {"max_source_length": 128, "max_target_length": 40}
 
 
 def make_tokenizer() -> Path:
@@ -66,12 +75,12 @@ def make_tokenizer() -> Path:
     return artifact("t5-tokenizer", {"tokenizer": original.name, "sentinels": SENTINELS}, build)
 
 
-def new_model(vocab_size: int, dropout: float = 0.0) -> T5ForConditionalGeneration:
-    """Return a randomly initialised model of the teacher's shape: T5 v1.0, with tied embeddings."""
+def new_model(vocab_size: int, width: int, layers: int, dropout: float = 0.0) -> T5ForConditionalGeneration:
+    """Return a randomly initialised model in the shape of T5 v1.0, with tied embeddings."""
     config = T5Config(
-        vocab_size=vocab_size, d_model=WIDTH, d_kv=WIDTH // HEADS, num_heads=HEADS, d_ff=4 * WIDTH, num_layers=LAYERS,
-        num_decoder_layers=LAYERS, dropout_rate=dropout, feed_forward_proj="relu", tie_word_embeddings=True,
-        pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=vocab_size, d_model=width, d_kv=HEAD_WIDTH, num_heads=width // HEAD_WIDTH, d_ff=4 * width,
+        num_layers=layers, num_decoder_layers=layers, dropout_rate=dropout, feed_forward_proj="relu",
+        tie_word_embeddings=True, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
 
@@ -102,12 +111,23 @@ def window_losses(model, tokenizer, tokens: np.ndarray, num: int, source_length:
     return np.array(found)
 
 
-def base_embeddings() -> torch.Tensor:
-    """Return the embeddings (vocabulary, width) of pydocs-bart-base, whose tokens are ours but for the sentinels."""
-    return students.load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach()
+def base_embeddings(width: int) -> torch.Tensor:
+    """Return the embeddings (vocabulary, width) of pydocs-bart-base, whose tokens are ours but for the sentinels.
+
+    A narrower model gets their coordinates along as many first principal directions.
+    """
+    return narrowed(students.load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach(), width)
 
 
-def infill() -> Path:
+def narrowed(embeddings: torch.Tensor, width: int) -> torch.Tensor:
+    """Return embeddings (rows, width) whose products are the nearest to those of the given ones."""
+    if width == embeddings.shape[1]:
+        return embeddings
+    left, sizes, _ = torch.linalg.svd(embeddings, full_matrices=False)
+    return left[:, :width] * sizes[:width]
+
+
+def infill(width: int, layers: int) -> Path:
     """Train on text infilling, which teaches cross-attention to copy, and return the run folder.
 
     Span corruption alone does not within this budget: it asks for hidden tokens only, which a decoder guesses about as
@@ -116,14 +136,14 @@ def infill() -> Path:
     tokenizer_folder = make_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.mask_token = "<extra_id_0>"  # here only: one sentinel for every span, the whole text as target
-    embeddings = base_embeddings()
-    shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "window": WINDOW, "held_out": HELD_OUT}
+    embeddings = base_embeddings(width)
+    shape = {"width": width, "heads": width // HEAD_WIDTH, "layers": layers, "window": WINDOW, "held_out": HELD_OUT}
     settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": describe(INFILLING)}
     settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
 
     def build(folder: Path) -> dict:
         seed_everything(INFILLING.seed)
-        model = new_model(len(tokenizer))
+        model = new_model(len(tokenizer), width, layers)
         own = model.get_input_embeddings().weight.data
         own[: len(embeddings)] = embeddings * (own.std() / embeddings.std())
         choose_attention(model, WINDOW)
@@ -171,12 +191,43 @@ def corrupt(infilled: Path) -> Path:
     return artifact("t5-corrupted", settings, build)
 
 
-def build() -> Path:
-    """Train the language model, write it to assets/pydocs-t5 in bf16 with its card, and return that folder."""
+def downstream(name: str) -> list[dict]:
+    """Fine-tune a shipped model and the same shape from nothing on every embedded task; one row a task and model.
+
+    Rows are `task_agnostic.result_row`s of "pre-trained", which is compared with "untrained" over the test rows.
+    """
+    model, tokenizer = students.load_model(name)
+    width, layers = SHAPES[name]
+    run = task_agnostic.AgnosticRun(
+        path="scratch", shape=f"{layers}-{layers}", teacher=name, training=TUNING, source_length=SOURCE_LENGTH,
+        variant=f"w{width}",
+    )  # fmt: skip
+    places = {"untrained": str(task_agnostic.untrained(run, model, tokenizer)), "pre-trained": name}
+    rows = []
+    for task in TASKS:
+        train, validation, test = (task_agnostic.load_task(task, split, num) for split, num in TASK_ROWS.items())
+        tested = {}
+        for label, place in places.items():
+            model, _ = students.load_model(place)
+            tuned = task_agnostic.fine_tune(
+                f"{label} {name}", place, model, tokenizer, task, train, validation, TUNING, *LENGTHS.values()
+            )
+            tested[label] = task_agnostic.test_task(
+                tuned, task, test, LENGTHS["max_source_length"], num_beams=1,
+                max_new_tokens=LENGTHS["max_target_length"],
+            )  # fmt: skip
+        rows += [
+            task_agnostic.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)
+        ]
+    return rows
+
+
+def build(name: str = "pydocs-t5") -> Path:
+    """Train one of the language models, write it to assets/ in bf16 with its card, and return that folder."""
     trained_by = git_state()
-    infilled = infill()
+    infilled = infill(*SHAPES[name])
     trained = corrupt(infilled)
-    folder = students.ASSETS / "pydocs-t5"
+    folder = students.ASSETS / name
     model, tokenizer = students.load_model(trained / "model")
     students.save_model(model.to(torch.bfloat16), tokenizer, folder)
 
@@ -185,7 +236,7 @@ def build() -> Path:
     mean, low, high = bootstrap_interval(losses)
     made = read_json(trained / "results.json")
     card = {
-        "name": "pydocs-t5",
+        "name": name,
         "command": "make teachers",
         **trained_by,
         "corpus_fingerprint": corpus_facts()["fingerprint"],
@@ -200,6 +251,9 @@ def build() -> Path:
         "loss": [round(value, 4) for value in (mean, low, high)],
         "num_checked": CHECKED,
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
+        "tuning": describe(TUNING),
+        "task_rows": TASK_ROWS,
+        "downstream": downstream(name),
         "machine": {key: made["provenance"][key] for key in ("processor", "threads", "gpu")},
         "packages": provenance()["packages"],
     }
@@ -213,6 +267,12 @@ def card_text(card: dict) -> str:
     first, second = card["stages"]
     mean, low, high = card["loss"]
     machine = card["machine"]["gpu"] or card["machine"]["processor"]
+    scores = {(row["task"], row["name"]): row for row in card["downstream"]}
+    lines = [
+        "| " + " | ".join([task, *(_score(scores[task, name]) for name in ("pre-trained", "untrained"))]) + " |"
+        for task in dict.fromkeys(task for task, _ in scores)
+    ]
+    table = "\n".join(lines)
     return f"""# {card["name"]}
 
 A small T5-shaped language model of Python documentation with {card["parameters"]["total"] / 1e6:.1f} M parameters,
@@ -228,5 +288,17 @@ Trained on: {machine}.
 Loss on {card["num_windows"]} windows of validation text, {card["source_length"]} source tokens each: {mean:.3f} nats
 per target token, 95 % bootstrap interval over windows {low:.3f} to {high:.3f}.
 
+What it is worth: {card["tuning"]["max_steps"]} updates of {card["tuning"]["batch_size"]} rows on each task, and the
+same for the same shape from nothing; {card["task_rows"]["test"]:,} test rows, 95 % intervals over them, one seed.
+
+| task | pre-trained | untrained |
+| --- | --- | --- |
+{table}
+
 Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
 """
+
+
+def _score(row: dict) -> str:
+    metric = row["metric"] if row["metric"] == "ROUGE-2" else "% correct"
+    return f"{row['score']:.2f} ({row['score_low']:.2f}–{row['score_high']:.2f}) {metric}"

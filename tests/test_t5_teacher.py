@@ -9,18 +9,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 
-from distill_utils import data, denoising, students, t5_teacher, teachers
+from distill_utils import data, denoising, students, t5_teacher, task_agnostic, teachers, understanding
 from distill_utils.__main__ import main
 from distill_utils.artifacts import read_json
 
-FOLDER = students.ASSETS / "pydocs-t5"
 FACTS = {"fingerprint": "0123456789ab"}
 TEXTS = [
     f"Return item {i} of the list.\n\nThe number {i * i} is read from file_{i}.txt; see also `read_{i % 7}`."
     for i in range(120)
 ]
+
+
+def few_rows(task: str, split: str, num: int) -> Dataset:
+    rows = [{"id": str(i), "document": text, "summary": f"Item {i} of all."} for i, text in enumerate(TEXTS[:num])]
+    if task != "summaries":
+        label = understanding.TASKS[task].labels
+        rows = [row | {"summary": label[i % 2], "label": label[i % 2]} for i, row in enumerate(rows)]
+    return Dataset.from_list(rows)
 
 
 @pytest.fixture
@@ -32,15 +40,16 @@ def made(tmp_path_factory):
             patch.setattr(module, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
             patch.setattr(module, "corpus_facts", lambda: FACTS)
         patch.setattr(teachers, "VOCABULARY", 320)
-        patch.setattr(t5_teacher, "WIDTH", 16)
-        patch.setattr(t5_teacher, "HEADS", 2)
-        patch.setattr(t5_teacher, "LAYERS", 2)
+        patch.setattr(t5_teacher, "HEAD_WIDTH", 8)
+        patch.setattr(t5_teacher, "SHAPES", {"pydocs-t5": (16, 2), "pydocs-t5-tiny": (8, 1)})
         patch.setattr(t5_teacher, "SOURCE_LENGTH", 32)
         patch.setattr(t5_teacher, "HELD_OUT", 32)
         patch.setattr(t5_teacher, "CHECKED", 2)
         patch.setattr(t5_teacher, "WINDOW", 24)
-        patch.setattr(t5_teacher, "base_embeddings", lambda: torch.linspace(-1, 1, 320 * 16).view(320, 16))
-        for name in ("INFILLING", "SPAN_CORRUPTION"):
+        patch.setattr(t5_teacher, "base_embeddings", lambda width: torch.linspace(-1, 1, 320 * width).view(320, width))
+        patch.setattr(t5_teacher, "TASK_ROWS", {"train": 12, "validation": 4, "test": 10})
+        patch.setattr(task_agnostic, "load_task", few_rows)
+        for name in ("INFILLING", "SPAN_CORRUPTION", "TUNING"):
             tiny = replace(
                 getattr(t5_teacher, name), max_steps=4, batch_size=4, warmup_steps=1, eval_every=2, checkpoint_every=2,
                 log_every=1,
@@ -66,10 +75,10 @@ def test_tokenizer_is_in_t5s_manner(made):
 
 def test_model_has_the_shape_of_t5_with_tied_embeddings(made):
     _, tokenizer = made
-    model = t5_teacher.new_model(len(tokenizer))
+    model = t5_teacher.new_model(len(tokenizer), 16, 2)
     config = model.config
-    assert len(students.encoder_layers(model)) == len(students.decoder_layers(model)) == t5_teacher.LAYERS
-    assert config.d_kv * config.num_heads == config.d_model == t5_teacher.WIDTH and config.d_ff == 4 * config.d_model
+    assert len(students.encoder_layers(model)) == len(students.decoder_layers(model)) == 2
+    assert config.d_kv * config.num_heads == config.d_model == 16 and config.d_ff == 4 * config.d_model
     assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
     assert model.shared.weight.shape == (len(tokenizer), config.d_model)
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -81,7 +90,7 @@ def test_model_has_the_shape_of_t5_with_tied_embeddings(made):
 def test_window_losses_are_those_of_the_model_itself(made):
     _, tokenizer = made
     torch.manual_seed(0)
-    model = t5_teacher.new_model(len(tokenizer)).eval()
+    model = t5_teacher.new_model(len(tokenizer), 16, 2).eval()
     tokens = denoising.pack_text(TEXTS, tokenizer)
     found = t5_teacher.window_losses(model, tokenizer, tokens, 5, 32)
     windows = denoising.denoising_stream(tokens, tokenizer, "span_corruption", 32, 1, seed=0)
@@ -98,8 +107,9 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
     tokenizer_folder, tokenizer = made
     monkeypatch.setattr(students, "ASSETS", tmp_path)
     folder = t5_teacher.build()
-    assert folder == tmp_path / "pydocs-t5"
-    infilled, card = t5_teacher.infill(), read_json(folder / "card.json")
+    assert folder == tmp_path / "pydocs-t5" and t5_teacher.build("pydocs-t5-tiny") == tmp_path / "pydocs-t5-tiny"
+    assert students.load_model(tmp_path / "pydocs-t5-tiny")[0].config.d_model == 8
+    infilled, card = t5_teacher.infill(16, 2), read_json(folder / "card.json")
     trained = t5_teacher.corrupt(infilled)
     assert read_json(trained / "results.json")["final"]["step"] == 4
     assert len(list(trained.glob("checkpoint-*"))) <= 1 and (trained / "history.csv").exists()
@@ -122,6 +132,11 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
     assert stages == [("text infilling", 4, 16), ("span corruption", 4, 16)]
     assert card["training_tokens"] == len(t5_teacher.token_stream("train", tokenizer, tokenizer_folder))
     assert card["corpus_fingerprint"] == FACTS["fingerprint"]
+    compared = [(row["task"], row["name"]) for row in card["downstream"]]
+    assert compared == [(task, name) for task in t5_teacher.TASKS for name in ("pre-trained", "untrained")]
+    for row in card["downstream"]:
+        assert row["score_low"] <= row["score"] <= row["score_high"]
+        assert row["name"] == "pre-trained" or row["difference"] == 0  # from itself
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{mean:.3f}" in text and f"{card['training_tokens']:,} tokens" in text and card["commit"] in text
     for path in folder.glob("*.*"):  # nothing of where it was made
@@ -129,28 +144,38 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
             assert str(tmp_path) not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_command_builds_both_teachers(monkeypatch, tmp_path, capsys):
+def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
+    embeddings = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
+    narrow = t5_teacher.narrowed(embeddings, 5)
+    values = torch.linalg.eigvalsh(embeddings @ embeddings.T)  # Eckart and Young: what the best of rank 5 leaves out
+    error = (narrow @ narrow.T - embeddings @ embeddings.T).norm()
+    assert narrow.shape == (40, 5) and float(error) == pytest.approx(float(values[:-5].norm()))
+    assert t5_teacher.narrowed(embeddings, 12) is embeddings
+
+
+def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(teachers, "build", lambda: tmp_path / "pydocs-bart")
-    monkeypatch.setattr(t5_teacher, "build", lambda: tmp_path / "pydocs-t5")
+    monkeypatch.setattr(t5_teacher, "build", lambda name: tmp_path / name)
     assert main(["teachers"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["wrote pydocs-bart", "wrote pydocs-t5"]
+    assert capsys.readouterr().out.splitlines() == [f"wrote {name}" for name in ("pydocs-bart", *t5_teacher.SHAPES)]
 
 
 # ---------------------------------------------------------------------------------------------------- the shipped files
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    if not (FOLDER / "card.json").exists():
-        pytest.skip("pydocs-t5 is not built here")
-    return *students.load_model("pydocs-t5"), read_json(FOLDER / "card.json")
+@pytest.fixture(scope="module", params=t5_teacher.SHAPES)
+def shipped(request):
+    folder = students.ASSETS / request.param
+    if not (folder / "card.json").exists():
+        pytest.skip(f"{request.param} is not built here")
+    return *students.load_model(request.param), read_json(folder / "card.json")
 
 
 def test_card_states_what_the_files_give(shipped):
     model, tokenizer, card = shipped
     assert card["source_length"] == t5_teacher.SOURCE_LENGTH and card["num_checked"] == t5_teacher.CHECKED
     assert card["parameters"] == students.count_parameters(model)
-    held_out = t5_teacher.token_stream("validation", tokenizer, FOLDER)
+    held_out = t5_teacher.token_stream("validation", tokenizer, students.ASSETS / card["name"])
     found = t5_teacher.window_losses(model, tokenizer, held_out, card["num_checked"]).mean()
     same_corpus = data.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
     # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.
