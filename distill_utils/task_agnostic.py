@@ -208,6 +208,15 @@ def held_out_loss(student, batches: list[dict]) -> dict:
     return {"validation_loss": total / tokens}
 
 
+@torch.no_grad()
+def window_losses(
+    model, tokenizer, tokens: np.ndarray, num: int, source_length: int, denoising: str = "span_corruption"
+) -> np.ndarray:
+    """Return the loss of the first windows of a fixed order of text, nats per target token, one value each."""
+    stream = denoising_stream(tokens, tokenizer, denoising, source_length, 1, seed=0)
+    return np.array([held_out_loss(model, stream(number))["validation_loss"] for number in range(num)])
+
+
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 

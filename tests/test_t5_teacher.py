@@ -92,7 +92,7 @@ def test_window_losses_are_those_of_the_model_itself(made):
     torch.manual_seed(0)
     model = t5_teacher.new_model(len(tokenizer), 16, 2).eval()
     tokens = denoising.pack_text(TEXTS, tokenizer)
-    found = t5_teacher.window_losses(model, tokenizer, tokens, 5, 32)
+    found = task_agnostic.window_losses(model, tokenizer, tokens, 5, 32)
     windows = denoising.denoising_stream(tokens, tokenizer, "span_corruption", 32, 1, seed=0)
     with torch.no_grad():
         for number, loss in enumerate(found):
@@ -100,7 +100,7 @@ def test_window_losses_are_those_of_the_model_itself(made):
             batch.pop("ids")
             assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert len(set(found)) == 5
-    assert np.array_equal(found, t5_teacher.window_losses(model, tokenizer, tokens, 5, 32))
+    assert np.array_equal(found, task_agnostic.window_losses(model, tokenizer, tokens, 5, 32))
 
 
 def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch, capsys):
@@ -124,7 +124,7 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
     assert model.generation_config.decoder_start_token_id == 1 and model.generation_config.max_new_tokens == 40
 
     held_out = t5_teacher.token_stream("validation", tokenizer, tokenizer_folder)
-    losses = t5_teacher.window_losses(model, loaded, held_out, t5_teacher.HELD_OUT)
+    losses = t5_teacher.held_out_losses(model, loaded, held_out)
     mean, low, high = card["loss"]
     assert mean == pytest.approx(losses.mean(), abs=1e-4) and low <= mean <= high
     assert card["loss_checked"] == pytest.approx(losses[: card["num_checked"]].mean(), abs=1e-4)
@@ -176,7 +176,7 @@ def test_card_states_what_the_files_give(shipped):
     assert card["source_length"] == t5_teacher.SOURCE_LENGTH and card["num_checked"] == t5_teacher.CHECKED
     assert card["parameters"] == students.count_parameters(model)
     held_out = t5_teacher.token_stream("validation", tokenizer, students.ASSETS / card["name"])
-    found = t5_teacher.window_losses(model, tokenizer, held_out, card["num_checked"]).mean()
+    found = task_agnostic.window_losses(model, tokenizer, held_out, card["num_checked"], card["source_length"]).mean()
     same_corpus = data.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
     # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.
     assert found == pytest.approx(card["loss_checked"], abs=0.002 if same_corpus else 0.4)

@@ -1,0 +1,106 @@
+"""A ladder of teachers for one student: what a larger teacher, and an assistant on the way from it, is worth.
+
+All are judged by their loss on the same windows of held-out text, corrupted in the same way, in nats per target token:
+students differ there long before a task can tell them apart, and every window counts, so that tests are paired.
+
+Not here: training (task_agnostic.distill), the two rounds with an assistant (interpolation.py), costs (costs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distill_utils import runs, students, task_agnostic
+from distill_utils.artifacts import InputError, artifact, config_hash, device, read_json, write_json
+from distill_utils.evaluation import bootstrap_interval, paired_test
+
+
+def load_ladder(names: Sequence[str]) -> dict:
+    """Return {name: (model on the device, tokenizer)}, smallest first.
+
+    Raises InputError when a name stands twice, or when two models do not share one vocabulary: their students' losses
+    would be of other tokens.
+    """
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"teachers {list(names)} are no ladder: name at least one, each once")
+    loaded = {name: students.load_model(name) for name in names}
+    first, (_, tokenizer) = next(iter(loaded.items()))
+    for name, (_, own) in loaded.items():
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"{name} has another vocabulary than {first}: give teachers that share one tokenizer")
+    for model, _ in loaded.values():
+        model.to(device())
+    return dict(sorted(loaded.items(), key=lambda item: students.count_parameters(item[1][0])["total"]))
+
+
+def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, source_length: int, denoising: str) -> Path:
+    """Return the artifact of a model's test on corrupted held-out text: scores.json with one loss a window."""
+    model, tokenizer = students.load_model(place)
+    settings = {
+        "model": runs.model_fingerprint(str(place), model),
+        "text": config_hash(held_out.tolist()),
+        "windows": [num, source_length, denoising],
+    }
+
+    def build(folder: Path) -> dict:
+        losses = task_agnostic.window_losses(
+            model.to(device()), tokenizer, held_out, num, source_length, denoising
+        ).tolist()
+        write_json(folder / "scores.json", {"loss": losses})
+        return {"name": name, "parameters": students.count_parameters(model)["total"], "loss": float(np.mean(losses))}
+
+    return artifact(f"text-{name}", settings, build)
+
+
+def row(name: str, tested: Sequence[Path], **facts: object) -> dict:
+    """Return one line of the ladder: loss on held-out text, mean over seeds, with an interval over windows."""
+    losses = window_means(tested)
+    mean, low, high = bootstrap_interval(losses)
+    parameters = read_json(tested[0] / "results.json")["parameters"]
+    found = {"name": name, "seeds": len(tested), "parameters": parameters}
+    return found | {"loss": mean, "loss_low": low, "loss_high": high} | facts
+
+
+def window_means(tested: Sequence[Path]) -> np.ndarray:
+    """Return one loss a window, averaged over the tests of several seeds."""
+    return np.mean([read_json(folder / "scores.json")["loss"] for folder in tested], axis=0)
+
+
+def compare(name: str, tested: Sequence[Path], other: str, baseline: Sequence[Path]) -> dict:
+    """Return the paired test of two students over the windows; a negative `difference` is the lower loss."""
+    return {"name": name, "versus": other} | paired_test(window_means(tested), window_means(baseline))
+
+
+def told(test: Mapping) -> str:
+    """Return a comparison in words, with its interval; one whose interval holds 0 tells nothing."""
+    if test["low"] <= 0 <= test["high"]:
+        says = "cannot be told from"
+    else:
+        says = "is better than" if test["high"] < 0 else "is worse than"
+    return (
+        f"{test['name']} {says} {test['versus']} ({test['difference']:+.3f}, {test['low']:+.3f} to {test['high']:+.3f})"
+    )
+
+
+def gap_verdict(tests: Sequence[Mapping]) -> str:
+    """Return whether a capacity gap shows, from tests of the largest teacher's student against each smaller one's."""
+    if not tests:
+        return "**One teacher shows no gap**: name several."
+    worse = [test["versus"] for test in tests if test["low"] > 0]
+    better = [test["versus"] for test in tests if test["high"] < 0]
+    if worse:
+        return f"**There is a capacity gap**: the largest teacher's student is worse than that of {', '.join(worse)}."
+    if len(better) == len(tests):
+        return "**No capacity gap**: the larger the teacher, the better its student."
+    return "**No capacity gap is shown**: no smaller teacher's student is better than the largest's."
+
+
+def equal_cost_steps(direct: float, first: float, second: float, split: tuple[int, int]) -> int:
+    """Return how many updates of direct distillation cost as much as two rounds of `split` updates.
+
+    The others are floating-point operations an update: direct, of the assistant's round, and of the student's round.
+    """
+    return max(1, round((first * split[0] + second * split[1]) / direct))

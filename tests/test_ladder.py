@@ -1,0 +1,99 @@
+"""A ladder of teachers: what is measured and compared, what the words say, and what is refused before any training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_t5, tiny_tokenizer
+
+from distill_utils import denoising, ladder, students
+from distill_utils.artifacts import InputError, read_json, write_json
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    for name, depth in (("large", 3), ("small", 1)):
+        students.save_model(tiny_t5(depth, depth, seed=depth), tiny_tokenizer(), tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("large", "small")}
+
+
+def made(tmp_path, name: str, losses: list[float]):
+    (tmp_path / name).mkdir()
+    write_json(tmp_path / name / "scores.json", {"loss": losses})
+    write_json(tmp_path / name / "results.json", {"parameters": 7})
+    return tmp_path / name
+
+
+def test_ladder_is_sorted_by_size(places):
+    found = ladder.load_ladder(list(places.values()))
+    assert list(found) == [places["small"], places["large"]]
+
+
+def test_no_ladder_without_teachers_or_with_one_twice(places):
+    for names in ([], [places["small"]] * 2):
+        with pytest.raises(InputError, match="no ladder"):
+            ladder.load_ladder(names)
+
+
+def test_teachers_of_other_tokens_are_refused(places, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["another"])
+    students.save_model(tiny_t5(1, 1, vocab_size=len(tokenizer) + 8), tokenizer, tmp_path / "other")
+    with pytest.raises(InputError, match="another vocabulary"):
+        ladder.load_ladder([places["small"], str(tmp_path / "other")])
+
+
+def test_text_is_tested_window_by_window_as_the_model_itself_counts(places):
+    held_out = np.random.default_rng(0).integers(5, 60, size=600).astype(np.uint16)
+    folder = ladder.test_text("small", places["small"], held_out, 4, 16, "text_infilling")
+    losses = read_json(folder / "scores.json")["loss"]
+    model, tokenizer = students.load_model(places["small"])
+    stream = denoising.denoising_stream(held_out, tokenizer, "text_infilling", 16, 1, seed=0)
+    for number, loss in enumerate(losses):
+        (batch,) = stream(number)
+        batch.pop("ids")
+        with torch.no_grad():
+            assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    results = read_json(folder / "results.json")
+    assert results["loss"] == pytest.approx(np.mean(losses))
+    assert results["parameters"] == students.count_parameters(model)["total"]
+    assert ladder.test_text("small", places["small"], held_out, 4, 16, "text_infilling") == folder
+    assert ladder.test_text("large", places["large"], held_out, 4, 16, "text_infilling") != folder
+
+
+def test_row_is_the_mean_over_seeds_and_windows(tmp_path):
+    seeds = [made(tmp_path, "a", [1.0, 3.0]), made(tmp_path, "b", [2.0, 6.0])]
+    found = ladder.row("kd", seeds, updates=5)
+    assert found["loss"] == 3.0 and found["seeds"] == 2 and found["updates"] == 5 and found["parameters"] == 7
+    assert found["loss_low"] <= 3.0 <= found["loss_high"]
+
+
+def test_the_lower_loss_is_the_better_one(tmp_path):
+    noise = np.random.default_rng(0).normal(size=60)
+    worse, better = made(tmp_path, "worse", list(4 + noise)), made(tmp_path, "better", list(3.9 + noise))
+    test = ladder.compare("ours", [better], "theirs", [worse])
+    assert test["difference"] == pytest.approx(-0.1) and "ours is better than theirs (-0.100" in ladder.told(test)
+    assert "worse" in ladder.told(ladder.compare("ours", [worse], "theirs", [better]))
+    assert "cannot be told from" in ladder.told(ladder.compare("ours", [worse], "theirs", [worse]))
+
+
+@pytest.mark.parametrize(
+    ("intervals", "says"),
+    [
+        ([], "One teacher"),
+        ([(0.1, 0.2), (-0.2, -0.1)], "worse than that of a."),
+        ([(-0.3, -0.2), (-0.2, -0.1)], "the larger the teacher, the better"),
+        ([(-0.3, -0.2), (-0.1, 0.1)], "is shown"),
+    ],
+)
+def test_gap_is_read_from_the_intervals(intervals, says):
+    tests = [{"versus": name, "low": low, "high": high} for name, (low, high) in zip("ab", intervals, strict=False)]
+    assert says in ladder.gap_verdict(tests)
+
+
+def test_equal_cost_counts_both_rounds():
+    # 100 updates: 40 of the assistant at 5, 60 of its student at 2, against direct ones at 4.
+    assert ladder.equal_cost_steps(4.0, 5.0, 2.0, (40, 60)) == 80
+    assert ladder.equal_cost_steps(1e9, 1.0, 1.0, (1, 1)) == 1
