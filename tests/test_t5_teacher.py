@@ -87,6 +87,25 @@ def test_model_has_the_shape_of_t5_with_tied_embeddings(made):
     assert shifted.tolist() == [[tokenizer.pad_token_id, 7, 8]]  # as T5: decoding starts with padding
 
 
+def test_eased_start_looks_for_its_own_tokens_and_keeps_layers_small(made):
+    _, tokenizer = made
+    torch.manual_seed(0)
+    plain = t5_teacher.new_model(len(tokenizer), 16, 2)
+    torch.manual_seed(0)
+    eased = t5_teacher.new_model(len(tokenizer), 16, 2)
+    t5_teacher.ease_copying(eased)
+    states = torch.randn(200, 16)
+    for model, least, most in ((eased, 0.95, 1.0), (plain, 0.0, 0.9)):
+        cross = model.decoder.block[1].layer[1].EncDecAttention
+        scores = cross.q(states) @ cross.k(states).T
+        assert least <= (scores.diagonal() > scores.median(-1).values).float().mean() <= most
+    before, after = plain.state_dict(), eased.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all("EncDecAttention.q" in n or "bias" in n or n.endswith((".o.weight", ".wo.weight")) for n in changed)
+    name = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    assert torch.allclose(after[name], 0.25 * before[name])
+
+
 def test_window_losses_are_those_of_the_model_itself(made):
     _, tokenizer = made
     torch.manual_seed(0)
