@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make reports   run every notebook and write reports/ (about twenty minutes on two cores)"
+	@echo "make reports   run every notebook and write reports/ (about half an hour on two cores)"
 	@echo "make test      lint and run all tests, offline (about ten minutes on two cores)"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make teachers  train the embedded teachers again from nothing (hours without a GPU)"

@@ -356,8 +356,9 @@ def readme_table(reports: Path) -> str:
             parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
             line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
             timed.append(line)
-        rows = [row for row in entry.get("means") or entry["rows"] if row.get("rouge2") is not None]
-        grid = any("task" in row for row in rows)  # scores of several tasks: their table is in the page
+        rows = entry.get("means") or entry["rows"]
+        rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
+        grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
         if any(row.get("student") for row in rows):
             seeds = max(row.get("seeds", 1) for row in rows)
             origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]

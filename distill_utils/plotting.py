@@ -710,6 +710,37 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score", ax: Axes |
     return ax
 
 
+def plot_stacked(
+    rows: Sequence[Mapping], parts: Sequence[str], xlabel: str, limit: float | None = None, limit_label: str = ""
+) -> Axes:
+    """Plot what a total is made of, one bar a row from the top, with the total behind it.
+
+    Rows have `name` and a number for each of `parts`; parts that are 0 everywhere are left out. `limit` is drawn as a
+    line across all bars.
+    """
+    parts = [part for part in parts if any(row.get(part) for row in rows)]
+    ax = plt.subplots(figsize=(FIGURE_SIZE[0], 1.3 + 0.45 * len(rows)))[1]
+    colors = sns.color_palette("colorblind", len(parts))
+    ends = [0.0] * len(rows)
+    for part, color in zip(parts, colors, strict=True):
+        values = [row.get(part) or 0.0 for row in rows]
+        ax.barh(range(len(rows)), values, left=ends, height=0.62, color=color, edgecolor="white", lw=0.6, label=part)
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    for at, end in enumerate(ends):
+        ax.annotate(f" {end:.3g}", (end, at), va="center")
+    if limit is not None:
+        ax.axvline(limit, color="#1c2127", lw=1, ls="--")
+        ax.annotate(limit_label, (limit, -0.55), ha="right", va="bottom", xytext=(-3, 0), textcoords="offset points")
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5 if limit is None else -0.9)
+    ax.set_xlim(0, 1.08 * max([*ends, limit or 0.0]))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False, axis="y")
+    ax.set_xlabel(xlabel)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.2)
+    return ax
+
+
 def plot_thresholds(table: pd.DataFrame) -> Figure:
     """Plot a histogram a measure of pseudo-labels, side by side; what the threshold removes is pale.
 

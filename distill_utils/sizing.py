@@ -1,19 +1,60 @@
-"""What the machine can do at most and what a pass needs: measured and counted floating-point operations.
+"""What the machine can do at most and what a step needs: measured ceilings, counted operations, bytes and memory.
 
-Not here: the speed of a whole model on documents (evaluation.py).
+Not here: the speed of a whole model on documents (evaluation.py), and steps that really run (scaling.py).
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import psutil
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
-from distill_utils import artifacts
+from distill_utils import artifacts, losses
+from distill_utils.artifacts import InputError
 
 CPU_SIZE, CUDA_SIZE = 1024, 8192  # rows of the square matrices: large enough to be bound by arithmetic, not by memory
+PHASES = ("teacher", "student", "backward", "recomputed", "optimizer")
+CAUSES = (
+    "teacher weights", "student weights", "weight copies", "gathered layers", "gradients", "optimizer", "activations",
+    "logits", "relations", "captured tensors",
+)  # fmt: skip
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+WORK = ("phase", "dtype", "flops", "bytes")  # of one kind of operation
+
+Objective = Callable[[PreTrainedModel, PreTrainedModel | None, dict[str, Tensor]], dict[str, Tensor]]
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # torch counts the attention kernels of CUDA only
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+MASKED_BY_CONTENTS = (
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
+)  # fmt: skip
+RELATION_CODE = (losses._RelationLoss.forward.__code__, losses._RelationLoss.backward.__wrapped__.__code__)
 
 
 def run_times(run: Callable[[], object], repeats: int, device: torch.device | None = None) -> list[float]:
@@ -60,3 +101,591 @@ def encoder_speed(model, num_parameters: int, num_layers: int, num_tokens: int, 
         seconds = statistics.median(run_times(lambda: model.get_encoder()(ids, torch.ones_like(ids)), 5, model.device))
     flops = batch_size * encoder_flops(num_parameters, num_layers, model.config.hidden_size, num_tokens)
     return {"batch_size": batch_size, "ms": 1000 * seconds, "gflops": flops / seconds / 1e9}
+
+
+# ------------------------------------------------------------------------------------------- one step, from configs
+
+
+def plan_step(
+    objective: Objective,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig | None = None,
+    *,
+    source_length: int,
+    target_length: int,
+    batch_size: int,
+    micro_batch_size: int = 0,
+    optimizer: str = "adamw",
+    precision: str = "bfloat16",
+    teacher_dtype: str = "bfloat16",
+    checkpoint_activations: bool = False,
+    attention: str = "sdpa",
+    padded: bool = True,
+    prepare: Callable[[PreTrainedModel], object] | None = None,
+    on: str = "cuda",
+    devices: int = 1,
+    shard: Sequence[str] = ("teacher", "student"),
+) -> dict:
+    """Return floating-point operations, bytes and peak memory of one training step; nothing is loaded or computed.
+
+    The objective itself, the backward pass, clipping and the optimizer run on tensors without contents
+    (`FakeTensorMode`), and every storage they would allocate is counted as it comes and goes. Student weights are
+    float32, used in bfloat16 by autocast where `precision` says so; the teacher is in eval mode, without gradients, in
+    `teacher_dtype`. `prepare(student)` may freeze parts first (`students.freeze`). Positions all count as valid tokens;
+    `padded` says whether the masks are needed, which for T5 is a (batch, heads, length, length) bias in each layer.
+
+    One step is `batch_size` examples over all `devices`, `micro_batch_size` (0 = all of a device's) a pass. With
+    several, the layers of the models in `shard` are split as distributed.py does by FSDP2: weights, gradients and
+    moments are 1 / devices of them, embeddings and head are whole everywhere, two of the largest layer at a time are
+    gathered, and the student's last layers stay so until the backward pass. Copies that autocast makes of weights are
+    kept whole for the backward pass. The result is for one device.
+
+    Planned `on` "cuda" everywhere, a machine without CUDA included: fake tensors are the CPU's, but attention is the
+    memory-efficient kernel that CUDA takes where a bias has gradients, and `relation_loss` works in CUDA's chunks. What
+    kernels need inside is not counted, nor are the CUDA context (about 0.5 GB) and fragmentation.
+
+    Returns `flops` {"teacher", "student", "backward", "recomputed", "optimizer"}, `memory` {cause: bytes} at the peak,
+    `peak_bytes`, `peak_phase`, `parameters`, `tokens` a step, `communication_bytes` that a device sends a step,
+    `checkpoint_bytes` on disk, and `work`, what `step_seconds` reads. Raises InputError for what is impossible.
+    """
+    settings = {
+        "source_length": source_length, "target_length": target_length, "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size or max(batch_size // max(devices, 1), 1), "optimizer": optimizer,
+        "precision": precision, "teacher_dtype": teacher_dtype, "checkpoint_activations": checkpoint_activations,
+        "attention": attention, "padded": padded, "on": on, "devices": devices, "shard": list(shard),
+    }  # fmt: skip
+    passes = _check_step(settings)
+    dtypes = {"student": torch.float32, "teacher": getattr(torch, teacher_dtype)}
+    configs = {"student": student, "teacher": teacher}
+    models = {name: _meta_model(config, dtypes[name]) for name, config in configs.items() if config is not None}
+    half = torch.bfloat16 if precision == "bfloat16" else None
+    repeated = [1.0]  # chunks of a relation; only the first of them is run
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on, repeated):
+        for model in models.values():
+            model.to_empty(device="cpu").tie_weights()
+        model, frozen = models["student"].train(), models.get("teacher")
+        model.set_attn_implementation(attention)
+        if frozen is not None:
+            frozen.eval().requires_grad_(False)
+        if prepare:
+            prepare(model)
+        if checkpoint_activations:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        ledger = _Ledger(models, padded, devices, shard, repeated)
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        if not trained:
+            raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
+        optimizers = make_optimizers(model, list(trained.values()), optimizer)
+        for weight in trained.values():
+            weight.grad = torch.empty_like(weight)
+        moments = 0
+        for each in optimizers:  # the first update makes the moments that all later ones find
+            each.step()
+            each.zero_grad()
+            moments += sum(value.nbytes for state in each.state.values() for value in state.values())
+            for weight, state in each.state.items():
+                for value in state.values():
+                    ledger.add(value, "optimizer", weight)
+        for weight in trained.values():
+            weight.register_post_accumulate_grad_hook(lambda weight: ledger.add(weight.grad, "gradients", weight))
+        rows = settings["micro_batch_size"]
+        batch = {name: torch.ones(rows, source_length, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        batch["labels"] = torch.ones(rows, target_length, dtype=torch.long)
+        for tensor in batch.values():
+            ledger.add(tensor, "activations")
+        if passes > 1:  # every pass but the first finds gradients
+            for weight in trained.values():
+                weight.grad = torch.empty_like(weight)
+                ledger.add(weight.grad, "gradients", weight)
+        with ledger:
+            ledger.times = passes
+            with torch.autocast("cpu", half, enabled=half is not None):
+                loss = objective(model, frozen, batch)["loss"]
+            ledger.phase = "backward"
+            (loss * 1.0).backward()  # weighted by its tokens, as the loop does
+            del loss
+            ledger.phase, ledger.times = "optimizer", 1
+            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            for each in optimizers:
+                each.step()
+    work = [{**dict(zip(WORK, key, strict=True)), "times": times} for key, times in ledger.work.items()]
+    flops = dict.fromkeys(PHASES, 0)
+    for row in work:
+        flops[row["phase"]] += round(row["flops"] * row["times"])
+    return {
+        "flops": flops,
+        "memory": ledger.at_peak,
+        "peak_bytes": round(sum(ledger.at_peak.values())),
+        "peak_phase": ledger.peak_phase,
+        "parameters": {name: parameters_by_part(model) for name, model in models.items()},
+        "tokens": batch_size * (source_length + target_length),
+        "communication_bytes": _communication(models, passes, devices, shard),
+        "checkpoint_bytes": _bytes_of(models["student"]) + moments,
+        "work": work,
+        "settings": settings,
+    }
+
+
+def make_optimizers(model: PreTrainedModel, weights: list[nn.Parameter], name: str) -> list[torch.optim.Optimizer]:
+    """Return what "adamw" or "muon" stands for: the layers' matrices go to Muon, the rest to AdamW (training.py)."""
+    outer = {id(weight) for weight in outer_weights(model)}
+    inner = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in outer]
+    inner = {id(weight) for weight in inner} if name == "muon" else set()
+    rest = [weight for weight in weights if id(weight) not in inner]
+    matrices = [weight for weight in weights if id(weight) in inner]
+    found = [torch.optim.AdamW(rest, fused=True)] if rest else []
+    return found + ([torch.optim.Muon(matrices)] if matrices else [])
+
+
+def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights outside of the layers: tables of tokens and positions, and the head; tied ones come once."""
+    stacks = (model.get_encoder(), model.get_decoder())
+    modules = [getattr(stack, name, None) for stack in stacks for name in ("embed_tokens", "embed_positions")]
+    found = [w for m in [*modules, model.get_output_embeddings()] if m is not None for w in m.parameters()]
+    return list({id(weight): weight for weight in found}.values())
+
+
+def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
+    """Return the numbers of weights: `total` and its parts `embeddings` (with an untied head), `encoder`, `decoder`."""
+    outer = {id(weight): weight.numel() for weight in outer_weights(model)}
+    stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+    inner = {
+        name: sum(weight.numel() for weight in stack.parameters() if id(weight) not in outer)
+        for name, stack in stacks.items()
+    }
+    return {"total": sum(w.numel() for w in model.parameters()), "embeddings": sum(outer.values())} | inner
+
+
+def _check_step(settings: dict) -> int:
+    """Return how many passes a step has on a device, or refuse the settings."""
+    for name in ("source_length", "target_length", "batch_size", "micro_batch_size", "devices"):
+        if settings[name] < 1:
+            raise InputError(f"{name} {settings[name]} is too small: use at least 1")
+    choices = {
+        "optimizer": ("adamw", "muon"), "precision": ("bfloat16", "float32"), "teacher_dtype": ("bfloat16", "float32"),
+        "attention": ("sdpa", "eager"), "on": ("cuda", "cpu"),
+    }  # fmt: skip
+    for name, known in choices.items():
+        if settings[name] not in known:
+            raise InputError(f"{name} {settings[name]!r} is unknown: use {' or '.join(known)}")
+    if not set(settings["shard"]) <= {"teacher", "student"}:
+        raise InputError(f"shard {settings['shard']} is unknown: use teacher, student or both")
+    if settings["optimizer"] == "muon" and settings["devices"] > 1 and "student" in settings["shard"]:
+        raise InputError("optimizer muon needs whole matrices, and devices hold parts: use adamw, or shard the teacher")
+    rows = settings["micro_batch_size"] * settings["devices"]
+    passes, rest = divmod(settings["batch_size"], rows)
+    if rest or not passes:
+        raise InputError(
+            f"batch_size {settings['batch_size']} is no multiple of {settings['micro_batch_size']} examples a pass on "
+            f"{settings['devices']} devices: use a multiple of {rows}"
+        )
+    return passes
+
+
+def _meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts what each operation needs and which storages live, by cause, and remembers the moment of the peak."""
+
+    def __init__(
+        self, models: dict[str, PreTrainedModel], padded: bool, devices: int, shard: Sequence[str],
+        repeated: list[float],
+    ):  # fmt: skip
+        super().__init__()
+        self.padded, self.devices, self.repeated = padded, devices, repeated
+        self.phase, self.times, self.inside_teacher = "student", 1, 0
+        self.work: Counter[tuple] = Counter()
+        self.live: dict[int, tuple] = {}  # storage: weak reference, bytes, cause
+        self.totals, self.at_peak, self.peak, self.peak_phase = Counter(), {}, 0, ""
+        self.vocabularies = {model.config.vocab_size for model in models.values()}
+        self.layered: set[int] = set()  # weights that are spread over the devices
+        self.weights: set[int] = set()  # storages of weights
+        gathered = 0.0
+        for name, model in models.items():
+            outer = {id(weight) for weight in outer_weights(model)}
+            if devices > 1 and name in shard:
+                self.layered |= {id(weight) for weight in model.parameters() if id(weight) not in outer}
+                whole = 2 * max(map(_bytes_of, _layers(model)))
+                if name == "student":
+                    stacks = (model.get_encoder(), model.get_decoder())
+                    whole += sum(_bytes_of(_layers_of(stack)[-1]) for stack in stacks)
+                gathered += whole * (1 - 1 / devices)
+            for tensor in [*model.parameters(), *model.buffers()]:
+                self.add(tensor, f"{name} weights", tensor)
+                self.weights.add(tensor.untyped_storage()._cdata)
+        if gathered:
+            self.totals["gathered layers"] = gathered
+        if "teacher" in models:
+            self._watch(models["teacher"])
+
+    def _watch(self, teacher: PreTrainedModel) -> None:
+        def enter(*_) -> None:
+            self.inside_teacher += 1
+
+        def leave(*_) -> None:
+            self.inside_teacher -= 1
+
+        for part in (teacher.get_encoder(), teacher.get_decoder(), teacher.get_output_embeddings()):
+            part.register_forward_pre_hook(enter)
+            part.register_forward_hook(leave, always_call=True)  # a capture may leave the pass by an exception
+
+    def add(self, tensor: Tensor, cause: str, weight: Tensor | None = None) -> None:
+        """Count a tensor's storage, once, under a cause; of a weight that is spread over devices only the share."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live:
+            self.forget(key)
+        share = self.devices if id(weight) in self.layered else 1
+        self.live[key] = (weakref.ref(storage, lambda _: self.forget(key)), storage.nbytes() / share, cause)
+        self.totals[cause] += storage.nbytes() / share
+        total = sum(self.totals.values())
+        if total >= self.peak:  # also where only the cause of what lives has changed
+            self.peak, self.at_peak, self.peak_phase = total, dict(self.totals), self.phase
+
+    def forget(self, key: int) -> None:
+        _, size, cause = self.live.pop(key)
+        self.totals[cause] -= size
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is aten._local_scalar_dense.default:  # a condition on contents: are all positions valid?
+            return not self.padded if arguments[0].dtype == torch.bool else 1
+        if function is aten.nonzero.default:
+            return torch.ones(arguments[0].numel(), arguments[0].ndim, dtype=torch.long)
+        if function in MASKED_BY_CONTENTS:
+            arguments = (arguments[0], _all_chosen(arguments[1]), *arguments[2:])
+        found = function(*arguments, **options)
+        given = [x for x in tree_flatten((arguments, options))[0] if isinstance(x, Tensor)]
+        made = [x for x in tree_flatten(found)[0] if isinstance(x, Tensor)]
+        in_relations = _runs_inside(RELATION_CODE)
+        if not function.is_view:
+            packet, flops = function._overloadpacket, 0
+            if packet in FORMULAS:
+                flops = FORMULAS[packet](*arguments, **options, out_val=found)
+            moved = sum(x.numel() * x.element_size() for x in [*given, *made])
+            dtype = str(made[0].dtype).removeprefix("torch.") if made else "none"
+            chunks = self.repeated[0] if in_relations and self.phase == "student" else 1
+            self.work[self._phase(), dtype, flops, moved] += self.times * chunks
+        if in_relations:
+            for tensor in given:
+                entry = self.live.get(tensor.untyped_storage()._cdata)
+                if entry and entry[2] == "activations" and tensor.is_floating_point():
+                    self.add(tensor, "captured tensors")
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in self.live:
+                self.add(tensor, self._cause(function, tensor, given, in_relations))
+        return found
+
+    def _phase(self) -> str:
+        if self.inside_teacher and self.phase == "student":
+            return "teacher"
+        # Within the backward pass only a forward pass that is taken again has gradients on.
+        return "recomputed" if self.phase == "backward" and torch.is_grad_enabled() else self.phase
+
+    def _cause(self, function, tensor: Tensor, given: list[Tensor], in_relations: bool) -> str:
+        if in_relations:
+            return "relations"
+        if function is aten._to_copy.default and given[0].untyped_storage()._cdata in self.weights:
+            return "weight copies"
+        if tensor.ndim and tensor.shape[-1] in self.vocabularies and tensor.is_floating_point():
+            return "logits"
+        return "activations"
+
+
+def _all_chosen(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Return indices in which every mask chooses all its positions, so that the shape of the result is known."""
+    found = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += [torch.zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
+        else:
+            found.append(index)
+    return found
+
+
+def _runs_inside(codes: Sequence) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [layer for stack in (model.get_encoder(), model.get_decoder()) for layer in _layers_of(stack)]
+
+
+def _layers_of(stack: nn.Module) -> nn.ModuleList:
+    return stack.block if hasattr(stack, "block") else stack.layers
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int, shard: Sequence[str]) -> float:
+    """Return the bytes that a device sends a step.
+
+    Sharded layers are gathered in every forward pass, the student's in the backward pass too; its gradients are added
+    up once a step: those of sharded layers by a reduce-scatter, others by an all-reduce, which moves twice as much.
+    """
+    total = 0.0
+    for name, model in models.items():
+        layers = sum(map(_bytes_of, _layers(model))) if name in shard else 0
+        total += passes * layers * (2 if name == "student" else 1)
+        if name == "student":
+            trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+            total += layers + 2 * max(trained - layers, 0)
+    return total * (1 - 1 / devices)
+
+
+@contextmanager
+def _as_on(on: str, repeated: list[float]) -> Iterator[None]:
+    """Let fake CPU tensors take the ways of the device that is planned for, through one chunk of each relation.
+
+    `repeated` receives how many such chunks a relation has: hundreds of the same on a CPU.
+    """
+
+    def first(rows: range, heads: range) -> Iterator[tuple[int, int]]:
+        repeated[0] = max(len(rows) and rows.stop / rows.step, 1) * max(len(heads) and heads.stop / heads.step, 1)
+        yield from ((i, j) for i in rows[:1] for j in heads[:1])
+
+    with ExitStack() as changes:
+        # Masks are left out where nothing is padded, which the library decides by contents, and not while tracing.
+        changes.enter_context(patch.object(masking_utils, "is_tracing", lambda *_: False))
+        changes.enter_context(patch.object(losses, "itertools", SimpleNamespace(product=first)))
+        if on == "cuda":
+            changes.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention))
+            changes.enter_context(patch.object(losses, "RELATION_ELEMENTS", losses.CUDA_RELATION_ELEMENTS))
+        yield
+
+
+def _cuda_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention as CUDA's memory-efficient kernel does it: scores are never whole, but the bias and its gradient."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, float("-inf"))
+        attn_mask = attn_mask.to(dtype)
+        columns = attn_mask.shape[-1]
+        if columns % 16:  # rows of the bias are aligned
+            attn_mask = F.pad(attn_mask, (0, 16 - columns % 16))[..., :columns]
+        attn_mask = attn_mask.expand(*query.shape[:3], columns)
+    keeps_sums = any(x.requires_grad for x in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, keeps_sums, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+# ----------------------------------------------------------------------------------------- time, disk, and what fits
+
+
+def memory_bandwidth(num_bytes: int = 0, repeats: int = 8) -> float:
+    """Return the GB/s (1e9 bytes, read and written both counted) that copying a large tensor reaches here."""
+    device = artifacts.device()
+    num_bytes = num_bytes or (2**31 if device.type == "cuda" else 2**28)  # far above any cache
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(run_times(lambda: target.copy_(source), repeats, device)) / 1e9
+
+
+def machine_ceilings() -> dict[str, float | None]:
+    """Return `matmul_ceiling` (GFLOP/s) and `bandwidth` (GB/s) of this machine: what `step_seconds` divides by."""
+    return matmul_ceiling() | {"bandwidth": memory_bandwidth()}
+
+
+def step_seconds(
+    step: dict, ceilings: dict[str, float | None], utilization: float = 1.0, link_bandwidth: float | None = None
+) -> dict[str, float]:
+    """Return the seconds of a planned step by phase, and their sum as `total`.
+
+    Every operation takes what its arithmetic or its bytes take at the ceiling, whichever is longer; the sum is divided
+    by `utilization`, the share of this bound that real steps reach here: `scaling.measure_step` measures it, as
+    `bound_over_seconds`. Communication adds its bytes over `link_bandwidth` (GB/s of a device), without overlap.
+    """
+    if not 0 < utilization:
+        raise InputError(f"utilization {utilization} is not positive: measure one, or use for example 0.5")
+    found = dict.fromkeys(PHASES, 0.0)
+    for row in step["work"]:
+        arithmetic = row["flops"] / (1e9 * (ceilings.get(row["dtype"]) or ceilings["float32"]))
+        bound = max(arithmetic, row["bytes"] / (1e9 * ceilings["bandwidth"]))
+        found[row["phase"]] += row["times"] * bound / utilization
+    if link_bandwidth:
+        found["communication"] = step["communication_bytes"] / (1e9 * link_bandwidth)
+    return found | {"total": sum(found.values())}
+
+
+def label_seconds(
+    teacher: PreTrainedConfig, num_documents: int, source_length: int, target_length: int, batch_size: int,
+    ceilings: dict[str, float | None], dtype: str = "bfloat16", num_beams: int = 1, utilization: float = 1.0,
+) -> float:  # fmt: skip
+    """Return the seconds of writing pseudo-labels on one device, at the machine's ceilings over `utilization`.
+
+    The encoder is bound by arithmetic. Each further token of a batch reads the decoder's weights, the head and the
+    cached keys and values once, and takes what these bytes or its arithmetic take.
+    """
+    model = _meta_model(teacher, getattr(torch, dtype))
+    parts, width = parameters_by_part(model), getattr(torch, dtype).itemsize
+    head, rows = sum(weight.numel() for weight in model.get_output_embeddings().parameters()), batch_size * num_beams
+    inner = getattr(teacher, "d_kv", 0) * getattr(teacher, "num_heads", 0) or teacher.d_model
+    cached = 2 * rows * inner * len(_layers_of(model.get_decoder())) * (source_length + target_length / 2) * width
+    speed, bandwidth = 1e9 * (ceilings.get(dtype) or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
+    encoding = encoder_flops(
+        parts["encoder"], len(_layers_of(model.get_encoder())), inner, source_length
+    ) * batch_size / speed  # fmt: skip
+    weights = parts["decoder"] + head
+    token = max((weights * width + cached) / bandwidth, 2 * weights * rows / speed)
+    return math.ceil(num_documents / batch_size) * (encoding + target_length * token) / utilization
+
+
+def target_cache_bytes(num_tokens: int, top_k: int, vocab_size: int) -> int:
+    """Return the disk that `targets.write_targets` needs for k of the teacher's probabilities a target token."""
+    return num_tokens * (4 + top_k * (2 + (2 if vocab_size <= 2**16 else 4)))  # a count; probabilities; ids
+
+
+def plan(
+    objective: Objective,
+    runs: Sequence[dict],
+    *,
+    ceilings: dict[str, float | None],
+    utilization: float = 0.5,
+    link_bandwidth: float | None = None,
+    **settings: object,
+) -> list[dict]:
+    """Return one row a training run, for a table: parameters, operations, memory by cause, time and disk.
+
+    `runs` is a chain or a choice: each is {"run": name, "student": config, "teacher": config, "max_steps": updates} and
+    whatever settings of `plan_step` differ from the common `settings`, `devices` for example. Sizes are in 1e6 weights
+    and 1e9 bytes of one device, `device_hours` those of all. `utilization` is the share of the machine's ceilings that
+    real steps reach; 0.5 is a guess until one is measured.
+    """
+    rows = []
+    for run in runs:
+        changes = {name: value for name, value in run.items() if name not in ("run", "student", "teacher", "max_steps")}
+        own = {"objective": objective} | settings | changes
+        step = plan_step(student=run["student"], teacher=run.get("teacher"), **own)
+        seconds = step_seconds(step, ceilings, utilization, link_bandwidth)["total"]
+        devices, max_steps = step["settings"]["devices"], run.get("max_steps", 1)
+        row = {"run": run["run"], "devices": devices}
+        row |= {f"{name} (M)": step["parameters"][name]["total"] / 1e6 for name in sorted(step["parameters"])}
+        own = step["parameters"]["student"]
+        row |= {f"{part} (M)": own[part] / 1e6 for part in ("embeddings", "encoder", "decoder")}
+        row["TFLOP/step"] = sum(step["flops"].values()) / 1e12
+        row["peak_memory_gb"] = step["peak_bytes"] / 1e9
+        row |= {f"{cause} (GB)": step["memory"].get(cause, 0) / 1e9 for cause in CAUSES}
+        row |= {"seconds/step": seconds, "hours": seconds * max_steps / 3600}
+        row |= {"device_hours": row["hours"] * devices, "tokens": step["tokens"] * max_steps}
+        row |= {"communication (GB/step)": step["communication_bytes"] / 1e9}
+        rows.append(row | {"checkpoint (GB)": step["checkpoint_bytes"] / 1e9})
+    return rows
+
+
+def device_memory() -> int:
+    """Return the bytes of the device to compute on: the GPU's memory, or of RAM what this process may use."""
+    if artifacts.device().type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    limits = [psutil.virtual_memory().total]
+    for path in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # absent outside of Linux; "max" without a limit
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def check_fits(
+    objective: Objective,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig | None = None,
+    *,
+    memory: int | None = None,
+    reserve: float = 0.1,
+    ceilings: dict[str, float | None] | None = None,
+    **settings: object,
+) -> dict:
+    """Return `plan_step` of the settings where it fits into `memory` bytes, `device_memory` unless given.
+
+    `reserve` is the share of memory that the plan may not use: the CUDA context, workspaces and fragmentation. Raises
+    InputError otherwise, which names the three cheapest changes that make it fit, each planned anew: a smaller
+    micro-batch, activation checkpointing, a bfloat16 teacher, shorter text, more devices, or two of them where one does
+    not do. They are ordered by the device time a token that they add, at this machine's ceilings unless given.
+    """
+    memory = device_memory() if memory is None else memory
+    room = (1 - reserve) * memory
+    step = plan_step(objective, student, teacher, **settings)
+    if step["peak_bytes"] <= room:
+        return step
+    ceilings = ceilings or machine_ceilings()
+    again = partial(_plan_changed, objective, student, teacher, settings, step)
+
+    def cost(planned: dict) -> float:
+        return step_seconds(planned, ceilings)["total"] * planned["settings"]["devices"] / planned["tokens"]
+
+    singles = _changes(step["settings"])
+    planned = [(change, again(change)) for change in _fitting(singles, again, room)]
+    if len(planned) < 3:  # together
+        pairs = _fitting([[a | b for b in y for a in x] for x, y in combinations(singles, 2)], again, room)
+        known = [change.items() for change, _ in planned]
+        planned += [(change, again(change)) for change in pairs if not any(one <= change.items() for one in known)]
+    causes = sorted(step["memory"].items(), key=lambda item: -item[1])[:2]
+    needs = (
+        f"a step needs {step['peak_bytes'] / 1e9:.2f} GB ({', '.join(f'{c} {b / 1e9:.2f}' for c, b in causes)}), of "
+        f"{memory / 1e9:.2f} GB {room / 1e9:.2f} may be used"
+    )
+    if not planned:
+        raise InputError(f"{needs}; no change of batch, text, precision or devices fits: use a smaller model")
+    planned.sort(key=lambda pair: cost(pair[1]))
+    shown = [
+        f"{' and '.join(f'{name}={value}' for name, value in change.items())} "
+        f"({found['peak_bytes'] / 1e9:.2f} GB, {cost(found) / cost(step) - 1:+.0%} device time)"
+        for change, found in planned[:3]
+    ]
+    raise InputError(f"{needs}: use {', or '.join(shown)}")
+
+
+def _changes(settings: dict) -> list[list[dict]]:
+    """Return the changes that save memory, by kind, each kind from the mildest to the hardest."""
+    rows, devices = settings["micro_batch_size"], settings["devices"]
+    share = settings["batch_size"] // devices
+    kinds = [[{"micro_batch_size": n} for n in range(rows - 1, 0, -1) if share % n == 0]]
+    if not settings["checkpoint_activations"]:
+        kinds.append([{"checkpoint_activations": True}])
+    if settings["teacher_dtype"] == "float32":
+        kinds.append([{"teacher_dtype": "bfloat16"}])
+    lengths = ("source_length", "target_length")
+    kinds.append([{name: max(settings[name] // n, 1) for name in lengths} for n in (2, 4)])
+    more = [devices * n for n in (2, 4, 8) if settings["batch_size"] % (devices * n) == 0]
+    kinds.append([{"devices": n, "micro_batch_size": min(rows, settings["batch_size"] // n)} for n in more])
+    return [kind for kind in kinds if kind]
+
+
+def _fitting(kinds: list[list[dict]], again: Callable[[dict], dict], room: float) -> list[dict]:
+    """Return of each kind of change the mildest that fits: halved in search, for a milder one never needs less."""
+    found = []
+    for kind in kinds:
+        if again(kind[-1])["peak_bytes"] > room:
+            continue
+        low, high = 0, len(kind) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if again(kind[middle])["peak_bytes"] <= room:
+                high = middle
+            else:
+                low = middle + 1
+        found.append(kind[low])
+    return found
+
+
+def _plan_changed(objective, student, teacher, settings: dict, known: dict, change: dict) -> dict:
+    """Return the plan with a change; each is made once."""
+    plans = known.setdefault("changed", {})
+    key = tuple(sorted(change.items()))
+    if key not in plans:
+        plans[key] = plan_step(objective, student, teacher, **(settings | change))
+    return plans[key]

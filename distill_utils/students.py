@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from distill_utils.artifacts import InputError, folder_atomic
 
@@ -155,7 +162,7 @@ def init_student(
         _check_depth(f"{stack}_layers", layers, teacher_layers)
         ids = layer_map(teacher_layers, layers) if ids is None else ids
         kept[stack] = check_layer_ids(f"{stack}_layer_ids", ids, layers, teacher_layers)
-    _set_depths(config, encoder_layers, decoder_layers)
+    set_depths(config, encoder_layers, decoder_layers)
     config.student_init = {
         "encoder_layer_ids": kept["encoder"],
         "decoder_layer_ids": kept["decoder"],
@@ -180,27 +187,30 @@ def _stacks(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
     return {stack: (names[id(layers)], len(layers)) for stack, layers in lists.items()}
 
 
-def new_student(teacher: PreTrainedModel, encoder_depth: int, decoder_depth: int, width: int = 0) -> PreTrainedModel:
+def new_student(
+    teacher: PreTrainedModel, encoder_depth: int, decoder_depth: int, width: int = 0, like: str = ""
+) -> PreTrainedModel:
     """Return a randomly initialised student of the teacher's family and vocabulary, of another depth and width.
 
     `width` is that of the hidden states, 0 = the teacher's. Heads keep their size, so a narrower student has fewer, and
-    its feed-forward layers shrink along. Raises InputError for an impossible depth, or a width that the number of heads
-    or the feed-forward width cannot follow.
+    its feed-forward layers shrink along. `like` names a model (`load_config`) whose sizes it takes in place of the
+    teacher's, so that teachers of several sizes get one student. Raises InputError for an impossible depth, a width
+    that the number of heads or the feed-forward width cannot follow, and a model of another family.
     """
     _check_depth("encoder_layers", encoder_depth, len(encoder_layers(teacher)))
     _check_depth("decoder_layers", decoder_depth, len(decoder_layers(teacher)))
-    config = copy.deepcopy(teacher.config)
+    config = sizes_of(teacher.config, like) if like else copy.deepcopy(teacher.config)
     config.student_init = None
-    _set_depths(config, encoder_depth, decoder_depth)
-    teacher_width, width = config.d_model, width or config.d_model
+    set_depths(config, encoder_depth, decoder_depth)
+    full_width, width = config.d_model, width or config.d_model
+    heads = config.num_attention_heads  # T5 maps it to its own name
     for name in SHRINKING:
         if hasattr(config, name):
-            value, rest = divmod(getattr(config, name) * width, teacher_width)
+            value, rest = divmod(getattr(config, name) * width, full_width)
             if rest or not value:
-                heads = teacher.config.num_attention_heads  # T5 maps it to its own name
                 raise InputError(
                     f"width {width} leaves no whole {name}: the teacher has {heads} heads on a width of "
-                    f"{teacher_width}, give a multiple of {teacher_width // heads}"
+                    f"{full_width}, give a multiple of {full_width // heads}"
                 )
             setattr(config, name, value)
     config.d_model = width
@@ -209,7 +219,21 @@ def new_student(teacher: PreTrainedModel, encoder_depth: int, decoder_depth: int
     return student.eval()
 
 
-def _set_depths(config, encoder_layers: int, decoder_layers: int) -> None:
+def sizes_of(config: PreTrainedConfig, like: str) -> PreTrainedConfig:
+    """Return the config of the model named `like` with the vocabulary and special tokens of the given one."""
+    other = load_config(like)
+    if other.model_type != config.model_type:
+        raise InputError(f"{like} is a {other.model_type} model: name one of the teacher's family, {config.model_type}")
+    for name, value in config.to_dict().items():
+        if name == "vocab_size" or name.endswith("_token_id"):
+            setattr(other, name, value)
+    other.tie_word_embeddings = config.tie_word_embeddings
+    other._name_or_path = ""
+    return other
+
+
+def set_depths(config: PreTrainedConfig, encoder_layers: int, decoder_layers: int) -> None:
+    """Give a config other depths, so that models of it also generate."""
     if config.model_type == "t5":
         config.num_layers, config.num_decoder_layers = encoder_layers, decoder_layers
         _size_t5_cache(config)
@@ -261,6 +285,23 @@ def _source_name(name: str, kept: dict[str, list[int]]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- load and save
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """Return the config of a shipped model, local folder or hub name; its weights need not be there.
+
+    Raises InputError for an unknown name or another architecture.
+    """
+    folder = ASSETS / name_or_path if str(name_or_path) in shipped_models() else Path(name_or_path).expanduser()
+    local = (folder / "config.json").exists()
+    source = folder if local else name_or_path
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no config of {name_or_path}: give {_choices()}") from error
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
+    return config
 
 
 def load_model(

@@ -32,7 +32,14 @@ from distill_utils.comparison import FEW_DOCUMENTS
 from distill_utils.denoising import denoising_stream
 from distill_utils.evaluation import bootstrap_interval, paired_test, relation_of
 from distill_utils.losses import check_relation_heads
-from distill_utils.training import Training, choose_attention, fit
+from distill_utils.training import (
+    Training,
+    choose_attention,
+    fit,
+    own_rows,
+    recompute_activations,
+    sum_over_processes,
+)
 
 RELATIONS = ("encoder_self_weight", "decoder_self_weight", "cross_weight")
 LOGITS = {"ce_weight": 0.5, "kl_weight": 0.5}
@@ -67,6 +74,7 @@ class AgnosticRun:
     mix_rate: float = 5e-4  # how much faster than a straight line; as published
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
+    like: str = ""  # the model whose sizes the student takes, "" = the teacher
 
     @property
     def name(self) -> str:
@@ -110,7 +118,7 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
             raise InputError(f"path {run.path} imitates no distribution that could be mixed: use mix_start=1 or logits")
         encoder, decoder = runs.parse_shape(run.shape, teacher)
         with torch.device("meta"):
-            student = students.new_student(teacher, encoder, decoder, run.width)
+            student = students.new_student(teacher, encoder, decoder, run.width, run.like)
         if any(run.weights[name] for name in RELATIONS):
             widths = [projections(model, "encoder_self", -1)[0].out_features for model in (student, teacher)]
             try:
@@ -127,12 +135,13 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     if run.init == "copied":
         return students.init_student(teacher, encoder, decoder)[0]
     torch.manual_seed(run.training.seed)
-    return students.new_student(teacher, encoder, decoder, run.width)
+    return students.new_student(teacher, encoder, decoder, run.width, run.like)
 
 
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
     settings = {"teacher": runs.model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
+    settings |= {"like": run.like} if run.like else {}
 
     def build(folder: Path) -> dict:
         students.save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
@@ -142,70 +151,88 @@ def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     return artifact(name, settings | {"init": run.init, "seed": run.training.seed}, build) / "student"
 
 
-def distill(run: AgnosticRun, teacher, tokenizer, tokens: np.ndarray, held_out: np.ndarray) -> Path:
+def distill(
+    run: AgnosticRun, teacher, tokenizer, tokens: np.ndarray, held_out: np.ndarray, recompute: bool = False,
+    train: Callable[[Path], dict] | None = None,
+) -> Path:  # fmt: skip
     """Return the artifact of one distilled student: student/, history.csv, results.json with costs.
 
     `tokens` and `held_out` are flat token ids of training and held-out text. The validation loss is the cross-entropy
-    of corrupted held-out text, nats per target token; it is given for paths that train the head only.
+    of corrupted held-out text, nats per target token; it is given for paths that train the head only. `recompute`
+    saves memory by `training.recompute_activations`. `train(folder)` does the work and returns the results, instead of
+    this process (distributed.py). Neither changes what is trained, so the artifact is the same.
     """
     settings = {
-        **asdict(run),
+        **{name: value for name, value in asdict(run).items() if name != "like" or value},
         "weights": run.weights,
         "teacher": runs.model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
     }
-    corrupt = partial(denoising_stream, tokenizer=tokenizer, objective=run.denoising, source_length=run.source_length)
 
     def build(folder: Path) -> dict:
         student = new_student(run, teacher)
-        seed_everything(run.training.seed)
-        choose_attention(student, run.source_length)
-        training = run.training
-        batches = corrupt(
-            tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
-        )
-        checks = corrupt(held_out, batch_size=min(32, len(held_out) // (2 * run.source_length)), seed=0)
-        evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)]) if run.has_head else None
-        objective = partial(objectives.miniend, **run.weights)
-        mixing = {"mix": run.mix_start} if run.mix_start < 1 else {}
-        grow = partial(
-            objectives.grow_mix, mixing, start=run.mix_start, rate=run.mix_rate, max_steps=training.max_steps
-        )
-
-        def loss_fn(model, batch: dict) -> dict:
-            if not mixing:
-                return objective(model, teacher, batch)
-            losses = objective(model, teacher, batch, mix=mixing["mix"])
-            return losses | {"mix": losses["loss"].new_tensor(mixing["mix"])}  # for the history
-
-        began = time.monotonic()
-        history = fit(
-            student, loss_fn, batches, training, folder, evaluate, stage=run.name, memory=mixing,
-            after_step=grow if mixing else None,
-        )  # fmt: skip
-        student.set_attn_implementation("sdpa")
+        results = train_student(folder, run, student, teacher, tokenizer, tokens, held_out, recompute)
         students.save_model(student.to("cpu"), tokenizer, folder / "student")
-        return {
-            "name": run.name,
-            "parameters": students.count_parameters(student),
-            "seconds": round(time.monotonic() - began, 2),
-            "target_tokens": sum(int((batch["labels"] != -100).sum()) for batch in batches(0)) * training.max_steps,
-            "final": history[-1],
-        }
+        return results
 
-    return artifact(run.name, settings, build)
+    return artifact(run.name, settings, train or build)
+
+
+def train_student(
+    folder: Path, run: AgnosticRun, student, teacher, tokenizer, tokens: np.ndarray, held_out: np.ndarray,
+    recompute: bool = False,
+) -> dict:  # fmt: skip
+    """Train the student of a run in place, from the newest checkpoint in `folder`, and return its results.
+
+    Several processes that share the run call this together (distributed.py).
+    """
+    training = run.training
+    seed_everything(training.seed)
+    choose_attention(student, run.source_length)
+    if recompute:
+        recompute_activations(student)
+    corrupt = partial(denoising_stream, tokenizer=tokenizer, objective=run.denoising, source_length=run.source_length)
+    batches = corrupt(
+        tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
+    )
+    checks = corrupt(held_out, batch_size=min(32, len(held_out) // (2 * run.source_length)), seed=0)
+    evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)]) if run.has_head else None
+    objective = partial(objectives.miniend, **run.weights)
+    mixing = {"mix": run.mix_start} if run.mix_start < 1 else {}
+    grow = partial(objectives.grow_mix, mixing, start=run.mix_start, rate=run.mix_rate, max_steps=training.max_steps)
+
+    def loss_fn(model, batch: dict) -> dict:
+        if not mixing:
+            return objective(model, teacher, batch)
+        losses = objective(model, teacher, batch, mix=mixing["mix"])
+        return losses | {"mix": losses["loss"].new_tensor(mixing["mix"])}  # for the history
+
+    began = time.monotonic()
+    history = fit(
+        student, loss_fn, batches, training, folder, evaluate, stage=run.name, memory=mixing,
+        after_step=grow if mixing else None,
+    )  # fmt: skip
+    student.set_attn_implementation("sdpa")
+    return {
+        "name": run.name,
+        "parameters": students.count_parameters(student),
+        "seconds": round(time.monotonic() - began, 2),
+        "target_tokens": sum(int((batch["labels"] != -100).sum()) for batch in batches(0)) * training.max_steps,
+        "final": history[-1],
+    }
 
 
 @torch.no_grad()
 def held_out_loss(student, batches: list[dict]) -> dict:
-    """Return the validation_loss over batches, nats per target token."""
-    total = tokens = 0.0
-    for batch in batches:
+    """Return the validation_loss over batches, nats per target token; several processes share their rows."""
+    total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    for batch in map(own_rows, batches):
         moved = {k: v.to(student.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         count = int((batch["labels"] != objectives.IGNORED).sum())
-        total += float(objectives.sft(student, None, moved)["loss"]) * count
-        tokens += count
-    return {"validation_loss": total / tokens}
+        loss = float(objectives.sft(student, None, moved)["loss"])
+        total += torch.tensor([loss * count, count], dtype=total.dtype)
+    loss, tokens = sum_over_processes(total.to(student.device)).tolist()
+    return {"validation_loss": loss / tokens}
 
 
 @torch.no_grad()

@@ -1,7 +1,11 @@
 """One flat training loop: schedule, mixed precision, accumulation, checkpoints, exact resume, history rows.
 
-Not here: losses (objectives.py) and data order (data.py). Everything random in a step is a function of the seed and the
-step, so a run that was killed and started again ends with the weights of one that was not.
+Not here: losses (objectives.py) and data order (data.py), how models are sharded and processes started
+(distributed.py). Everything random in a step is a function of the seed and the step, so a run that was killed and
+started again ends with the weights of one that was not.
+
+The loop is the same in one process and in several that share a run: each takes its own rows of every micro-batch, and
+what they add up, gradients, losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -12,14 +16,15 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from distill_utils.artifacts import (
     InputError,
@@ -73,10 +78,13 @@ def fit(
     returns the micro-batches of a step. `evaluate(model)` returns numbers for the history row at every `eval_every`.
     `after_step(done, losses)` sees the losses of every update; what it keeps for the next ones belongs in `memory`,
     plain JSON, which is saved in checkpoints and restored from them.
-    The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued.
+    The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued, by any
+    number of processes. Where several share the run, all call `fit` with the same arguments, `batches(step)` is the
+    same in all, and rows are weighted by their target tokens as micro-batches are.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
-    check(settings)
+    rank, world = processes()
+    check(settings, world)
     on = device()
     model.to(on)
     train_mode(model)
@@ -85,27 +93,29 @@ def fit(
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
     optimizers = make_optimizers(model, parameters, settings)
     half = autocast_dtype(on) if settings.precision == "auto" else None
-    state = restore_checkpoint(folder, model, parameters, optimizers)
+    state = restore_checkpoint(folder, model, parameters, optimizers, settings)
     history, window = state["history"], state["window"]
     if memory is not None:
         memory |= state.get("memory") or {}
     began = time.monotonic() - state["seconds"]
 
     for step in range(state["step"], settings.max_steps):
-        torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout: a function of seed and step
+        torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
         micro_batches = batches(step)
-        counts = [int((batch["labels"] != -100).sum()) for batch in micro_batches]
+        counts = [_count_targets(batch) for batch in micro_batches]
         sums: dict[str, torch.Tensor] = {}
-        for batch, count in zip(micro_batches, counts, strict=True):
+        for batch in map(own_rows, micro_batches):
             moved = {k: v.to(on, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
             with torch.autocast(on.type, half, enabled=half is not None):
                 losses = loss_fn(model, moved)
-            share = count / max(sum(counts), 1)
+            share = _count_targets(batch) / max(sum(counts), 1)
             (losses["loss"] * share).backward()
+            _settle(model)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() * share
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # CPU-GPU sync point
+        norm = _clip_gradients(parameters.values(), settings.max_grad_norm)
+        totals = sum_over_processes(torch.stack([*sums.values()]))
+        values = dict(zip(sums, totals.tolist(), strict=True))  # CPU-GPU sync point
         if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
             ids = [i for batch in micro_batches for i in batch["ids"]]
             raise InputError(
@@ -130,7 +140,8 @@ def fit(
         used = sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + sum(counts)
         window["cells"], window["used"] = window.get("cells", 0) + cells, window.get("used", 0) + used
         seconds = time.monotonic() - began
-        report_progress(folder, stage, done, settings.max_steps, loss=round(values["loss"], 3))
+        if rank == 0:
+            report_progress(folder, stage, done, settings.max_steps, loss=round(values["loss"], 3))
         evaluates = evaluate and (
             done == settings.max_steps or (settings.eval_every and done % settings.eval_every == 0)
         )
@@ -144,18 +155,21 @@ def fit(
                 model.eval()
                 with torch.no_grad(), torch.autocast(on.type, half, enabled=half is not None):
                     row |= evaluate(model)
+                _settle(model)
                 train_mode(model)
-                print(format_row(stage, row, settings.max_steps), flush=True)
+                if rank == 0:
+                    print(format_row(stage, row, settings.max_steps), flush=True)
             history.append(row)
         if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
             seconds = time.monotonic() - began
-            save_checkpoint(folder, model, parameters, optimizers, done, history, window, seconds, memory)
+            save_checkpoint(folder, model, parameters, optimizers, settings, done, history, window, seconds, memory)
     model.eval()
-    write_history(folder, history)
+    if rank == 0:
+        write_history(folder, history)
     return history
 
 
-def check(settings: Training) -> None:
+def check(settings: Training, num_processes: int = 1) -> None:
     """Refuse impossible settings before anything is computed."""
     for name in ("max_steps", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
@@ -176,6 +190,12 @@ def check(settings: Training) -> None:
         raise InputError(f"optimizer {settings.optimizer!r} is unknown: use adamw or muon")
     if settings.precision not in ("auto", "float32"):
         raise InputError(f"precision {settings.precision!r} is unknown: use auto or float32")
+    name = "micro_batch_size" if settings.micro_batch_size else "batch_size"
+    if getattr(settings, name) % num_processes:
+        raise InputError(
+            f"{num_processes} processes do not divide {name} {getattr(settings, name)}: use a multiple of "
+            f"{num_processes}, or another number of processes"
+        )
 
 
 def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: Training) -> list:
@@ -191,7 +211,12 @@ def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: 
     inner = {id(weight) for weight in matrices}
     rest = [weight for weight in parameters.values() if id(weight) not in inner]
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    found = [torch.optim.AdamW(rest, fused=True, **rates)] if rest else []
+    if any(map(_is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
+        raise InputError("optimizer muon needs whole matrices, and processes hold parts: use adamw, or one process")
+    # The fused update takes sharded and whole tensors, but not in one group.
+    groups = [[weight for weight in rest if _is_sharded(weight) == sharded] for sharded in (False, True)]
+    groups = [{"params": group} for group in groups if group]
+    found = [torch.optim.AdamW(groups, fused=True, **rates)] if rest else []
     return found + ([torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates)] if matrices else [])
 
 
@@ -212,6 +237,15 @@ def train_mode(model: torch.nn.Module) -> None:
             module.eval()
 
 
+def recompute_activations(model) -> None:
+    """Let training keep only what enters each layer and compute the rest again in the backward pass.
+
+    Less memory for a third more arithmetic, and the same gradients: dropout is repeated, hooks that read attention see
+    the first pass only.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def choose_attention(model, max_length: int) -> None:
     """Set the attention kernel that trains fastest here: plain for short sequences on CPU, fused elsewhere."""
     plain = device().type == "cpu" and max_length <= EAGER_LENGTH
@@ -226,47 +260,184 @@ def format_row(stage: str, row: dict, max_steps: int) -> str:
     return f"{stage}  step {row['step']:>5}/{max_steps}  {numbers}  lr {row['lr']:.1e}  {rate}"
 
 
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's rank and how many share the run: (0, 1) unless torch.distributed was set up."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+def own_rows(batch: dict) -> dict:
+    """Return this process's rows of a batch: each row belongs to one process, and all have as many or one more.
+
+    They are taken in turns, as batches are sorted by length. With fewer rows than processes some have none of their
+    own; they run the first one without a target token, because a sharded model's pass needs every process.
+    """
+    rank, world = processes()
+    if world == 1:
+        return batch
+    num_rows = len(batch["labels"])
+    own = slice(rank, None, world) if rank < num_rows else slice(0, 1)
+    batch = {k: v[own] if hasattr(v, "__len__") and len(v) == num_rows else v for k, v in batch.items()}
+    return batch if rank < num_rows else batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of what every process has, in all of them; in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which every process may hold a part; all must call this together."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing its class costs a second
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor, where and as `other` has it."""
+    if not _is_sharded(other) or tensor.shape != other.shape:
+        return tensor.to(other.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def _count_targets(batch: dict) -> int:
+    return int((batch["labels"] != -100).sum())
+
+
+def _settle(model) -> None:
+    """Put sharded stacks back to parts: an objective may leave a forward pass early, which FSDP takes for a failure."""
+    for module in model.modules():
+        if getattr(module, "has_run", False):  # set by distributed.shard
+            module.reset_iter_state()
+
+
+def _clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm`, and return what it was.
+
+    FSDP adds up those of sharded weights; those of weights that every process holds are added up here.
+    """
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault(_is_sharded(parameter), []).append(parameter)
+    for parameter in kinds.get(False, []):
+        sum_over_processes(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    for kind in kinds.values():
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
-def save_checkpoint(folder, model, parameters, optimizers, step, history, window, seconds, memory=None) -> None:
-    """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones."""
+
+def save_checkpoint(
+    folder, model, parameters, optimizers, settings, step, history, window, seconds, memory=None
+) -> None:
+    """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones.
+
+    It holds whole tensors, so that any number of processes can go on from it. All processes call this together.
+    """
     moments = {}
     for name, parameter in parameters.items():
         for key, value in _state_of(parameter, optimizers).items():
-            moments[f"{name}|{key}"] = value.contiguous()
+            moments[f"{name}|{key}"] = value
     # named_parameters lists a tied matrix once, which is what safetensors wants.
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    weights = gather({name: p.detach() for name, p in model.named_parameters()})
+    moments = gather(moments)
+    if processes()[0] > 0:
+        return
     target = folder / f"checkpoint-{step:06d}"
     with folder_atomic(target) as temporary:
         save_file(weights, temporary / "model.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
         state = {"step": step, "seconds": seconds, "history": history, "window": window, "memory": memory}
-        write_json(temporary / "state.json", state)
+        write_json(temporary / "state.json", state | {"settings": describe(settings)})
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):  # the latter left by killed processes
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     write_history(folder, history)
 
 
-def restore_checkpoint(folder, model, parameters, optimizers) -> dict:
-    """Load the newest checkpoint of a run folder into model and optimizers and return its state (fresh when none)."""
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors in rank 0 and nothing elsewhere; one after another, and several processes' in main memory.
+
+    The distributed checkpoints of PyTorch would write parts in parallel, but their index is a pickle, and their
+    safetensors come in a format of their own that one process could not read without them.
+    """
+    rank, world = processes()
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if rank == 0:
+            found[name] = (full if world == 1 else full.cpu()).contiguous()
+    return found
+
+
+def restore_checkpoint(folder, model, parameters, optimizers, settings) -> dict:
+    """Load the newest checkpoint of a run folder into model and optimizers and return its state (fresh when none).
+
+    Raises InputError for a checkpoint that lacks a file, or that other settings or another model have written, and
+    when processes see different folders.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    rank, world = processes()
+    if world > 1:
+        mine = int(found[-1].name.split("-")[1]) if found else 0
+        seen = torch.tensor([mine, -mine], device=device())
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        if seen[0] != -seen[1]:
+            raise InputError(
+                f"processes see different checkpoints in {folder.name}, the newest of steps {-seen[1]} and {seen[0]}: "
+                "set DISTILL_RUNS to a folder that all machines share"
+            )
     if not found:
         return {"step": 0, "seconds": 0.0, "history": [], "window": {}}
     newest = found[-1]
+    lacking = [name for name in CHECKPOINT_FILES if not (newest / name).exists()]
+    if lacking:
+        raise InputError(f"{newest.name} lacks {lacking[0]}: put it back, or remove the folder to go without it")
+    state = read_json(newest / "state.json")
+    now, before = describe(settings), state.pop("settings", None) or {}  # older checkpoints do not tell
+    for name in now.keys() & before.keys():
+        if now[name] != before[name]:
+            raise InputError(
+                f"{newest.name} was written with {name} {before[name]}, this run has {now[name]}: use that, or "
+                "another folder"
+            )
     with torch.no_grad(), safe_open(newest / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
+        other = [name for name in (*shapes, *theirs) if shapes.get(name) != theirs.get(name)]
+        if other:
+            raise InputError(
+                f"{newest.name} is of another model, {other[0]} has shape {theirs.get(other[0])} there and "
+                f"{shapes.get(other[0])} here: use the model it was made with, or another folder"
+            )
         for name, parameter in model.named_parameters():
-            parameter.copy_(file.get_tensor(name))
+            parameter.copy_(_like(file.get_tensor(name), parameter))
     with safe_open(newest / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118, a safetensors handle is no dictionary
             name, moment = key.rsplit("|", 1)
             like = parameters[name]
             # The fused optimizer keeps its step count beside the parameter, too.
-            _state_of(like, optimizers)[moment] = file.get_tensor(key).to(like.device)
-    print(f"continuing from {newest.name}", flush=True)
-    return read_json(newest / "state.json")
+            _state_of(like, optimizers)[moment] = _like(file.get_tensor(key), like)
+    if rank == 0:
+        print(f"continuing from {newest.name}", flush=True)
+    return state
 
 
 def _state_of(parameter, optimizers) -> dict:

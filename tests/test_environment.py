@@ -27,7 +27,7 @@ SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 # A file imports only from lower floors (DESIGN, section 2).
 FLOORS = {
     "losses": 1, "pydocs": 1, "artifacts": 1,
-    "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2, "costs": 2,
+    "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
     "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3,
     "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
     "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
@@ -54,6 +54,7 @@ NEIGHBORS = {
     "interpolation": {"runs", "task_agnostic"},
     "controls": {"runs", "task_agnostic"},
     "ladder": {"runs", "task_agnostic"},
+    "distributed": {"task_agnostic"},
     "denoising": {"data"},
     "understanding": {"evaluation"},
     "teacher_facts": {"runs", "comparison", "plotting"},

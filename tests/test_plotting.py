@@ -364,3 +364,15 @@ def test_agreement_names_every_point():
     ]
     ax = plotting.plot_agreement(rows, "x", "y", "loss", "ROUGE-2")
     assert {text.get_text() for text in ax.texts} == {"first", "last"} and ax.get_xlabel() == "loss"
+
+
+def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
+    rows = [{"name": "a", "weights": 2.0, "logits": 1.0, "nothing": 0.0}, {"name": "b", "weights": 0.5, "nothing": 0.0}]
+    ax = plotting.plot_stacked(rows, ["weights", "logits", "nothing"], "GB", limit=4.0, limit_label="device")
+    bars = [bar for bar in ax.patches if bar.get_width() > 0]
+    assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(0.0, 0.5), (0.0, 2.0), (2.0, 1.0)]
+    texts = [text.get_text().strip() for text in ax.texts]
+    assert texts == ["3", "0.5", "device"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["weights", "logits"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"] and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ax.get_xlim()[1] > 4.0

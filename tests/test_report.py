@@ -318,6 +318,9 @@ def test_readme_leaves_the_scores_of_several_tasks_to_the_page(tmp_path):
     text = pages.readme_table(tmp_path)
     assert "**[4. MiniEnD](reports/04_miniend.html)**" in text and "**miniend** is best" in text
     assert "| miniend |" not in text
+    entry(tmp_path, "05_scaling", title="5. Scaling", headline="**No gap**", rows=[row("logits", "4-4", loss=4.1)])
+    text = pages.readme_table(tmp_path)
+    assert "**[5. Scaling](reports/05_scaling.html)**" in text and "**No gap**" in text and "| logits |" not in text
 
 
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):

@@ -491,3 +491,30 @@ def test_new_student_refuses_a_width_between_heads():
         students.new_student(teacher, 2, 2, teacher.config.d_model - 1)
     with pytest.raises(InputError, match="decoder_layers is 9"):
         students.new_student(teacher, 2, 9)
+
+
+def test_student_like_another_model_has_its_sizes_and_the_teachers_tokens(tmp_path):
+    other = tiny_t5(4, 4, d_model=24, d_kv=6, num_heads=4, d_ff=20, vocab_size=50)
+    other.save_pretrained(tmp_path / "other")
+    students_of = {
+        depth: students.new_student(tiny_t5(depth, depth), 2, 1, 12, like=str(tmp_path / "other"))
+        for depth in (2, 3)
+    }
+    for student in students_of.values():
+        assert (student.config.d_kv, student.config.num_heads, student.config.d_ff) == (6, 2, 10)
+        assert student.config.vocab_size == VOCAB_SIZE and student.config.d_model == 12
+        assert student.config.decoder_start_token_id == tiny_t5().config.decoder_start_token_id
+        assert len(students.encoder_layers(student)) == 2 and len(students.decoder_layers(student)) == 1
+    shapes = [{name: w.shape for name, w in student.named_parameters()} for student in students_of.values()]
+    assert shapes[0] == shapes[1]  # one student for teachers of any size
+
+
+def test_config_is_read_without_weights_and_a_wrong_name_or_family_is_refused(tmp_path):
+    tiny_t5().config.save_pretrained(tmp_path / "t5")
+    assert students.load_config(tmp_path / "t5").model_type == "t5"
+    assert students.load_config("pydocs-t5").d_model == 192
+    with pytest.raises(InputError, match="no config of no-such-model-anywhere"):
+        students.load_config("no-such-model-anywhere")
+    tiny_bart().config.save_pretrained(tmp_path / "bart")
+    with pytest.raises(InputError, match="is a bart model"):
+        students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))

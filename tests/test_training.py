@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_bart, tiny_batch
+from tiny_models import tiny_bart, tiny_batch, tiny_t5
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distill_utils import artifacts, training
+from distill_utils import artifacts, objectives, training
 from distill_utils.artifacts import InputError, read_json
+from distill_utils.capture import projections
 from distill_utils.training import Training, fit
 
 
@@ -135,6 +136,27 @@ def test_the_schedule_is_what_the_optimizer_gets(tmp_path):
         large = found[name].abs() > 1e-3
         moved = before[name] - weight
         torch.testing.assert_close(moved[large], 0.025 * found[name].sign()[large], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+@pytest.mark.parametrize("left_early", [True, False])
+def test_recomputed_activations_give_the_same_gradients(make, left_early):
+    """Also where the objective reads attention in the middle of a layer and leaves the pass there."""
+    weights = {} if left_early else {"ce_weight": 0.5, "kl_weight": 0.5, "hidden_weight": 1.0}
+    found = []
+    for recompute in (False, True):
+        student, teacher, runs = make(2, 2, seed=1).train(), make(3, 3, seed=2), []
+        if recompute:
+            training.recompute_activations(student)
+        projections(student, "encoder_self", 0)[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        torch.manual_seed(0)  # dropout is on
+        for step in range(2):
+            loss = objectives.miniend(student, teacher, tiny_batch(seed=step), num_relation_heads=4, **weights)["loss"]
+            before = len(runs)
+            loss.backward()
+            assert (len(runs) > before) == recompute
+        found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert equal(*found) and any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
 
 
 # ------------------------------------------------------------------------------------------------- frozen parts, modes

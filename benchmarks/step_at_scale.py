@@ -1,0 +1,149 @@
+"""Measure training steps of T5 shapes with random weights, beside what the planner says: memory, time, utilization.
+
+    python benchmarks/step_at_scale.py --teachers t5-3b --students t5-base t5-small --lengths 512/114 --batch-size 8
+    python benchmarks/step_at_scale.py --cases ladder --threads 1    # what two cores can hold: results/..._cpu.json
+
+Speed and memory are real, quality is not: nothing is learned from random weights. `planned_over_measured` is the
+planner's peak over the allocator's; the aim is within 15 % of 1 on every shape. Rows are added to the results as they
+are done, so a stopped run loses only the step in hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import T5Config
+
+from distill_utils import artifacts, objectives, scaling, sizing, task_agnostic
+
+# T5 v1.0, embeddings tied: width, width of a head, heads, feed-forward width, layers of each stack.
+SHAPES = {
+    "tiny-t5": (64, 16, 4, 256, 2),
+    "pydocs-t5": (192, 48, 4, 768, 6),
+    "t5-small": (512, 64, 8, 2048, 6),
+    "t5-base": (768, 64, 12, 3072, 12),
+    "t5-large": (1024, 64, 16, 4096, 24),
+    "t5-3b": (1024, 128, 32, 16384, 24),
+}
+VOCABULARIES = {"tiny-t5": 1000, "pydocs-t5": 8100}  # else T5's own
+PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in task_agnostic.PATHS
+SILENT = dict.fromkeys((*task_agnostic.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
+LIMIT = 0.15  # by how much the planned peak may miss the measured one
+# Teacher, student (name:layers for fewer), lengths, batch, micro-batch, paths and what differs: what a CPU can hold.
+LADDER = (
+    ("tiny-t5", "tiny-t5:1", "128/29", 16, 16, PATHS, {}),
+    ("pydocs-t5", "pydocs-t5:3", "128/29", 32, 32, PATHS, {"attention": "eager"}),
+    ("pydocs-t5", "pydocs-t5:3", "256/58", 16, 8, ["both"], {"checkpoint_activations": True}),
+    ("pydocs-t5", "pydocs-t5:3", "256/58", 16, 8, ["both"], {"optimizer": "muon", "precision": "bfloat16"}),
+    ("t5-small", "t5-small:3", "256/58", 4, 4, ["both"], {}),
+    ("t5-base", "t5-base:6", "256/58", 2, 2, ["logits"], {}),
+    ("t5-base", "t5-base:6", "512/114", 2, 1, ["relations"], {"padded": False}),
+    ("t5-3b", "t5-base:6", "128/29", 2, 1, ["both"], {}),
+)
+
+
+def config(name: str) -> T5Config:
+    """Return the config of a shape by name, "t5-base:6" being one of 6 layers in each stack."""
+    name, _, layers = name.partition(":")
+    width, head, heads, inner, depth = SHAPES[name]
+    depth = int(layers or depth)
+    return T5Config(
+        vocab_size=VOCABULARIES.get(name, 32128), d_model=width, d_kv=head, num_heads=heads, d_ff=inner,
+        num_layers=depth, num_decoder_layers=depth, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.1,
+    )  # fmt: skip
+
+
+def student_config(name: str, teacher: T5Config) -> T5Config:
+    """Return the config of a student, over the teacher's vocabulary."""
+    found = config(name)
+    found.vocab_size = teacher.vocab_size
+    return found
+
+
+def cases(arguments: argparse.Namespace, on: torch.device) -> list[tuple]:
+    """Return (teacher, student, lengths, path, settings) of every step to measure."""
+    half = "bfloat16" if artifacts.autocast_dtype(on) and on.type == "cuda" else "float32"
+    if arguments.cases == "ladder":
+        found = LADDER
+    else:
+        options = {
+            "checkpoint_activations": arguments.checkpoint_activations, "optimizer": arguments.optimizer,
+            "padded": not arguments.packed,
+        }  # fmt: skip
+        sizes = (arguments.batch_size, arguments.micro_batch_size or arguments.batch_size, arguments.paths, options)
+        shapes = [(teacher, student) for teacher in arguments.teachers for student in arguments.students]
+        found = [(*shape, lengths, *sizes) for shape in shapes for lengths in arguments.lengths]
+    rows = []
+    for teacher, student, lengths, batch_size, micro_batch_size, paths, options in found:
+        source, target = map(int, lengths.split("/"))
+        settings = {
+            "source_length": source, "target_length": target, "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size, "precision": arguments.precision or half,
+            "teacher_dtype": arguments.teacher_dtype,
+        }  # fmt: skip
+        rows += [(teacher, student, lengths, path, settings | options) for path in paths]
+    return rows
+
+
+def measure(teacher: str, student: str, lengths: str, path: str, settings: dict, arguments) -> dict:
+    """Return one row: what was asked, the plan and the measurement."""
+    weights = SILENT | task_agnostic.PATHS[PATHS[path]]
+    objective = partial(objectives.miniend, **weights)
+    teacher_config = config(teacher)
+    ours = student_config(student, teacher_config)
+    on, began = artifacts.device().type, time.process_time()
+    plan = sizing.plan_step(objective, ours, teacher_config, **settings, on=on)
+    planning = time.process_time() - began
+    found = scaling.measure_step(
+        objective, ours, teacher_config, repeats=arguments.repeats, threads=arguments.threads, plan=plan, **settings
+    )
+    row = {"teacher": teacher, "student": student, "lengths": lengths, "path": path, **settings}
+    row |= {f"{name}_parameters": parts["total"] for name, parts in plan["parameters"].items()}
+    row |= {"planning_seconds": planning, "peak_phase": plan["peak_phase"], "planned_memory": plan["memory"]}
+    row |= {"planned_flops": plan["flops"], **found}
+    return row | {"within_limit": abs(found["planned_over_measured"] - 1) <= LIMIT}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", choices=("ladder",), help="a fixed list that a CPU can hold, in place of the shapes")
+    parser.add_argument("--teachers", "--teacher", nargs="+", choices=SHAPES, default=["t5-3b"])
+    parser.add_argument("--students", "--student", nargs="+", default=["t5-base", "t5-small"], help="such as t5-base:6")
+    parser.add_argument("--lengths", nargs="+", default=["512/114"], help="source/target tokens")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=0, help="default: the batch")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--teacher-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--checkpoint-activations", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="batches without padding")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: results/step_at_scale_DEVICE.json")
+    arguments = parser.parse_args()
+    on = artifacts.device()
+    output = arguments.output or Path(__file__).parent / "results" / f"step_at_scale_{on.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows, load = [], os.getloadavg()[0]
+    for case in cases(arguments, on):
+        try:
+            rows.append(measure(*case, arguments))
+        except artifacts.InputError as error:  # out of memory is a result, too
+            rows.append(
+                dict(zip(("teacher", "student", "lengths", "path"), case, strict=False)) | {"error": str(error)}
+            )
+        print(json.dumps(rows[-1]), flush=True)
+        # Above the threads in use other work ran beside this: times are then too long, memory is not.
+        result = {"shapes": SHAPES, "limit": LIMIT, "rows": rows, "load": {"before": load, "after": os.getloadavg()[0]}}
+        artifacts.write_json(output, result | {"provenance": artifacts.provenance()})
+
+
+if __name__ == "__main__":
+    main()
