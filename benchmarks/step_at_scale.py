@@ -18,26 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import T5Config
+from transformers import PreTrainedConfig
 
 from distill_utils import artifacts, objectives, scaling, sizing, task_agnostic
 
-# T5 v1.0, embeddings tied: width, width of a head, heads, feed-forward width, layers of each stack.
-SHAPES = {
-    "tiny-t5": (64, 16, 4, 256, 2),
-    "pydocs-t5": (192, 48, 4, 768, 6),
-    "t5-small": (512, 64, 8, 2048, 6),
-    "t5-base": (768, 64, 12, 3072, 12),
-    "t5-large": (1024, 64, 16, 4096, 24),
-    "t5-3b": (1024, 128, 32, 16384, 24),
-}
-VOCABULARIES = {"tiny-t5": 1000, "pydocs-t5": 8100}  # else T5's own
 PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in task_agnostic.PATHS
 SILENT = dict.fromkeys((*task_agnostic.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
 LIMIT = 0.15  # by how much the planned peak may miss the measured one
 # Teacher, student (name:layers for fewer), lengths, batch, micro-batch, paths and what differs: what a CPU can hold.
 LADDER = (
-    ("tiny-t5", "tiny-t5:1", "128/29", 16, 16, PATHS, {}),
+    ("pydocs-t5-tiny", "pydocs-t5-tiny:1", "128/29", 16, 16, PATHS, {}),
     ("pydocs-t5", "pydocs-t5:3", "128/29", 32, 32, PATHS, {"attention": "eager"}),
     ("pydocs-t5", "pydocs-t5:3", "256/58", 16, 8, ["both"], {"checkpoint_activations": True}),
     ("pydocs-t5", "pydocs-t5:3", "256/58", 16, 8, ["both"], {"optimizer": "muon", "precision": "bfloat16"}),
@@ -48,20 +38,9 @@ LADDER = (
 )
 
 
-def config(name: str) -> T5Config:
-    """Return the config of a shape by name, "t5-base:6" being one of 6 layers in each stack."""
-    name, _, layers = name.partition(":")
-    width, head, heads, inner, depth = SHAPES[name]
-    depth = int(layers or depth)
-    return T5Config(
-        vocab_size=VOCABULARIES.get(name, 32128), d_model=width, d_kv=head, num_heads=heads, d_ff=inner,
-        num_layers=depth, num_decoder_layers=depth, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.1,
-    )  # fmt: skip
-
-
-def student_config(name: str, teacher: T5Config) -> T5Config:
+def student_config(name: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of a student, over the teacher's vocabulary."""
-    found = config(name)
+    found = scaling.model_config(name)
     found.vocab_size = teacher.vocab_size
     return found
 
@@ -95,7 +74,7 @@ def measure(teacher: str, student: str, lengths: str, path: str, settings: dict,
     """Return one row: what was asked, the plan and the measurement."""
     weights = SILENT | task_agnostic.PATHS[PATHS[path]]
     objective = partial(objectives.miniend, **weights)
-    teacher_config = config(teacher)
+    teacher_config = scaling.model_config(teacher)
     ours = student_config(student, teacher_config)
     on, began = artifacts.device().type, time.process_time()
     plan = sizing.plan_step(objective, ours, teacher_config, **settings, on=on)
@@ -113,7 +92,7 @@ def measure(teacher: str, student: str, lengths: str, path: str, settings: dict,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", choices=("ladder",), help="a fixed list that a CPU can hold, in place of the shapes")
-    parser.add_argument("--teachers", "--teacher", nargs="+", choices=SHAPES, default=["t5-3b"])
+    parser.add_argument("--teachers", "--teacher", nargs="+", default=["t5-3b"])
     parser.add_argument("--students", "--student", nargs="+", default=["t5-base", "t5-small"], help="such as t5-base:6")
     parser.add_argument("--lengths", nargs="+", default=["512/114"], help="source/target tokens")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
@@ -141,7 +120,7 @@ def main() -> None:
             )
         print(json.dumps(rows[-1]), flush=True)
         # Above the threads in use other work ran beside this: times are then too long, memory is not.
-        result = {"shapes": SHAPES, "limit": LIMIT, "rows": rows, "load": {"before": load, "after": os.getloadavg()[0]}}
+        result = {"limit": LIMIT, "rows": rows, "load": {"before": load, "after": os.getloadavg()[0]}}
         artifacts.write_json(output, result | {"provenance": artifacts.provenance()})
 
 
