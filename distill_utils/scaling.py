@@ -233,8 +233,12 @@ def model_config(name: str) -> PreTrainedConfig:
         config = students.load_config(place)
     if layers:
         if not layers.isdecimal() or not 0 < int(layers) <= config.num_hidden_layers:
-            raise InputError(
-                f"{name} asks for {layers!r} layers: {place} has {config.num_hidden_layers}, give 1 or more"
-            )
+            raise InputError(f"{name} asks for {layers!r} layers: {place} has 1 to {config.num_hidden_layers} to give")
         students.set_depths(config, int(layers), int(layers))
     return config
+
+
+def relation_heads(*configs: PreTrainedConfig, most: int = 32) -> int:
+    """Return the largest number of relation heads, at most `most`, that divides the inner width of every model."""
+    widths = [getattr(config, "d_kv", 0) * config.num_attention_heads or config.d_model for config in configs]
+    return next(heads for heads in range(most, 0, -1) if math.gcd(*widths) % heads == 0)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import tiny_models
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from distill_utils import artifacts, objectives, scaling, sizing, task_agnostic, training
 from distill_utils.artifacts import InputError
@@ -111,3 +112,29 @@ def test_the_planned_optimizer_is_the_trained_one(name):
         assert type(ours) is type(theirs)
         chosen = [{id(w) for group in each.param_groups for w in group["params"]} for each in (ours, theirs)]
         assert chosen[0] == chosen[1]
+
+
+def test_named_sizes_have_the_published_numbers_of_parameters():
+    published = {"t5-small": 60.5e6, "t5-base": 222.9e6, "t5-large": 737.7e6, "t5-3b": 2851.6e6}  # Raffel et al. 2020
+    for name, parameters in published.items():
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(scaling.model_config(name))
+        assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(parameters, rel=0.001)
+
+
+def test_named_model_with_fewer_layers():
+    assert scaling.model_config("t5-base:6").num_decoder_layers == 6
+    assert scaling.model_config("pydocs-t5:2").num_layers == 2
+    for wrong in ("t5-base:13", "t5-base:0", "t5-base:x"):
+        with pytest.raises(InputError, match="t5-base has 1 to 12"):
+            scaling.model_config(wrong)
+    with pytest.raises(InputError, match="no config of t5-huge-nowhere"):
+        scaling.model_config("t5-huge-nowhere")
+
+
+def test_relation_heads_divide_every_width():
+    names = ("t5-3b", "t5-small", "pydocs-t5", "pydocs-t5-tiny")
+    configs = {name: scaling.model_config(name) for name in names}
+    assert scaling.relation_heads(configs["t5-3b"], configs["t5-small"]) == 32  # 4,096 and 512
+    assert scaling.relation_heads(configs["pydocs-t5"], configs["pydocs-t5-tiny"]) == 24  # 192 and 48
+    assert scaling.relation_heads(configs["t5-3b"], configs["pydocs-t5"]) == 32  # 64 divides both, 32 is enough
