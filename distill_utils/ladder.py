@@ -89,10 +89,10 @@ def gap_verdict(tests: Sequence[Mapping]) -> str:
     """Return whether a capacity gap shows, from tests of the largest teacher's student against each smaller one's."""
     if not tests:
         return "**One teacher shows no gap**: name several."
-    worse = [test["versus"] for test in tests if test["low"] > 0]
+    worse = [test["versus"].removeprefix("by ") for test in tests if test["low"] > 0]
     better = [test["versus"] for test in tests if test["high"] < 0]
     if worse:
-        return f"**There is a capacity gap**: the largest teacher's student is worse than that of {', '.join(worse)}."
+        return f"**A capacity gap shows**: the largest teacher's student is worse than that of {', '.join(worse)}."
     if len(better) == len(tests):
         return "**No capacity gap**: the larger the teacher, the better its student."
     return "**No capacity gap is shown**: no smaller teacher's student is better than the largest's."

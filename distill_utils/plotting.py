@@ -733,7 +733,7 @@ def plot_stacked(
         ax.annotate(limit_label, (limit, -0.55), ha="right", va="bottom", xytext=(-3, 0), textcoords="offset points")
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5 if limit is None else -0.9)
-    ax.set_xlim(0, 1.08 * max([*ends, limit or 0.0]))
+    ax.set_xlim(0, 1.15 * max([*ends, limit or 0.0]))
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     ax.set_xlabel(xlabel)

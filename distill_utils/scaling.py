@@ -67,7 +67,7 @@ def measure_step(
     receiver, sender = start.Pipe(duplex=False)
     work = (sender, objective, student, teacher, plan["settings"], settings.get("prepare"), repeats, threads)
     process = start.Process(target=_measure, args=work)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would tell a notebook when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell a notebook when it starts and stops
     process.start()
     sender.close()
     try:

@@ -219,6 +219,29 @@ def new_student(
     return student.eval()
 
 
+@torch.no_grad()
+def start_embeddings(student: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Give a student the token embeddings of another model of its vocabulary, in the size they are drawn with.
+
+    A narrower student gets their coordinates along as many first principal directions: of all embeddings of its width,
+    these have the products nearest to the given ones. Raises InputError when the student is wider.
+    """
+    given, own = (model.get_input_embeddings().weight for model in (source, student))
+    if own.shape[1] > given.shape[1]:
+        raise InputError(f"embeddings of width {given.shape[1]} cannot start a student of width {own.shape[1]}")
+    rows = min(len(given), len(own))  # a model of the same tokens may have further ones, such as sentinels
+    given = narrowed(given.detach().to(own), own.shape[1])[:rows]
+    own[:rows] = given * (own.std() / given.std())
+
+
+def narrowed(embeddings: Tensor, width: int) -> Tensor:
+    """Return embeddings (rows, width) whose products are the nearest to those of the given ones."""
+    if width == embeddings.shape[1]:
+        return embeddings
+    left, sizes, _ = torch.linalg.svd(embeddings, full_matrices=False)
+    return left[:, :width] * sizes[:width]
+
+
 def sizes_of(config: PreTrainedConfig, like: str) -> PreTrainedConfig:
     """Return the config of the model named `like` with the vocabulary and special tokens of the given one."""
     other = load_config(like)

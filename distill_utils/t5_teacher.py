@@ -126,15 +126,7 @@ def base_embeddings(width: int) -> torch.Tensor:
 
     A narrower model gets their coordinates along as many first principal directions.
     """
-    return narrowed(students.load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach(), width)
-
-
-def narrowed(embeddings: torch.Tensor, width: int) -> torch.Tensor:
-    """Return embeddings (rows, width) whose products are the nearest to those of the given ones."""
-    if width == embeddings.shape[1]:
-        return embeddings
-    left, sizes, _ = torch.linalg.svd(embeddings, full_matrices=False)
-    return left[:, :width] * sizes[:width]
+    return students.narrowed(students.load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach(), width)
 
 
 def infill(width: int, layers: int) -> Path:

@@ -55,6 +55,7 @@ PATHS = {
     "miniend_logits": dict.fromkeys(RELATIONS, 1.0) | LOGITS,
     "hidden": {"hidden_weight": 1.0},
 }
+LATER_FIELDS = ("like", "embeddings")  # not hashed when empty: results from before they existed stay valid
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class AgnosticRun:
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
     like: str = ""  # the model whose sizes the student takes, "" = the teacher
+    embeddings: str = ""  # the model whose token embeddings it starts from, narrowed where it is narrower; "" = random
 
     @property
     def name(self) -> str:
@@ -135,13 +137,16 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     if run.init == "copied":
         return students.init_student(teacher, encoder, decoder)[0]
     torch.manual_seed(run.training.seed)
-    return students.new_student(teacher, encoder, decoder, run.width, run.like)
+    student = students.new_student(teacher, encoder, decoder, run.width, run.like)
+    if run.embeddings:
+        students.start_embeddings(student, students.load_model(run.embeddings)[0])
+    return student
 
 
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
     settings = {"teacher": runs.model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
-    settings |= {"like": run.like} if run.like else {}
+    settings |= {name: value for name in LATER_FIELDS if (value := getattr(run, name))}
 
     def build(folder: Path) -> dict:
         students.save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
@@ -163,7 +168,7 @@ def distill(
     this process (distributed.py). Neither changes what is trained, so the artifact is the same.
     """
     settings = {
-        **{name: value for name, value in asdict(run).items() if name != "like" or value},
+        **{name: value for name, value in asdict(run).items() if name not in LATER_FIELDS or value},
         "weights": run.weights,
         "teacher": runs.model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],

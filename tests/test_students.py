@@ -497,8 +497,7 @@ def test_student_like_another_model_has_its_sizes_and_the_teachers_tokens(tmp_pa
     other = tiny_t5(4, 4, d_model=24, d_kv=6, num_heads=4, d_ff=20, vocab_size=50)
     other.save_pretrained(tmp_path / "other")
     students_of = {
-        depth: students.new_student(tiny_t5(depth, depth), 2, 1, 12, like=str(tmp_path / "other"))
-        for depth in (2, 3)
+        depth: students.new_student(tiny_t5(depth, depth), 2, 1, 12, like=str(tmp_path / "other")) for depth in (2, 3)
     }
     for student in students_of.values():
         assert (student.config.d_kv, student.config.num_heads, student.config.d_ff) == (6, 2, 10)
@@ -518,3 +517,27 @@ def test_config_is_read_without_weights_and_a_wrong_name_or_family_is_refused(tm
     tiny_bart().config.save_pretrained(tmp_path / "bart")
     with pytest.raises(InputError, match="is a bart model"):
         students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))
+
+
+def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
+    embeddings = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
+    narrow = students.narrowed(embeddings, 5)
+    values = torch.linalg.eigvalsh(embeddings @ embeddings.T)  # Eckart and Young: what the best of rank 5 leaves out
+    error = (narrow @ narrow.T - embeddings @ embeddings.T).norm()
+    assert narrow.shape == (40, 5) and float(error) == pytest.approx(float(values[:-5].norm()))
+    assert students.narrowed(embeddings, 12) is embeddings
+
+
+def test_student_starts_from_given_embeddings_of_its_own_size():
+    source, student = tiny_t5(d_model=24, vocab_size=VOCAB_SIZE - 8), students.new_student(tiny_t5(), 1, 1, 8)
+    before = student.get_input_embeddings().weight.detach().clone()
+    students.start_embeddings(student, source)
+    own, given = (model.get_input_embeddings().weight.detach() for model in (student, source))
+    assert torch.equal(own[VOCAB_SIZE - 8 :], before[VOCAB_SIZE - 8 :])
+    products = own[: VOCAB_SIZE - 8] @ own[: VOCAB_SIZE - 8].T
+    wanted = students.narrowed(given, 8) @ students.narrowed(given, 8).T
+    assert torch.corrcoef(torch.stack([products.flatten(), wanted.flatten()]))[0, 1] > 0.9999  # but for their size
+    assert own[: VOCAB_SIZE - 8].std() == pytest.approx(float(before.std()), rel=1e-4)
+    assert student.lm_head.weight is student.get_input_embeddings().weight
+    with pytest.raises(InputError, match="width 8 cannot start a student of width 24"):
+        students.start_embeddings(source, student)

@@ -163,15 +163,6 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
             assert str(tmp_path) not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
-    embeddings = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
-    narrow = t5_teacher.narrowed(embeddings, 5)
-    values = torch.linalg.eigvalsh(embeddings @ embeddings.T)  # Eckart and Young: what the best of rank 5 leaves out
-    error = (narrow @ narrow.T - embeddings @ embeddings.T).norm()
-    assert narrow.shape == (40, 5) and float(error) == pytest.approx(float(values[:-5].norm()))
-    assert t5_teacher.narrowed(embeddings, 12) is embeddings
-
-
 def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(teachers, "build", lambda: tmp_path / "pydocs-bart")
     monkeypatch.setattr(t5_teacher, "build", lambda name: tmp_path / name)
