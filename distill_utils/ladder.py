@@ -85,14 +85,15 @@ def told(test: Mapping) -> str:
     )
 
 
-def gap_verdict(tests: Sequence[Mapping]) -> str:
+def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     """Return whether a capacity gap shows, from tests of the largest teacher's student against each smaller one's."""
     if not tests:
         return "**One teacher shows no gap**: name several."
-    worse = [test["versus"].removeprefix("by ") for test in tests if test["low"] > 0]
+    worse = [f"{test['versus'].removeprefix('by ')} by {test['difference']:.3f}" for test in tests if test["low"] > 0]
     better = [test["versus"] for test in tests if test["high"] < 0]
     if worse:
-        return f"**A capacity gap shows**: the largest teacher's student is worse than that of {', '.join(worse)}."
+        seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+        return f"**A capacity gap in {seeds}**: the largest teacher's student is worse than that of {', '.join(worse)}."
     if len(better) == len(tests):
         return "**No capacity gap**: the larger the teacher, the better its student."
     return "**No capacity gap is shown**: no smaller teacher's student is better than the largest's."

@@ -83,14 +83,20 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
     ("intervals", "says"),
     [
         ([], "One teacher"),
-        ([(0.1, 0.2), (-0.2, -0.1)], "worse than that of a."),
+        (
+            [(0.1, 0.2), (-0.2, -0.1)],
+            "gap in one seed**: the largest teacher's student is worse than that of a by 0.150.",
+        ),
         ([(-0.3, -0.2), (-0.2, -0.1)], "the larger the teacher, the better"),
         ([(-0.3, -0.2), (-0.1, 0.1)], "is shown"),
     ],
 )
 def test_gap_is_read_from_the_intervals(intervals, says):
-    tests = [{"versus": name, "low": low, "high": high} for name, (low, high) in zip("ab", intervals, strict=False)]
-    assert says in ladder.gap_verdict(tests)
+    tests = [
+        {"versus": f"by {name}", "difference": (low + high) / 2, "low": low, "high": high}
+        for name, (low, high) in zip("ab", intervals, strict=False)
+    ]
+    assert says in ladder.gap_verdict(tests, 1)
 
 
 def test_equal_cost_counts_both_rounds():
