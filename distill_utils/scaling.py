@@ -119,7 +119,7 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
     if prepare:
         prepare(student)
     if settings["checkpoint_activations"]:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        training.recompute_activations(student)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     options = training.Training(1, settings["batch_size"], optimizer=settings["optimizer"])
     optimizers = training.make_optimizers(student, weights, options)
