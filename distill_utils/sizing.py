@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
-from distill_utils import artifacts, losses
+from distill_utils import artifacts, losses, students
 from distill_utils.artifacts import InputError
 
 CPU_SIZE, CUDA_SIZE = 1024, 8192  # rows of the square matrices: large enough to be bound by arithmetic, not by memory
@@ -217,7 +217,7 @@ def plan_step(
         "memory": ledger.at_peak,
         "peak_bytes": round(sum(ledger.at_peak.values())),
         "peak_phase": ledger.peak_phase,
-        "parameters": {name: parameters_by_part(model) for name, model in models.items()},
+        "parameters": {name: students.count_parameters(model) for name, model in models.items()},
         "tokens": batch_size * (source_length + target_length),
         "communication_bytes": _communication(models, passes, devices, shard),
         "checkpoint_bytes": _bytes_of(models["student"]) + moments,
@@ -228,32 +228,13 @@ def plan_step(
 
 def make_optimizers(model: PreTrainedModel, weights: list[nn.Parameter], name: str) -> list[torch.optim.Optimizer]:
     """Return what "adamw" or "muon" stands for: the layers' matrices go to Muon, the rest to AdamW (training.py)."""
-    outer = {id(weight) for weight in outer_weights(model)}
+    outer = {id(weight) for weight in students.outer_weights(model)}
     inner = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in outer]
     inner = {id(weight) for weight in inner} if name == "muon" else set()
     rest = [weight for weight in weights if id(weight) not in inner]
     matrices = [weight for weight in weights if id(weight) in inner]
     found = [torch.optim.AdamW(rest, fused=True)] if rest else []
     return found + ([torch.optim.Muon(matrices)] if matrices else [])
-
-
-def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the weights outside of the layers: tables of tokens and positions, and the head; tied ones come once."""
-    stacks = (model.get_encoder(), model.get_decoder())
-    modules = [getattr(stack, name, None) for stack in stacks for name in ("embed_tokens", "embed_positions")]
-    found = [w for m in [*modules, model.get_output_embeddings()] if m is not None for w in m.parameters()]
-    return list({id(weight): weight for weight in found}.values())
-
-
-def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
-    """Return the numbers of weights: `total` and its parts `embeddings` (with an untied head), `encoder`, `decoder`."""
-    outer = {id(weight): weight.numel() for weight in outer_weights(model)}
-    stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
-    inner = {
-        name: sum(weight.numel() for weight in stack.parameters() if id(weight) not in outer)
-        for name, stack in stacks.items()
-    }
-    return {"total": sum(w.numel() for w in model.parameters()), "embeddings": sum(outer.values())} | inner
 
 
 def _check_step(settings: dict) -> int:
@@ -305,13 +286,13 @@ class _Ledger(TorchDispatchMode):
         self.weights: set[int] = set()  # storages of weights
         gathered = 0.0
         for name, model in models.items():
-            outer = {id(weight) for weight in outer_weights(model)}
+            outer = {id(weight) for weight in students.outer_weights(model)}
             if devices > 1 and name in shard:
                 self.layered |= {id(weight) for weight in model.parameters() if id(weight) not in outer}
-                whole = 2 * max(map(_bytes_of, _layers(model)))
+                stacks = (students.encoder_layers(model), students.decoder_layers(model))
+                whole = 2 * max(_bytes_of(layer) for layers in stacks for layer in layers)
                 if name == "student":
-                    stacks = (model.get_encoder(), model.get_decoder())
-                    whole += sum(_bytes_of(_layers_of(stack)[-1]) for stack in stacks)
+                    whole += sum(_bytes_of(layers[-1]) for layers in stacks)
                 gathered += whole * (1 - 1 / devices)
             for tensor in [*model.parameters(), *model.buffers()]:
                 self.add(tensor, f"{name} weights", tensor)
@@ -415,14 +396,6 @@ def _runs_inside(codes: Sequence) -> bool:
     return False
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [layer for stack in (model.get_encoder(), model.get_decoder()) for layer in _layers_of(stack)]
-
-
-def _layers_of(stack: nn.Module) -> nn.ModuleList:
-    return stack.block if hasattr(stack, "block") else stack.layers
-
-
 def _bytes_of(module: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
@@ -435,7 +408,8 @@ def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int
     """
     total = 0.0
     for name, model in models.items():
-        layers = sum(map(_bytes_of, _layers(model))) if name in shard else 0
+        stacks = (students.encoder_layers(model), students.decoder_layers(model)) if name in shard else ()
+        layers = sum(map(_bytes_of, stacks))
         total += passes * layers * (2 if name == "student" else 1)
         if name == "student":
             trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
@@ -533,13 +507,13 @@ def label_seconds(
     cached keys and values once, and takes what these bytes or its arithmetic take.
     """
     model = _meta_model(teacher, getattr(torch, dtype))
-    parts, width = parameters_by_part(model), getattr(torch, dtype).itemsize
+    parts, width = students.count_parameters(model), getattr(torch, dtype).itemsize
     head, rows = sum(weight.numel() for weight in model.get_output_embeddings().parameters()), batch_size * num_beams
     inner = getattr(teacher, "d_kv", 0) * getattr(teacher, "num_heads", 0) or teacher.d_model
-    cached = 2 * rows * inner * len(_layers_of(model.get_decoder())) * (source_length + target_length / 2) * width
+    cached = 2 * rows * inner * len(students.decoder_layers(model)) * (source_length + target_length / 2) * width
     speed, bandwidth = 1e9 * (ceilings.get(dtype) or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
     encoding = encoder_flops(
-        parts["encoder"], len(_layers_of(model.get_encoder())), inner, source_length
+        parts["encoder"], len(students.encoder_layers(model)), inner, source_length
     ) * batch_size / speed  # fmt: skip
     weights = parts["decoder"] + head
     token = max((weights * width + cached) / bandwidth, 2 * weights * rows / speed)

@@ -467,7 +467,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     Tied weights count once. Embeddings are those of tokens and positions on both sides, and an untied head.
     """
-    outer = {id(weight) for weight in [*_embeddings(model), *model.get_output_embeddings().parameters()]}
+    outer = {id(weight) for weight in outer_weights(model)}
     return {
         "total": _count(model.parameters()),
         "trainable": _count(weight for weight in model.parameters() if weight.requires_grad),
@@ -475,6 +475,12 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
         "decoder": _count(weight for weight in model.get_decoder().parameters() if id(weight) not in outer),
         "embeddings": _count(weight for weight in model.parameters() if id(weight) in outer),
     }
+
+
+def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights outside of the layers: tables of tokens and positions, and the head; tied ones come once."""
+    found = [*_embeddings(model), *model.get_output_embeddings().parameters()]
+    return list({id(weight): weight for weight in found}.values())
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -56,6 +56,7 @@ NEIGHBORS = {
     "ladder": {"runs", "task_agnostic"},
     "distributed": {"task_agnostic"},
     "denoising": {"data"},
+    "sizing": {"students"},
     "understanding": {"evaluation"},
     "teacher_facts": {"runs", "comparison", "plotting"},
     "batch": {"pages"},

@@ -112,9 +112,8 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte():
     weights = {name: parts["total"] for name, parts in step["parameters"].items()}
     student, teacher = (T5ForConditionalGeneration(config) for config in configs())
     assert weights == {"student": student.num_parameters(), "teacher": teacher.num_parameters()}
-    for parts, model in zip(step["parameters"].values(), (student, teacher), strict=True):
-        counted = students.count_parameters(model)
-        assert parts == {name: counted[name] for name in parts}
+    trainable = {name: parts["trainable"] for name, parts in step["parameters"].items()}
+    assert trainable == {"student": student.num_parameters(), "teacher": 0}
     memory, num_tensors = step["memory"], len(list(student.parameters()))
     assert memory["student weights"] == memory["gradients"] == 4 * weights["student"]
     assert memory["teacher weights"] == 2 * weights["teacher"]
