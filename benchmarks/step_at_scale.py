@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from distill_utils import artifacts, objectives, scaling, sizing, task_agnostic
+from distill_utils import artifacts, objectives, scaling, simulation, task_agnostic
 
 PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in task_agnostic.PATHS
 SILENT = dict.fromkeys((*task_agnostic.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
@@ -77,7 +77,7 @@ def measure(teacher: str, student: str, lengths: str, path: str, settings: dict,
     teacher_config = scaling.model_config(teacher)
     ours = student_config(student, teacher_config)
     on, began = artifacts.device().type, time.process_time()
-    plan = sizing.plan_step(objective, ours, teacher_config, **settings, on=on)
+    plan = simulation.plan_step(objective, ours, teacher_config, **settings, on=on)
     planning = time.process_time() - began
     found = scaling.measure_step(
         objective, ours, teacher_config, repeats=arguments.repeats, threads=arguments.threads, plan=plan, **settings

@@ -43,8 +43,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_utils import students, task_agnostic, training
 from distill_utils.artifacts import REPOSITORY, InputError, device, lock, read_json, write_json
+from distill_utils.parallel import gather, processes
 from distill_utils.task_agnostic import AgnosticRun
-from distill_utils.training import Training, processes
+from distill_utils.training import Training
 
 WHOLE_BYTES = 2e9  # of weights; a smaller model is held whole by each process: its passes then wait for no other
 STOP_SECONDS = 45  # torchrun gives its processes 30 to end by themselves
@@ -114,7 +115,7 @@ def shard(model: PreTrainedModel, frozen: bool = False) -> None:
 
 
 def _mark_run(stack: nn.Module, inputs: tuple) -> None:
-    stack.has_run = True  # for training._settle; FSDP cannot reset what it never set up
+    stack.has_run = True  # for parallel.settle; FSDP cannot reset what it never set up
 
 
 def _settle_left(stack: nn.Module, inputs: tuple, output: object) -> None:
@@ -126,7 +127,7 @@ def unshard(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a whole copy in rank 0's main memory, None elsewhere; all processes call this together."""
     weights = model.state_dict(keep_vars=True)
     distinct = {str(id(weight)): weight.detach() for weight in weights.values()}  # tied ones once
-    found = training.gather(distinct)
+    found = gather(distinct)
     if processes()[0] > 0:
         return None
     made = {

@@ -1,12 +1,11 @@
 """Real training steps of a given shape, with random weights: time, peak memory and utilization beside the plan.
 
-Not here: the plan itself (sizing.py) and training that is meant to learn something (training.py). Speed and memory do
+Not here: the plan itself (planning.py) and training that is meant to learn something (training.py). Speed and memory do
 not depend on what the weights are; quality does, and nothing here says anything about it.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import multiprocessing
@@ -16,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, T5Config
+from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 
-from distill_utils import artifacts, sizing, students, training
+from distill_utils import artifacts, planning, simulation, sizing, students, training
 from distill_utils.artifacts import InputError
 
 BLOCK = 2**20 + 7  # random numbers; no multiple of any width, so that rows differ
@@ -35,7 +34,7 @@ MEMORY_EVENT = "[memory]"  # what the profiler calls a change of the allocator
 
 
 def measure_step(
-    objective: sizing.Objective,
+    objective: simulation.Objective,
     student: PreTrainedConfig,
     teacher: PreTrainedConfig | None = None,
     *,
@@ -44,7 +43,7 @@ def measure_step(
     plan: dict | None = None,
     **settings: object,
 ) -> dict:
-    """Run real steps of what `sizing.plan_step` describes, on this machine's device, and return what they took.
+    """Run real steps of what `simulation.plan_step` describes, on this machine's device, and return what they took.
 
     A new process makes both models with random weights, takes one step that is not counted, then `repeats` timed ones.
     Everything given must be picklable: name functions of modules, or partials of them. `threads` 0 leaves torch's own.
@@ -55,12 +54,12 @@ def measure_step(
     `resident_bytes` by which the process grew at most, `flops` of a step without what is computed again,
     `flops_per_second`; `utilization`, the share of the time that they take at the measured matmul ceilings, each
     operation at that of its precision;
-    `bound_over_seconds`, what `sizing.step_seconds` takes as its utilization, and which tensors that stay in a CPU's
+    `bound_over_seconds`, what `planning.step_seconds` takes as its utilization, and which tensors that stay in a CPU's
     cache can bring above 1; `ceilings`; and the planned peak.
 
     Raises InputError where the plan would, and when the process dies, as it does out of memory.
     """
-    plan = plan or sizing.plan_step(objective, student, teacher, **(settings | {"on": artifacts.device().type}))
+    plan = plan or simulation.plan_step(objective, student, teacher, **(settings | {"on": artifacts.device().type}))
     if plan["settings"]["devices"] > 1:
         raise InputError(f"devices {plan['settings']['devices']} cannot be measured in one process: use devices=1")
     start = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
@@ -82,8 +81,8 @@ def measure_step(
     if isinstance(found, Exception):
         raise found
     ceilings = found["ceilings"]
-    bound = sizing.step_seconds(plan, ceilings)["total"]
-    arithmetic = sizing.step_seconds(plan, ceilings | {"bandwidth": math.inf})
+    bound = planning.step_seconds(plan, ceilings)["total"]
+    arithmetic = planning.step_seconds(plan, ceilings | {"bandwidth": math.inf})
     flops = sum(plan["flops"][phase] for phase in NEEDED)
     return found | {
         "tokens_per_second": plan["tokens"] / found["seconds"],
@@ -160,8 +159,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, on: torch.device)
 
     Matrices repeat one block of random numbers, for a CPU takes minutes to draw 3B of them.
     """
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model = students.empty_model(config, dtype)
     model.to_empty(device=on).tie_weights()
     block = (0.02 * torch.randn(BLOCK, device=on)).to(dtype)
     with torch.no_grad():

@@ -310,6 +310,12 @@ def _source_name(name: str, kept: dict[str, list[int]]) -> str:
 # ---------------------------------------------------------------------------------------------------- load and save
 
 
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a configuration on the meta device: shapes without contents."""
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     """Return the config of a shipped model, local folder or hub name; its weights need not be there.
 

@@ -8,6 +8,7 @@ they have seen no task, only text, and all of them the same. `python -m distill_
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from distill_utils.denoising import denoising_stream, infilling_stream, pack_tex
 from distill_utils.evaluation import bootstrap_interval
 from distill_utils.objectives import sft
 from distill_utils.teachers import load_tokenizer, stage_facts, train_tokenizer
-from distill_utils.training import Training, choose_attention, describe, fit
+from distill_utils.training import Training, choose_attention, fit
 
 HEAD_WIDTH = 48
 # {name: (width, layers of either stack)}; parameters are about as 12 to 3 to 1.
@@ -147,7 +148,7 @@ def infill(width: int, layers: int) -> Path:
         "held_out": HELD_OUT,
         "eased": True,
     }
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": describe(INFILLING)}
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(INFILLING)}
     settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
 
     def build(folder: Path) -> dict:
@@ -175,7 +176,7 @@ def corrupt(infilled: Path) -> Path:
     """Go on with span corruption, T5's own objective, and return the run folder."""
     tokenizer_folder = make_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": describe(SPAN_CORRUPTION)}
+    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": asdict(SPAN_CORRUPTION)}
 
     def build(folder: Path) -> dict:
         seed_everything(SPAN_CORRUPTION.seed)
@@ -265,7 +266,7 @@ def build(name: str = "pydocs-t5") -> Path:
         "loss": [round(value, 4) for value in (mean, low, high)],
         "num_checked": CHECKED,
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
-        **({"downstream": downstream(name), "tuning": describe(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
+        **({"downstream": downstream(name), "tuning": asdict(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
         "machine": {key: made["provenance"][key] for key in ("processor", "threads", "gpu")},
         "packages": provenance()["packages"],
     }

@@ -32,14 +32,8 @@ from distill_utils.comparison import FEW_DOCUMENTS
 from distill_utils.denoising import denoising_stream
 from distill_utils.evaluation import bootstrap_interval, paired_test, relation_of
 from distill_utils.losses import check_relation_heads
-from distill_utils.training import (
-    Training,
-    choose_attention,
-    fit,
-    own_rows,
-    recompute_activations,
-    sum_over_processes,
-)
+from distill_utils.parallel import own_rows, sum_over_processes
+from distill_utils.training import Training, choose_attention, fit, recompute_activations
 
 RELATIONS = ("encoder_self_weight", "decoder_self_weight", "cross_weight")
 LOGITS = {"ce_weight": 0.5, "kl_weight": 0.5}

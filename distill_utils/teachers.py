@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from distill_utils.data import (
 from distill_utils.denoising import gap_pairs, infilling_stream, pack_text
 from distill_utils.evaluation import METRICS
 from distill_utils.losses import chunked_token_losses
-from distill_utils.training import Training, choose_attention, describe, fit
+from distill_utils.training import Training, choose_attention, fit
 
 VOCABULARY = 8000
 WIDTH, HEADS, LAYERS = 192, 4, 6
@@ -167,7 +168,7 @@ def denoise() -> Path:
     tokenizer = load_tokenizer(tokenizer_folder)
     shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "init_std": INIT_STD, "window": WINDOW,
              "source": MAX_SOURCE_LENGTH, "aligned_steps": ALIGNED_STEPS}  # fmt: skip
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": describe(DENOISING)}
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(DENOISING)}
 
     def build(folder: Path) -> dict:
         seed_everything(DENOISING.seed)
@@ -196,7 +197,7 @@ def fine_tune(denoised: Path) -> Path:
     """Fine-tune the denoised model on the corpus's pairs; return the run folder."""
     tokenizer_folder = train_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": denoised.name, "training": describe(FINE_TUNING)}
+    settings = {"start": denoised.name, "training": asdict(FINE_TUNING)}
 
     def build(folder: Path) -> dict:
         seed_everything(FINE_TUNING.seed)
@@ -277,7 +278,7 @@ def stage_facts(stage: str, folder: Path, settings: Training) -> dict:
         "seconds": round(final["seconds"]),
         "loss": round(final["loss"], 4),
         "validation_loss": round(final["validation_loss"], 4),
-        "settings": describe(settings),
+        "settings": asdict(settings),
     }
 
 

@@ -1,8 +1,8 @@
 """One flat training loop: schedule, mixed precision, accumulation, checkpoints, exact resume, history rows.
 
-Not here: losses (objectives.py) and data order (data.py), how models are sharded and processes started
-(distributed.py). Everything random in a step is a function of the seed and the step, so a run that was killed and
-started again ends with the weights of one that was not.
+Not here: losses (objectives.py) and data order (data.py), what checkpoints hold (checkpoints.py), how models are
+sharded and processes started (distributed.py). Everything random in a step is a function of the seed and the step, so a
+run that was killed and started again ends with the weights of one that was not.
 
 The loop is the same in one process and in several that share a run: each takes its own rows of every micro-batch, and
 what they add up, gradients, losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
@@ -14,28 +14,17 @@ import csv
 import io
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from distill_utils.artifacts import (
-    InputError,
-    autocast_dtype,
-    device,
-    folder_atomic,
-    read_json,
-    report_progress,
-    write_atomic,
-    write_json,
-)
+from distill_utils.artifacts import InputError, autocast_dtype, device, report_progress, write_atomic
+from distill_utils.checkpoints import restore_checkpoint, save_checkpoint
+from distill_utils.parallel import clip_gradients, is_sharded, own_rows, processes, settle, sum_over_processes
 
 MUON_RATE = 2.0  # times the learning rate, for updates of root mean square 0.4 of it, an AdamW update's usual size
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
@@ -110,10 +99,10 @@ def fit(
                 losses = loss_fn(model, moved)
             share = _count_targets(batch) / max(sum(counts), 1)
             (losses["loss"] * share).backward()
-            _settle(model)
+            settle(model)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() * share
-        norm = _clip_gradients(parameters.values(), settings.max_grad_norm)
+        norm = clip_gradients(parameters.values(), settings.max_grad_norm)
         totals = sum_over_processes(torch.stack([*sums.values()]))
         values = dict(zip(sums, totals.tolist(), strict=True))  # CPU-GPU sync point
         if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
@@ -155,7 +144,7 @@ def fit(
                 model.eval()
                 with torch.no_grad(), torch.autocast(on.type, half, enabled=half is not None):
                     row |= evaluate(model)
-                _settle(model)
+                settle(model)
                 train_mode(model)
                 if rank == 0:
                     print(format_row(stage, row, settings.max_steps), flush=True)
@@ -163,6 +152,8 @@ def fit(
         if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
             seconds = time.monotonic() - began
             save_checkpoint(folder, model, parameters, optimizers, settings, done, history, window, seconds, memory)
+            if rank == 0:
+                write_history(folder, history)
     model.eval()
     if rank == 0:
         write_history(folder, history)
@@ -211,10 +202,10 @@ def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: 
     inner = {id(weight) for weight in matrices}
     rest = [weight for weight in parameters.values() if id(weight) not in inner]
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if any(map(_is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
+    if any(map(is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
         raise InputError("optimizer muon needs whole matrices, and processes hold parts: use adamw, or one process")
     # The fused update takes sharded and whole tensors, but not in one group.
-    groups = [[weight for weight in rest if _is_sharded(weight) == sharded] for sharded in (False, True)]
+    groups = [[weight for weight in rest if is_sharded(weight) == sharded] for sharded in (False, True)]
     groups = [{"params": group} for group in groups if group]
     found = [torch.optim.AdamW(groups, fused=True, **rates)] if rest else []
     return found + ([torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates)] if matrices else [])
@@ -260,192 +251,8 @@ def format_row(stage: str, row: dict, max_steps: int) -> str:
     return f"{stage}  step {row['step']:>5}/{max_steps}  {numbers}  lr {row['lr']:.1e}  {rate}"
 
 
-# --------------------------------------------------------------------------------------------------- several processes
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and how many share the run: (0, 1) unless torch.distributed was set up."""
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-
-
-def own_rows(batch: dict) -> dict:
-    """Return this process's rows of a batch: each row belongs to one process, and all have as many or one more.
-
-    They are taken in turns, as batches are sorted by length. With fewer rows than processes some have none of their
-    own; they run the first one without a target token, because a sharded model's pass needs every process.
-    """
-    rank, world = processes()
-    if world == 1:
-        return batch
-    num_rows = len(batch["labels"])
-    own = slice(rank, None, world) if rank < num_rows else slice(0, 1)
-    batch = {k: v[own] if hasattr(v, "__len__") and len(v) == num_rows else v for k, v in batch.items()}
-    return batch if rank < num_rows else batch | {"labels": torch.full_like(batch["labels"], -100)}
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of what every process has, in all of them; in place."""
-    if processes()[1] > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which every process may hold a part; all must call this together."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; importing its class costs a second
-
-
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor, where and as `other` has it."""
-    if not _is_sharded(other) or tensor.shape != other.shape:
-        return tensor.to(other.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
-
-
 def _count_targets(batch: dict) -> int:
     return int((batch["labels"] != -100).sum())
-
-
-def _settle(model) -> None:
-    """Put sharded stacks back to parts: an objective may leave a forward pass early, which FSDP takes for a failure."""
-    for module in model.modules():
-        if getattr(module, "has_run", False):  # set by distributed.shard
-            module.reset_iter_state()
-
-
-def _clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most `max_norm`, and return what it was.
-
-    FSDP adds up those of sharded weights; those of weights that every process holds are added up here.
-    """
-    kinds: dict[bool, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            kinds.setdefault(_is_sharded(parameter), []).append(parameter)
-    for parameter in kinds.get(False, []):
-        sum_over_processes(parameter.grad)
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    for kind in kinds.values():
-        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
-    return norm
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-
-
-def save_checkpoint(
-    folder, model, parameters, optimizers, settings, step, history, window, seconds, memory=None
-) -> None:
-    """Write checkpoint-NNNNNN/ (weights, optimizer moments, state), then remove older ones.
-
-    It holds whole tensors, so that any number of processes can go on from it. All processes call this together.
-    """
-    moments = {}
-    for name, parameter in parameters.items():
-        for key, value in _state_of(parameter, optimizers).items():
-            moments[f"{name}|{key}"] = value
-    # named_parameters lists a tied matrix once, which is what safetensors wants.
-    weights = gather({name: p.detach() for name, p in model.named_parameters()})
-    moments = gather(moments)
-    if processes()[0] > 0:
-        return
-    target = folder / f"checkpoint-{step:06d}"
-    with folder_atomic(target) as temporary:
-        save_file(weights, temporary / "model.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        state = {"step": step, "seconds": seconds, "history": history, "window": window, "memory": memory}
-        write_json(temporary / "state.json", state | {"settings": describe(settings)})
-    for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):  # the latter left by killed processes
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
-    write_history(folder, history)
-
-
-def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors in rank 0 and nothing elsewhere; one after another, and several processes' in main memory.
-
-    The distributed checkpoints of PyTorch would write parts in parallel, but their index is a pickle, and their
-    safetensors come in a format of their own that one process could not read without them.
-    """
-    rank, world = processes()
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if rank == 0:
-            found[name] = (full if world == 1 else full.cpu()).contiguous()
-    return found
-
-
-def restore_checkpoint(folder, model, parameters, optimizers, settings) -> dict:
-    """Load the newest checkpoint of a run folder into model and optimizers and return its state (fresh when none).
-
-    Raises InputError for a checkpoint that lacks a file, or that other settings or another model have written, and
-    when processes see different folders.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    rank, world = processes()
-    if world > 1:
-        mine = int(found[-1].name.split("-")[1]) if found else 0
-        seen = torch.tensor([mine, -mine], device=device())
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if seen[0] != -seen[1]:
-            raise InputError(
-                f"processes see different checkpoints in {folder.name}, the newest of steps {-seen[1]} and {seen[0]}: "
-                "set DISTILL_RUNS to a folder that all machines share"
-            )
-    if not found:
-        return {"step": 0, "seconds": 0.0, "history": [], "window": {}}
-    newest = found[-1]
-    lacking = [name for name in CHECKPOINT_FILES if not (newest / name).exists()]
-    if lacking:
-        raise InputError(f"{newest.name} lacks {lacking[0]}: put it back, or remove the folder to go without it")
-    state = read_json(newest / "state.json")
-    now, before = describe(settings), state.pop("settings", None) or {}  # older checkpoints do not tell
-    for name in now.keys() & before.keys():
-        if now[name] != before[name]:
-            raise InputError(
-                f"{newest.name} was written with {name} {before[name]}, this run has {now[name]}: use that, or "
-                "another folder"
-            )
-    with torch.no_grad(), safe_open(newest / "model.safetensors", "pt") as file:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
-        other = [name for name in (*shapes, *theirs) if shapes.get(name) != theirs.get(name)]
-        if other:
-            raise InputError(
-                f"{newest.name} is of another model, {other[0]} has shape {theirs.get(other[0])} there and "
-                f"{shapes.get(other[0])} here: use the model it was made with, or another folder"
-            )
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_like(file.get_tensor(name), parameter))
-    with safe_open(newest / "optimizer.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118, a safetensors handle is no dictionary
-            name, moment = key.rsplit("|", 1)
-            like = parameters[name]
-            # The fused optimizer keeps its step count beside the parameter, too.
-            _state_of(like, optimizers)[moment] = _like(file.get_tensor(key), like)
-    if rank == 0:
-        print(f"continuing from {newest.name}", flush=True)
-    return state
-
-
-def _state_of(parameter, optimizers) -> dict:
-    """Return the state dictionary of a parameter in the optimizer that has it."""
-    for optimizer in optimizers:
-        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
-            return optimizer.state[parameter]
-    raise KeyError("a trainable parameter belongs to no optimizer")
 
 
 def write_history(folder: Path, history: list[dict]) -> None:
@@ -462,8 +269,3 @@ def read_history(folder: Path) -> list[dict]:
     """Read a history as rows of numbers; empty cells are left out."""
     with open(folder / "history.csv", newline="") as file:
         return [{k: json.loads(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
-def describe(settings: Training) -> dict:
-    """Return the settings as a plain dictionary for hashing and reports."""
-    return asdict(settings)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_t5, tiny_tokenizer
 from torch import distributed as dist
 
-from distill_utils import distributed, objectives, students, task_agnostic, training
+from distill_utils import checkpoints, distributed, objectives, parallel, students, task_agnostic, training
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.task_agnostic import AgnosticRun
 from distill_utils.training import Training, read_history
@@ -57,15 +57,15 @@ def take_gradients() -> None:
         batch = tiny_batch((9, 9, 9, 9), (6, 6, 6, 6))
         for _ in range(2):
             student.zero_grad()
-            loss = objectives.miniend(student, teacher, training.own_rows(batch), **READING)["loss"]
-            (loss / training.processes()[1]).backward()
-            training._settle(student)
+            loss = objectives.miniend(student, teacher, parallel.own_rows(batch), **READING)["loss"]
+            (loss / parallel.processes()[1]).backward()
+            parallel.settle(student)
             for model in (student, teacher):
                 layers = [*students.encoder_layers(model), *students.decoder_layers(model)]
                 assert all(hasattr(weight, "full_tensor") for layer in layers for weight in layer.parameters())
         parameters = {name: weight for name, weight in student.named_parameters() if weight.grad is not None}
-        norm = training._clip_gradients(parameters.values(), 1e9)
-        found = training.gather({name: weight.grad for name, weight in parameters.items()})
+        norm = parallel.clip_gradients(parameters.values(), 1e9)
+        found = parallel.gather({name: weight.grad for name, weight in parameters.items()})
         if found:
             save_file(found | {"norm": norm}, sys.argv[1])
 
@@ -206,8 +206,8 @@ def test_every_row_belongs_to_one_process(monkeypatch, world, num_rows):
     }  # fmt: skip
     trained, sizes = [], []
     for rank in range(world):
-        monkeypatch.setattr(training, "processes", lambda rank=rank: (rank, world))
-        own = training.own_rows(batch)
+        monkeypatch.setattr(parallel, "processes", lambda rank=rank: (rank, world))
+        own = parallel.own_rows(batch)
         assert own["target_temperature"] == 2.0
         sizes.append(len(own["ids"]))
         assert [str(i) for i in own["input_ids"].flatten().tolist()] == own["ids"]
@@ -302,7 +302,7 @@ def test_a_run_with_a_killed_process_stops_and_goes_on_in_another_number(place, 
     assert f"building runs/{folder.name}" in capsys.readouterr().out
     assert not (folder / "results.json").exists()
     (checkpoint,) = folder.glob("checkpoint-*")
-    assert {path.name for path in checkpoint.iterdir()} == set(training.CHECKPOINT_FILES)
+    assert {path.name for path in checkpoint.iterdir()} == set(checkpoints.CHECKPOINT_FILES)
     step = int(checkpoint.name.split("-")[1])
     assert 4 <= step < 24
 

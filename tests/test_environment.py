@@ -27,13 +27,13 @@ SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 # A file imports only from lower floors (DESIGN, section 2).
 FLOORS = {
     "losses": 1, "pydocs": 1, "artifacts": 1,
-    "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
-    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3,
+    "parallel": 2, "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
+    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3, "checkpoints": 3,
     "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
     "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
     "ablations": 5, "recommendation": 5, "layer_selection": 5,
     "teachers": 5, "teacher_facts": 5, "t5_teacher": 5, "task_agnostic": 5, "interpolation": 5, "controls": 5,
-    "ladder": 5, "scaling": 5,
+    "ladder": 5, "simulation": 5, "planning": 5, "scaling": 5,
     "pages": 6, "batch": 6, "__main__": 6,
 }  # fmt: skip
 # Parts of one concept that share a floor: each may import those named.
@@ -56,7 +56,8 @@ NEIGHBORS = {
     "ladder": {"runs", "task_agnostic"},
     "distributed": {"task_agnostic"},
     "denoising": {"data"},
-    "sizing": {"students"},
+    "planning": {"simulation"},
+    "scaling": {"simulation", "planning"},
     "understanding": {"evaluation"},
     "teacher_facts": {"runs", "comparison", "plotting"},
     "batch": {"pages"},

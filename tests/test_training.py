@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bart, tiny_batch, tiny_t5
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distill_utils import artifacts, objectives, training
+from distill_utils import artifacts, checkpoints, objectives, training
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.capture import projections
 from distill_utils.training import Training, fit
@@ -381,9 +381,9 @@ def plant(moment: str) -> None:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-        training.save_file = half
+        checkpoints.save_file = half
     elif moment == "state":  # all tensors, no state
-        training.write_json = lambda *_: die()
+        checkpoints.write_json = lambda *_: die()
     elif moment == "rename":  # all files, under the temporary name
         replace = os.replace
         os.replace = lambda source, target: (
@@ -493,13 +493,13 @@ LIVES = [
 
 
 def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_was_not(processes, uninterrupted, tmp_path):
-    for moment, checkpoints in LIVES:
+    for moment, kept in LIVES:
         process = live(processes, tmp_path, moment)
         process.join()
         assert process.exitcode == -signal.SIGKILL, moment
         (folder,) = tmp_path.iterdir()
         assert not (folder / "results.json").exists()
-        assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{n:06d}" for n in checkpoints]
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{n:06d}" for n in kept]
     process = live(processes, tmp_path)
     process.join()
     assert process.exitcode == 0
