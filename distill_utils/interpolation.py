@@ -21,12 +21,6 @@ from distill_utils.artifacts import InputError
 from distill_utils.task_agnostic import AgnosticRun
 
 
-def minilm_assistant(run: AgnosticRun, teacher) -> tuple[str, int]:
-    """Return shape and width of MiniLM's assistant: the teacher's depth with the student's width."""
-    depths = len(students.encoder_layers(teacher)), len(students.decoder_layers(teacher))
-    return f"{depths[0]}-{depths[1]}", run.width
-
-
 def split_run(
     run: AgnosticRun, assistant_shape: str, assistant_width: int, teacher, share: float = 0.5
 ) -> tuple[AgnosticRun, AgnosticRun]:
