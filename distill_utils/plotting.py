@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -80,6 +81,7 @@ AXIS_LABELS = {
     "own_kl_loss": "KL on the student's own samples (nats per token)",
     "hidden_loss": "hidden-state error",
 }
+LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
 
 
 def use_style() -> None:
@@ -230,13 +232,16 @@ def _usual_decimals(column: str) -> int:
 def show_samples(
     rows: Sequence[Mapping[str, object]], columns: Sequence[str], caption: str = "", clip: int = 400
 ) -> None:
-    """Display texts side by side, one row a document; escaped, clipped after `clip` characters."""
+    """Display texts side by side, one row a document; escaped, clipped after `clip` characters.
+
+    Of up to four words that a broken model repeats without end the first are shown, and how often: "given … (×37)".
+    """
     from IPython.display import HTML, display
 
     head = "".join(f'<th scope="col">{escape(method_label(str(name)))}</th>' for name in columns)
     body = ""
     for row in rows:
-        texts = [str(row.get(name, "")) for name in columns]
+        texts = [LOOP.sub(_fold, str(row.get(name, ""))) for name in columns]
         texts = [text if len(text) <= clip else text[:clip].rstrip() + " …" for text in texts]
         body += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -244,6 +249,10 @@ def show_samples(
     style = "<style>table.samples td, table.samples th { text-align: left !important; vertical-align: top; }</style>"
     table = f'<table class="samples">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     display(HTML(style + table))
+
+
+def _fold(loop: re.Match) -> str:
+    return f"{loop[1]} … (×{(len(loop[0]) + 1) // (len(loop[1]) + 1)})"
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

@@ -142,6 +142,13 @@ def test_samples_are_escaped_and_clipped(shown):
     assert texts[0].startswith("<b>xxx") and len(texts[0]) == 402 and texts[1:] == ["$5", ""]
 
 
+def test_samples_fold_what_repeats_without_end(shown):
+    texts = ["Return the" + " given" * 37 + ".", "a b a b a b a b c", "no no no", "1 2 3 4 5 " * 4]
+    plotting.show_samples([{str(i): text for i, text in enumerate(texts)}], [*map(str, range(4))])
+    found = [cell.get_text() for cell in BeautifulSoup(shown[0], "html.parser").find_all("td")]
+    assert found == ["Return the given … (×36) given.", "a b … (×4) c", *texts[2:]]
+
+
 def test_quality_speed_draws_every_row_and_no_labels_overlap():
     ax = plotting.plot_quality_speed(ROWS)
     figure = ax.get_figure()
