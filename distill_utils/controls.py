@@ -301,12 +301,27 @@ def run_controls(
 def verdict(rows: Sequence[Mapping]) -> str:
     """Return one sentence on whether logits and self-attention relations beat scratch, from rows of `run_controls`.
 
-    A path beats scratch, or is worse, where the interval of the paired difference lies above zero, or below.
+    Logits are also compared by their loss on held-out text. A task on which the teacher itself is not shown to beat
+    scratch judges nothing: there is nothing that a student could have taken from it.
     """
-    said, judged = [], [row for row in rows if row["path"] in ("logits", "self", "teacher")]
-    for row in sorted(judged, key=lambda row: row["path"] == "teacher"):
-        says = task_agnostic.verdict(row, "scratch")
-        said.append(f"{row['model']}: {says} on {row['task']}")
-    if any(row["high"] < 0 for row in judged if row["path"] != "teacher"):
-        said.append("then the pipeline is suspect")
-    return "; ".join(said) + "."
+    said, suspect = [], False
+    for kind in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == kind]
+        losses = {row["path"]: row["held_out_loss"] for row in own}
+        if losses.get("logits") is not None and losses.get("scratch") is not None:
+            lower = "" if losses["logits"] < losses["scratch"] else "no "
+            said.append(
+                f"{kind}: logits reach {lower}lower held-out loss than scratch ({losses['logits']:.2f} against "
+                f"{losses['scratch']:.2f})"
+            )
+            suspect |= bool(lower)
+        for task in dict.fromkeys(row["task"] for row in own):
+            paths = {row["path"]: row for row in own if row["task"] == task}
+            if not paths["teacher"]["low"] > 0:
+                said.append(f"{kind}: {task} judges nothing, as the teacher itself is not shown to beat scratch there")
+                continue
+            said += [
+                f"{kind}: {task_agnostic.verdict(paths[path], 'scratch')} on {task}" for path in ("logits", "self")
+            ]
+            suspect |= any(paths[path]["high"] < 0 for path in ("logits", "self"))
+    return "; ".join([*said, "then the pipeline is suspect"] if suspect else said) + "."

@@ -208,23 +208,29 @@ def test_tuning_learns_a_task_that_a_word_decides(kind):
     assert controls.tune_control(kind, teacher, "belongs", train, test.select(range(29)), text, TRAINING) != short
 
 
-def judged(model: str, path: str, low: float, high: float) -> dict:
-    row = {"model": model, "path": path, "name": path, "task": "belongs"}
+def judged(model: str, path: str, low: float, high: float, held_out_loss: float | None = None) -> dict:
+    row = {"model": model, "path": path, "name": path, "task": "belongs", "held_out_loss": held_out_loss}
     return row | {"low": low, "high": high, "difference": (low + high) / 2}
 
 
 def test_verdict_is_computed_from_the_rows():
+    scratch = {"path": "scratch", "name": "scratch", "task": "belongs", "held_out_loss": 5.5}
     rows = [
-        judged("bert", "none", -9, -8), {"model": "bert", "path": "scratch", "name": "scratch", "task": "belongs"},
-        judged("bert", "logits", 1, 3), judged("bert", "self", -1, 2), judged("bert", "teacher", 4, 6),
+        judged("bert", "none", -9, -8), scratch | {"model": "bert"}, judged("bert", "logits", 1, 3, 5.25),
+        judged("bert", "self", -1, 2), judged("bert", "teacher", 4, 6),
     ]  # fmt: skip
     said = controls.verdict(rows)
+    assert "bert: logits reach lower held-out loss than scratch (5.25 against 5.50)" in said
     assert "bert: logits beats scratch (+2.00, +1.00 to +3.00) on belongs" in said
-    assert "self cannot be told from scratch (+0.50" in said and "teacher beats scratch" in said
-    assert "suspect" not in said
-    said = controls.verdict([*rows, judged("opt", "self", -3, -1)])
+    assert "self cannot be told from scratch (+0.50" in said and "suspect" not in said
+    worse = [scratch | {"model": "opt"}, judged("opt", "logits", -1, 2, 5.0), judged("opt", "self", -3, -1)]
+    said = controls.verdict([*rows, *worse, judged("opt", "teacher", 1, 2)])
     assert "opt: self loses to scratch" in said and said.endswith("then the pipeline is suspect.")
-    assert "suspect" not in controls.verdict([judged("opt", "teacher", -3, -1)])
+    said = controls.verdict([*worse, judged("opt", "teacher", -1, 2)])  # a task without anything to take over
+    assert "opt: belongs judges nothing" in said and "self" not in said.replace("itself", "") and "suspect" not in said
+    higher = [worse[0], judged("opt", "logits", -1, 2, 6.0), worse[2], judged("opt", "teacher", -1, 2)]
+    said = controls.verdict(higher)
+    assert "no lower held-out loss" in said and said.endswith("then the pipeline is suspect.")
 
 
 def test_bad_input_is_refused_before_anything_is_trained(tmp_path):
