@@ -374,6 +374,11 @@ def headline(
         lines.append(
             f"**No path is shown to beat scratch**; the best, {best['path']}, closes {described(best)} of the gap."
         )
+    none = next((way for way in known if way["path"] == "none"), None)
+    if none and none["high"] >= best["low"]:
+        lines.append(
+            f"**The untrained student closes {described(none)}**: that text adds anything to its start is not shown."
+        )
     near = [way["path"] for way in paths[1:] if way["high"] >= best["low"]]
     lines += [f"Its interval overlaps with that of {', '.join(near)}."] if near else []
     ours = next((way for way in paths if way["path"] == proposed), None)

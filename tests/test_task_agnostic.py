@@ -203,10 +203,12 @@ def test_headline_names_the_winner_and_what_it_cannot_tell():
     text = task_agnostic.headline([*ways, way("none", 0.9, 0.8, 1.0)], "miniend", 3, 100, 50, 250)
     assert text.startswith("**logits is the best path**: it closes 60 % (40 to 80)")
     assert "Its interval overlaps with that of miniend." in text
+    assert "**The untrained student closes 90 % (80 to 100)**: that text adds anything" in text
     assert "The proposed path, miniend, does not win: it closes 30 % (10 to 50)." in text
     assert "Worse than scratch: self." in text and "3 seed(s), 100 updates on text, 50 of fine-tuning" in text
-    won = task_agnostic.headline([way("miniend", 0.6, 0.4, 0.8), way("logits", 0.1, 0.0, 0.2)], "miniend", 1, 1, 1, 50)
-    assert "does not win" not in won and "overlaps" not in won
+    others = [way("logits", 0.1, 0.0, 0.2), way("none", 0.1, 0.0, 0.2)]
+    won = task_agnostic.headline([way("miniend", 0.6, 0.4, 0.8), *others], "miniend", 1, 1, 1, 50)
+    assert "does not win" not in won and "overlaps" not in won and "untrained" not in won
     nothing = task_agnostic.headline([way("miniend", 0.1, -0.1, 0.3)], "miniend", 1, 1, 1, 50)
     assert nothing.startswith("**No path is shown to beat scratch**")
     assert "cannot tell" in task_agnostic.headline([way("miniend", None, None, None, ())], "miniend", 1, 1, 1, 50)
