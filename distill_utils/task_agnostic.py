@@ -376,9 +376,7 @@ def headline(
         )
     none = next((way for way in known if way["path"] == "none"), None)
     if none and none["high"] >= best["low"]:
-        lines.append(
-            f"**The untrained student closes {described(none)}**: that text adds anything to its start is not shown."
-        )
+        lines[0] += f" The untrained student closes {described(none)}: that text adds to its start is not shown."
     near = [way["path"] for way in paths[1:] if way["high"] >= best["low"]]
     lines += [f"Its interval overlaps with that of {', '.join(near)}."] if near else []
     ours = next((way for way in paths if way["path"] == proposed), None)
