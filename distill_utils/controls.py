@@ -37,6 +37,7 @@ KINDS = {
 }
 CONTROL_PATHS = ("none", "scratch", "logits", "self")  # none: the untrained student
 SHAPE = {"layers": 6, "width": 192, "heads": 4}  # of the teachers
+MORE_TEXT = "more text"  # the task on which a longer trained teacher surely leads: the language model's own
 SILENT = dict.fromkeys((*RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
 
 
@@ -253,6 +254,39 @@ def tune_control(
     return artifact(f"tuned-{trained.name.rpartition('-')[0]}-{task}-s{training.seed}", settings, build)
 
 
+def continue_control(kind: str, trained: Path, text: Text, training: Training, start: int) -> Path:
+    """Return the artifact of a trained model that reads on, from update `start` of its text: task MORE_TEXT.
+
+    Every path goes on with the loss of the language model alone, whose head "none" and "self" have not trained yet.
+    scores.json has under "log_likelihood" the mean of each held-out window in nats per target token, 256 at most.
+    """
+    settings = {
+        "model": model_fingerprint(str(trained / "model"), None), "text": text.fingerprint, "start": start,
+        "training": asdict(training),
+    }  # fmt: skip
+    stream = partial(text_stream, kind, tokenizer=text.tokenizer, length=text.length)
+
+    def build(folder: Path) -> dict:
+        model = KINDS[kind][1].from_pretrained(trained / "model")
+        seed_everything(training.seed)
+        choose_attention(model, text.length)
+        batches = stream(
+            text.tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
+        )
+        weights = SILENT | PATHS["scratch"]
+        fit(
+            model, lambda model, batch: miniend(model, None, batch, **weights), lambda step: batches(start + step),
+            training, folder, stage=f"{MORE_TEXT} {trained.name}",
+        )  # fmt: skip
+        windows = stream(text.held_out, batch_size=1, seed=0)
+        num = min(256, len(text.held_out) // text.length)
+        losses = [held_out_loss(model, windows(step))["validation_loss"] for step in range(num)]
+        write_json(folder / "scores.json", {"log_likelihood": [-loss for loss in losses]})
+        return {"score": -float(np.mean(losses)), "num_documents": num}
+
+    return artifact(f"continued-{trained.name.rpartition('-')[0]}-s{training.seed}", settings, build)
+
+
 def classification_loss(model: PreTrainedModel, batch: dict) -> dict:
     """Return the cross-entropy of the first column of labels; the others are padding."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -266,8 +300,9 @@ def run_controls(
 ) -> list[dict]:  # fmt: skip
     """Return one row a kind, task and path: its score, mean over seeds, with interval and paired test against scratch.
 
-    `task_rows` is {task: {"train": rows, "test": rows}}. Paths are CONTROL_PATHS and "teacher", which is trained once
-    and fine-tuned with every seed. `held_out_loss` is in nats per target token, None where no head was trained.
+    `task_rows` is {task: {"train": rows, "test": rows}}; MORE_TEXT is a task of every run. Paths are CONTROL_PATHS and
+    "teacher", which is trained once and fine-tuned with every seed. `held_out_loss` is in nats per target token, None
+    where no head was trained; "untrained" of "self" on MORE_TEXT is its row with the paired test against "none".
     Raises InputError for an unknown kind, too little text, no mask, and relation heads that do not divide the width.
     """
     for kind in kinds:  # before anything is trained
@@ -284,8 +319,11 @@ def run_controls(
                           num_relation_heads=num_relation_heads)  # fmt: skip
         found = {path: [student(path, training=replace(distilling, seed=seed)) for seed in seeds]
                  for path in CONTROL_PATHS} | {"teacher": [teacher] * len(seeds)}  # fmt: skip
-        for task, parts in task_rows.items():
-            tune = partial(tune_control, kind, task=task, train=parts["train"], test=parts["test"], text=text)
+        for task in (MORE_TEXT, *task_rows):
+            if task == MORE_TEXT:
+                tune = partial(continue_control, kind, text=text, start=distilling.max_steps)
+            else:
+                tune = partial(tune_control, kind, task=task, text=text, **task_rows[task])
             tested = {path: [tune(trained=folder, training=replace(tuning, seed=seed))
                              for folder, seed in zip(folders, seeds, strict=True)]
                       for path, folders in found.items()}  # fmt: skip
@@ -294,7 +332,10 @@ def run_controls(
                 losses = [final["validation_loss"] for final in finals if "validation_loss" in final]
                 baseline = None if path == "scratch" else tested["scratch"]
                 row = {"model": kind, "path": path, "held_out_loss": float(np.mean(losses)) if losses else None}
-                rows.append(row | task_agnostic.result_row(path, task, tests, baseline))
+                row |= task_agnostic.result_row(path, task, tests, baseline)
+                if task == MORE_TEXT and path == "self":  # scratch has read for this very task, "none" has not
+                    row["untrained"] = task_agnostic.result_row(path, task, tests, tested["none"])
+                rows.append(row)
     return rows
 
 
@@ -302,7 +343,8 @@ def verdict(rows: Sequence[Mapping]) -> str:
     """Return one sentence on whether logits and self-attention relations beat scratch, from rows of `run_controls`.
 
     Logits are also compared by their loss on held-out text. A task on which the teacher itself is not shown to beat
-    scratch judges nothing: there is nothing that a student could have taken from it.
+    scratch judges nothing: there is nothing that a student could have taken from it. On MORE_TEXT scratch has a lead,
+    as it has read for that very task; there relations are held against the student that has read nothing.
     """
     said, suspect = [], False
     for kind in dict.fromkeys(row["model"] for row in rows):
@@ -320,8 +362,9 @@ def verdict(rows: Sequence[Mapping]) -> str:
             if not paths["teacher"]["low"] > 0:
                 said.append(f"{kind}: {task} judges nothing, as the teacher itself is not shown to beat scratch there")
                 continue
-            said += [
-                f"{kind}: {task_agnostic.verdict(paths[path], 'scratch')} on {task}" for path in ("logits", "self")
-            ]
-            suspect |= any(paths[path]["high"] < 0 for path in ("logits", "self"))
+            compared = [(paths["logits"], "scratch"), (paths["self"], "scratch")]
+            if task == MORE_TEXT:
+                compared[1] = (paths["self"]["untrained"], "a student that has read nothing")
+            said += [f"{kind}: {task_agnostic.verdict(row, other)} on {task}" for row, other in compared]
+            suspect |= any(row["high"] < 0 for row, _ in compared)
     return "; ".join([*said, "then the pipeline is suspect"] if suspect else said) + "."

@@ -298,9 +298,10 @@ def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **g
 
 
 def mean_scores(tested: Sequence[Path]) -> np.ndarray:
-    """Return one value a test document, averaged over the tests of several seeds: ROUGE-2, or 100 where correct."""
+    """Return one value a test document, averaged over seeds: ROUGE-2, 100 where correct, or mean log-likelihood."""
     found = [read_json(folder / "scores.json") for folder in tested]
-    return np.mean([scores.get("rouge2", scores.get("correct")) for scores in found], axis=0)
+    (name,) = {"rouge2", "correct", "log_likelihood"} & found[0].keys()
+    return np.mean([scores[name] for scores in found], axis=0)
 
 
 def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[Path] | None = None) -> dict:

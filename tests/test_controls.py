@@ -121,13 +121,19 @@ def test_every_path_from_text_to_rows(kind, capsys):
     rows = controls.run_controls(*arguments, **options)
     assert f"building runs/control-{kind}-teacher" not in capsys.readouterr().out.partition("reusing")[2]
     assert (teacher / "model" / "model.safetensors").read_bytes() == before
-    assert [row["path"] for row in rows] == ["none", "scratch", "logits", "self", "teacher"]
-    assert [row["held_out_loss"] is None for row in rows] == [True, False, False, True, False]
+    assert [row["path"] for row in rows] == ["none", "scratch", "logits", "self", "teacher"] * 2
+    assert [row["task"] for row in rows] == [controls.MORE_TEXT] * 5 + ["belongs"] * 5
+    assert [row["held_out_loss"] is None for row in rows] == [True, False, False, True, False] * 2
     for row in rows:
-        assert row["seeds"] == 1 and 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 100
+        low, high = (0, 100) if row["task"] == "belongs" else (-5, -1)  # nats; of 25 tokens chance has 3.2
+        assert row["seeds"] == 1 and low <= row["score_low"] <= row["score"] <= row["score_high"] <= high
         assert ("difference" in row) == (row["path"] != "scratch")
-    scores = {row["path"]: row["score"] for row in rows}
-    assert rows[2]["difference"] == pytest.approx(scores["logits"] - scores["scratch"])
+    for start in (0, 5):
+        scores = {row["path"]: row["score"] for row in rows[start : start + 5]}
+        assert rows[start + 2]["difference"] == pytest.approx(scores["logits"] - scores["scratch"], abs=1e-6)
+        if start == 0:
+            untrained = rows[3]["untrained"]["difference"]
+            assert untrained == pytest.approx(scores["self"] - scores["none"], abs=1e-6)
     assert controls.run_controls(*arguments, **options) == rows
     assert "building" not in capsys.readouterr().out.partition("reusing")[2].rpartition("reusing")[2]
 
@@ -208,6 +214,26 @@ def test_tuning_learns_a_task_that_a_word_decides(kind):
     assert controls.tune_control(kind, teacher, "belongs", train, test.select(range(29)), text, TRAINING) != short
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_on_takes_the_next_updates_of_the_text(kind):
+    text, still = tiny_text(), replace(TRAINING, max_steps=2, learning_rate=1e-12)
+    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    folder = controls.continue_control(kind, teacher, text, still, start=3)
+    model = KINDS[kind][1].from_pretrained(teacher / "model").eval()
+
+    def loss(batch: dict) -> float:
+        with torch.no_grad():
+            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+
+    batches = controls.text_stream(kind, text.tokens, text.tokenizer, 24, 4, TRAINING.seed)
+    wanted = [loss(batches(step)[0]) for step in (3, 4)]
+    assert [row["loss"] for row in read_history(folder)] == pytest.approx(wanted, rel=1e-4)
+    windows = controls.text_stream(kind, text.held_out, text.tokenizer, 24, 1, 0)
+    found = read_json(folder / "scores.json")["log_likelihood"]
+    assert found == pytest.approx([-loss(windows(step)[0]) for step in range(500 // 24)], rel=1e-4)
+    assert read_json(folder / "results.json")["score"] == pytest.approx(np.mean(found))
+
+
 def judged(model: str, path: str, low: float, high: float, held_out_loss: float | None = None) -> dict:
     row = {"model": model, "path": path, "name": path, "task": "belongs", "held_out_loss": held_out_loss}
     return row | {"low": low, "high": high, "difference": (low + high) / 2}
@@ -228,6 +254,12 @@ def test_verdict_is_computed_from_the_rows():
     assert "opt: self loses to scratch" in said and said.endswith("then the pipeline is suspect.")
     said = controls.verdict([*worse, judged("opt", "teacher", -1, 2)])  # a task without anything to take over
     assert "opt: belongs judges nothing" in said and "self" not in said.replace("itself", "") and "suspect" not in said
+    on = [row | {"task": controls.MORE_TEXT} for row in rows]
+    on[3] = judged("bert", "self", -3, -1) | {"task": controls.MORE_TEXT, "untrained": judged("bert", "self", 1, 3)}
+    said = controls.verdict(on)  # losing to scratch proves nothing where scratch has had the task before
+    assert "self beats a student that has read nothing (+2.00" in said and "suspect" not in said
+    on[3]["untrained"] = judged("bert", "self", -3, -1)
+    assert controls.verdict(on).endswith("then the pipeline is suspect.")
     higher = [worse[0], judged("opt", "logits", -1, 2, 6.0), worse[2], judged("opt", "teacher", -1, 2)]
     said = controls.verdict(higher)
     assert "no lower held-out loss" in said and said.endswith("then the pipeline is suspect.")
