@@ -20,6 +20,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from distill_utils import placement
+
 # Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out, too pale on white.
 METHOD_COLORS = {
     "teacher": "#6b6b6b",
@@ -289,24 +291,8 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss", 
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2)
     elif ends:
         right = max(x for x, *_ in ends)
-        _label_right(ax, [(y, label, color) for _, y, label, color in ends], at=right)
+        placement.label_right(ax, [(y, label, color) for _, y, label, color in ends], at=right)
     return ax
-
-
-def _label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float | None = None) -> None:
-    """Write (value, text, colour) labels at x = `at`, else at the right edge, pushed apart where they would touch."""
-    low, high = ax.get_ylim()
-    gap = (high - low) * 0.07  # one line of text in a figure of the one size
-    labels = sorted(labels)
-    places = _spread([value for value, *_ in labels], gap)
-    for (_, text, color), y in zip(labels, places, strict=True):
-        if at is None:
-            ax.text(1.01, y, text, transform=ax.get_yaxis_transform(), va="center", color=color)
-        else:
-            ax.annotate(
-                text, (at, y), (6, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
-            )
-    ax.set_ylim(low, high)
 
 
 def plot_quality_speed(
@@ -323,7 +309,7 @@ def plot_quality_speed(
     students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
     shapes = {student: MARKERS[i % len(MARKERS)] for i, student in enumerate(students)}
     points, lines = [], []
-    placed = _apart([row[x] if _is_number(row.get(x)) else None for row in rows])
+    placed = placement.move_apart([row[x] if _is_number(row.get(x)) else None for row in rows])
     for row, at in zip(rows, placed, strict=True):
         method, value = row.get("method", ""), row[y]
         color, low, high = method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
@@ -350,8 +336,8 @@ def plot_quality_speed(
     ax.autoscale_view()
     if all(at is None or at >= 0 for at in placed):
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
-    _label_right(ax, lines)
-    _label_points(ax, points)
+    placement.label_right(ax, lines)
+    placement.label_points(ax, points)
     return ax
 
 
@@ -361,89 +347,6 @@ def pareto_front(rows: Sequence[Mapping], x: str, y: str = "rouge2") -> list[Map
         (row for row in rows if _is_number(row.get(x)) and _is_number(row.get(y))), key=lambda r: (r[x], -r[y])
     )
     return [row for i, row in enumerate(known) if all(other[y] < row[y] for other in known[:i])]
-
-
-def _apart(values: Sequence[float | None], close: float = 0.03, step: float = 0.022) -> list[float | None]:
-    """Move values that lie within `close` of the whole range apart by `step` of it, keeping each group's middle."""
-    known = sorted((value, i) for i, value in enumerate(values) if value is not None)
-    spread = (known[-1][0] - known[0][0]) if known else 0
-    moved = list(values)
-    groups: list[list[tuple[float, int]]] = []
-    for value, i in known:
-        if groups and spread and value - groups[-1][-1][0] <= close * spread:
-            groups[-1].append((value, i))
-        else:
-            groups.append([(value, i)])
-    for group in groups:
-        middle = sum(value for value, _ in group) / len(group)
-        for rank, i in enumerate(sorted(i for _, i in group)):  # in the order of the rows, the same in every group
-            if len(group) > 1:
-                moved[i] = middle + (rank - (len(group) - 1) / 2) * step * spread
-    return moved
-
-
-def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the names of points beside them: one column of text for each group of neighbours, in their order."""
-    figure = ax.get_figure()
-    figure.draw_without_rendering()  # places need the final layout
-    renderer = figure.canvas.get_renderer()
-    unit = figure.dpi / 72
-    line = 11.5 * unit
-    inside = ax.get_window_extent(renderer)
-    box = mpl.transforms.Bbox.from_bounds
-    placed = [(*ax.transData.transform((px, py)), text, color) for px, py, text, color in points]
-    groups: list[list[tuple[float, float, str, str]]] = []
-    for point in sorted(placed):
-        if groups and point[0] - groups[-1][-1][0] < 20 * unit:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    bars = [bar.get_window_extent(renderer) for container in ax.containers for bar in container.lines[2]]
-    marks = [box(cx - 5 * unit, cy - 5 * unit, 10 * unit, 10 * unit) for cx, cy, *_ in placed]
-    taken = [*marks, *(bar.padded(1.5 * unit) for bar in bars)]
-    for group in groups:
-        group.sort(key=lambda point: point[1])
-        places = _spread([point[1] for point in group], line)
-        columns = []
-        for side, edge in (
-            ("left", max(p[0] for p in group) + 9 * unit),
-            ("right", min(p[0] for p in group) - 9 * unit),
-        ):
-            texts = [
-                ax.text(
-                    *ax.transData.inverted().transform((edge, cy)), name, color=color, ha=side, va="center", zorder=5
-                )
-                for (_, _, name, color), cy in zip(group, places, strict=True)
-            ]
-            boxes = [text.get_window_extent(renderer) for text in texts]
-            cost = sum(_overlap(one, other) for one in boxes for other in taken)
-            cost += sum(one.width * one.height - _overlap(one, inside) for one in boxes)
-            columns.append((cost, side != "left", texts, boxes))
-        columns.sort(key=lambda column: column[:2])
-        for text in columns[1][2]:
-            text.remove()
-        taken += columns[0][3]
-
-
-def _spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move sorted values apart to at least `gap`; those that touch share one block around their mean."""
-    blocks = [[value, 1] for value in values]
-    position = 0
-    while position + 1 < len(blocks):
-        (one, n), (two, m) = blocks[position], blocks[position + 1]
-        if two - one < gap * (n + m) / 2:
-            blocks[position : position + 2] = [[(one * n + two * m) / (n + m), n + m]]
-            position = max(position - 1, 0)
-        else:
-            position += 1
-    return [centre + gap * (i - (count - 1) / 2) for centre, count in blocks for i in range(count)]
-
-
-def _overlap(one, other) -> float:
-    """Area that two boxes share, in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(width, 0) * max(height, 0)
 
 
 def _is_number(value) -> bool:
@@ -622,7 +525,7 @@ def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel:
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.6 * (high - low))  # room for names, which stand upright: neighbours are often close
     gap = 0.026 * (ax.get_xlim()[1] - ax.get_xlim()[0])
-    for row, at in zip(rows, _spread([row[x] for row in rows], gap), strict=True):
+    for row, at in zip(rows, placement.spread([row[x] for row in rows], gap), strict=True):
         place = (at, row[f"{y}_high"] + 0.02 * (high - low))
         ax.text(*place, row["name"], color=color, rotation=90, ha="center", va="bottom")
     return ax
@@ -715,7 +618,7 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score", ax: Axes |
     ax.minorticks_off()
     ax.set(xlabel="teacher parameters (M, log scale)", ylabel=ylabel)
     ax.margins(y=0.1)
-    _label_right(ax, labels, at=1.015 * right)  # beyond a large mark
+    placement.label_right(ax, labels, at=1.015 * right)  # beyond a large mark
     return ax
 
 

@@ -26,7 +26,7 @@ SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 
 # A file imports only from lower floors (DESIGN, section 2).
 FLOORS = {
-    "losses": 1, "pydocs": 1, "artifacts": 1,
+    "losses": 1, "pydocs": 1, "artifacts": 1, "placement": 1,
     "parallel": 2, "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
     "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3, "checkpoints": 3,
     "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
@@ -66,7 +66,7 @@ NEIGHBORS = {
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
     "ipywidgets": {"explore"},
-    "matplotlib": {"plotting"},
+    "matplotlib": {"placement", "plotting"},
     "seaborn": {"plotting"},
     "papermill": {"batch", "pages"},
     "nbconvert": {"batch", "pages"},

@@ -16,7 +16,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from distill_utils import explore, plotting  # noqa: E402
+from distill_utils import explore, placement, plotting  # noqa: E402
 from distill_utils.task_agnostic import PATHS  # noqa: E402
 
 ROWS = [
@@ -157,7 +157,7 @@ def test_quality_speed_draws_every_row_and_no_labels_overlap():
     names = {text.get_text() for text in labels}
     assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
     boxes = [text.get_window_extent() for text in labels]
-    assert not [pair for pair in itertools.combinations(boxes, 2) if plotting._overlap(*pair) > 1]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if placement.overlap(*pair) > 1]
     marks = [line for line in ax.lines if line.get_marker() in plotting.MARKERS and len(line.get_xdata()) == 1]
     assert len(marks) == 9
     by_color = {line.get_color() for line in marks}
@@ -178,14 +178,14 @@ def test_quality_speed_copes_with_missing_values():
 def test_spread_keeps_order_and_distance():
     random.seed(0)
     values = sorted(random.random() for _ in range(20))
-    places = plotting._spread(values, 0.1)
+    places = placement.spread(values, 0.1)
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
     assert sum(places) == pytest.approx(sum(values))
-    assert plotting._spread([0.0, 5.0], 1.0) == [0.0, 5.0]
+    assert placement.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
 
 
 def test_neighbours_are_moved_apart_around_their_middle():
-    moved = plotting._apart([1.0, None, 1.0, 3.0])
+    moved = placement.move_apart([1.0, None, 1.0, 3.0])
     assert moved[1] is None and moved[3] == 3.0
     assert moved[0] < 1.0 < moved[2] and moved[0] + moved[2] == pytest.approx(2.0)
 
