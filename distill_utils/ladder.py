@@ -57,31 +57,44 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
 
 def row(name: str, tested: Sequence[Path], **facts: object) -> dict:
     """Return one line of the ladder: loss on held-out text, mean over seeds, with an interval over windows."""
-    losses = window_means(tested)
+    losses = window_losses(tested).mean(0)
     mean, low, high = bootstrap_interval(losses)
     parameters = read_json(tested[0] / "results.json")["parameters"]
     found = {"name": name, "seeds": len(tested), "parameters": parameters}
     return found | {"loss": mean, "loss_low": low, "loss_high": high} | facts
 
 
-def window_means(tested: Sequence[Path]) -> np.ndarray:
-    """Return one loss a window, averaged over the tests of several seeds."""
-    return np.mean([read_json(folder / "scores.json")["loss"] for folder in tested], axis=0)
+def window_losses(tested: Sequence[Path]) -> np.ndarray:
+    """Return the losses (seeds, windows)."""
+    return np.array([read_json(folder / "scores.json")["loss"] for folder in tested])
 
 
 def compare(name: str, tested: Sequence[Path], other: str, baseline: Sequence[Path]) -> dict:
-    """Return the paired test of two students over the windows; a negative `difference` is the lower loss."""
-    return {"name": name, "versus": other} | paired_test(window_means(tested), window_means(baseline))
+    """Return the paired test of two students over the windows; a negative `difference` is the lower loss.
+
+    Windows are many and seeds few, so that an interval over windows may hold a difference that another seed turns
+    round. `seeds_agree` says whether the difference has one sign in every seed; both are given the same seeds.
+    """
+    ours, theirs = window_losses(tested), window_losses(baseline)
+    signs = np.sign((ours - theirs).mean(1))
+    agree = {"seeds_agree": bool((signs == signs[0]).all())}
+    return {"name": name, "versus": other} | paired_test(ours.mean(0), theirs.mean(0)) | agree
+
+
+def shown(test: Mapping) -> int:
+    """Return 1 for a higher loss, -1 for a lower one, 0 where the interval holds 0 or seeds disagree on the sign."""
+    if not test["seeds_agree"]:
+        return 0
+    return int(test["low"] > 0) - int(test["high"] < 0)
 
 
 def told(test: Mapping) -> str:
-    """Return a comparison in words, with its interval; one whose interval holds 0 tells nothing."""
-    if test["low"] <= 0 <= test["high"]:
-        says = "cannot be told from"
-    else:
-        says = "is better than" if test["high"] < 0 else "is worse than"
+    """Return a comparison in words, with its interval, and with the seeds where they disagree."""
+    says = ("is better than", "cannot be told from", "is worse than")[shown(test) + 1]
+    split = "" if test["seeds_agree"] else ", and seeds disagree"
     return (
-        f"{test['name']} {says} {test['versus']} ({test['difference']:+.3f}, {test['low']:+.3f} to {test['high']:+.3f})"
+        f"{test['name']} {says} {test['versus']} ({test['difference']:+.3f}, {test['low']:+.3f} to "
+        f"{test['high']:+.3f}{split})"
     )
 
 
@@ -89,12 +102,11 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     """Return whether a capacity gap shows, from tests of the largest teacher's student against each smaller one's."""
     if not tests:
         return "**One teacher shows no gap**: name several."
-    worse = [f"{test['versus'].removeprefix('by ')} by {test['difference']:.3f}" for test in tests if test["low"] > 0]
-    better = [test["versus"] for test in tests if test["high"] < 0]
+    worse = [f"{test['versus'].removeprefix('by ')} by {test['difference']:.3f}" for test in tests if shown(test) > 0]
     if worse:
         seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
         return f"**A capacity gap in {seeds}**: the largest teacher's student is worse than that of {', '.join(worse)}."
-    if len(better) == len(tests):
+    if all(shown(test) < 0 for test in tests):
         return "**No capacity gap**: the larger the teacher, the better its student."
     return "**No capacity gap is shown**: no smaller teacher's student is better than the largest's."
 

@@ -77,6 +77,9 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
     assert test["difference"] == pytest.approx(-0.1) and "ours is better than theirs (-0.100" in ladder.told(test)
     assert "worse" in ladder.told(ladder.compare("ours", [worse], "theirs", [better]))
     assert "cannot be told from" in ladder.told(ladder.compare("ours", [worse], "theirs", [worse]))
+    split = ladder.compare("ours", [better, better, worse], "theirs", [worse, worse, better])
+    assert split["high"] < 0 and not split["seeds_agree"]  # over windows alone it would be a difference
+    assert "cannot be told from theirs (-0.033, " in ladder.told(split) and "seeds disagree)" in ladder.told(split)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +96,12 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
 )
 def test_gap_is_read_from_the_intervals(intervals, says):
     tests = [
-        {"versus": f"by {name}", "difference": (low + high) / 2, "low": low, "high": high}
+        {"versus": f"by {name}", "difference": (low + high) / 2, "low": low, "high": high, "seeds_agree": True}
         for name, (low, high) in zip("ab", intervals, strict=False)
     ]
     assert says in ladder.gap_verdict(tests, 1)
+    split = [test | {"seeds_agree": False} for test in tests]
+    assert not split or ladder.gap_verdict(split, 3).startswith("**No capacity gap is shown**")
 
 
 def test_equal_cost_counts_both_rounds():
