@@ -532,10 +532,10 @@ def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel:
 
 
 def plot_differences(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
-    """Plot paired differences with their intervals, one line a row from the top; those without zero are filled,
-    unless seeds disagree on the sign.
+    """Plot paired differences with their intervals, one line a row from the top.
 
-    Rows have name, difference, low, high, and may have seeds_agree.
+    Filled are those whose interval has no zero, unless seeds disagree on the sign. Rows have name,
+    difference, low, high, and may have seeds_agree.
     """
     ax = ax or plt.subplots(figsize=(FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
     ax.axvline(0, color="#8b949e", lw=1)
