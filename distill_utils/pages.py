@@ -344,7 +344,7 @@ def wall_time(entry: dict) -> str:
 
 
 def readme_table(reports: Path) -> str:
-    """Return the README's results: what the reports that train students found, and the wall time of every notebook.
+    """Return the README's results: what the reports that train students found, and what `make reports` takes.
 
     Each is shown by the start of its headline and by its `means` over seeds, or its rows; above `README_ROWS` of them
     the reader is sent to the report.
@@ -352,7 +352,7 @@ def readme_table(reports: Path) -> str:
     blocks, timed = [], []
     for entry in gather(reports):
         link, wall = f"reports/{entry['report']}.html", wall_time(entry)
-        if wall:
+        if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
             parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
             line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
             timed.append(line)

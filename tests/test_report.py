@@ -306,6 +306,7 @@ def test_readme_table(reports):
     assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" in text
     assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
     assert "| [01_setup](reports/01_setup.html) | 1 min 01 s |" in text
+    assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students
     found = "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC): Take **6-3**; it costs"
     assert found in text
