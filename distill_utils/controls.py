@@ -37,7 +37,7 @@ KINDS = {
 }
 CONTROL_PATHS = ("none", "scratch", "logits", "self")  # none: the untrained student
 SHAPE = {"layers": 6, "width": 192, "heads": 4}  # of the teachers
-MORE_TEXT = "more text"  # the task on which a longer trained teacher surely leads: the language model's own
+MORE_TEXT = "more text"  # the language model's own task, on which a longer trained teacher should lead
 SILENT = dict.fromkeys((*RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
 
 
@@ -169,6 +169,17 @@ def _train(
     training: Training,
 ) -> dict:  # fmt: skip
     """Train a model in place along a path, write it, and return its results; a trained head is measured."""
+    history = _fit(folder, kind, model, teacher, weights, text, training)
+    model.set_attn_implementation("sdpa")
+    students.save_model(model.to("cpu"), text.tokenizer, folder / "model")
+    return {"final": history[-1]}
+
+
+def _fit(
+    folder: Path, kind: str, model: PreTrainedModel, teacher: PreTrainedModel | None, weights: dict, text: Text,
+    training: Training, start: int = 0,
+) -> list[dict]:  # fmt: skip
+    """Train a model in place along a path, from update `start` of its text, and return the history."""
     seed_everything(training.seed)
     choose_attention(model, text.length)
     stream = partial(text_stream, kind, tokenizer=text.tokenizer, length=text.length)
@@ -177,13 +188,10 @@ def _train(
     )
     checks = stream(text.held_out, batch_size=min(32, max(len(text.held_out) // text.length, 1)), seed=0)
     evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)])
-    history = fit(
-        model, lambda model, batch: miniend(model, teacher, batch, **weights), batches, training, folder,
-        evaluate if weights["ce_weight"] else None, stage=folder.name.rpartition("-")[0],
+    return fit(
+        model, lambda model, batch: miniend(model, teacher, batch, **weights), lambda step: batches(start + step),
+        training, folder, evaluate if weights["ce_weight"] else None, stage=folder.name.rpartition("-")[0],
     )  # fmt: skip
-    model.set_attn_implementation("sdpa")
-    students.save_model(model.to("cpu"), text.tokenizer, folder / "model")
-    return {"final": history[-1]}
 
 
 @torch.no_grad()
@@ -264,21 +272,11 @@ def continue_control(kind: str, trained: Path, text: Text, training: Training, s
         "model": model_fingerprint(str(trained / "model"), None), "text": text.fingerprint, "start": start,
         "training": asdict(training),
     }  # fmt: skip
-    stream = partial(text_stream, kind, tokenizer=text.tokenizer, length=text.length)
 
     def build(folder: Path) -> dict:
         model = KINDS[kind][1].from_pretrained(trained / "model")
-        seed_everything(training.seed)
-        choose_attention(model, text.length)
-        batches = stream(
-            text.tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
-        )
-        weights = SILENT | PATHS["scratch"]
-        fit(
-            model, lambda model, batch: miniend(model, None, batch, **weights), lambda step: batches(start + step),
-            training, folder, stage=f"{MORE_TEXT} {trained.name}",
-        )  # fmt: skip
-        windows = stream(text.held_out, batch_size=1, seed=0)
+        _fit(folder, kind, model, None, SILENT | PATHS["scratch"], text, training, start)
+        windows = text_stream(kind, text.held_out, text.tokenizer, text.length, batch_size=1, seed=0)
         num = min(256, len(text.held_out) // text.length)
         losses = [held_out_loss(model, windows(step))["validation_loss"] for step in range(num)]
         write_json(folder / "scores.json", {"log_likelihood": [-loss for loss in losses]})
