@@ -24,15 +24,21 @@ import torch
 from relation_loss import resource_peak
 from transformers import T5Config, T5ForConditionalGeneration
 
-from distill_utils import artifacts, denoising, objectives, students, task_agnostic
-from distill_utils.training import choose_attention
+from distill_utils import artifacts
+from distill_utils.data import denoising
+from distill_utils.device import amp_dtype, device
+from distill_utils.distillation import objectives
+from distill_utils.experiments.miniend import PATHS as WEIGHTS_OF_PATHS
+from distill_utils.experiments.miniend import RELATIONS
+from distill_utils.models import students
+from distill_utils.training.loop import choose_attention
 
 SHAPES = {  # of teacher and student, and the batch; source tokens by span corruption
     "pydocs-t5": {"width": 192, "heads": 4, "layers": 6, "kept": 3, "vocab": 8100, "source": 128, "batch": 32},
     "t5-base": {"width": 768, "heads": 12, "layers": 12, "kept": 6, "vocab": 32128, "source": 512, "batch": 2},
 }
 PATHS = ("miniend", "self", "encoder")
-SILENT = dict.fromkeys(task_agnostic.RELATIONS, 0.0)
+SILENT = dict.fromkeys(RELATIONS, 0.0)
 LIMIT = 1.15  # what a step may cost over the plain one
 
 
@@ -57,16 +63,16 @@ def inputs(shape: str, on: torch.device):
 
 def terms(path: str) -> list[str]:
     """Return the names of the relation terms of a path."""
-    weights = SILENT | task_agnostic.PATHS[path]
+    weights = SILENT | WEIGHTS_OF_PATHS[path]
     return [name for name in objectives.RELATION_TERMS if weights[name.replace("_loss", "_weight")]]
 
 
 def read_both(path: str, student, teacher, batch):
     """Return queries, keys and values of student and teacher as `miniend` reads them."""
     layers = {objectives.RELATION_TERMS[name][0]: -1 for name in terms(path)}
-    ours, _ = objectives.read(student, batch, layers, False)
+    ours, _ = objectives.forward_with_attention(student, batch, layers, False)
     with objectives.teacher_mode(teacher):
-        theirs, _ = objectives.read(teacher, batch, layers, False)
+        theirs, _ = objectives.forward_with_attention(teacher, batch, layers, False)
     return ours, theirs
 
 
@@ -76,7 +82,7 @@ def plain(path: str, student, teacher, batch) -> None:
 
 
 def miniend(path: str, student, teacher, batch) -> None:
-    objectives.miniend(student, teacher, batch, **SILENT | task_agnostic.PATHS[path])["loss"].backward()
+    objectives.miniend(student, teacher, batch, **SILENT | WEIGHTS_OF_PATHS[path])["loss"].backward()
 
 
 STEPS = {"plain": plain, "miniend": miniend}
@@ -108,7 +114,7 @@ def seconds(step, on: torch.device) -> float:
 def measure(shape: str, path: str, on: torch.device, repeats: int, max_seconds: float) -> dict:
     """Return times of both steps and of the relations alone; no turn begins after `max_seconds`."""
     student, teacher, batch = given = inputs(shape, on)
-    dtype = artifacts.autocast_dtype(on)
+    dtype = amp_dtype(on)
     with torch.autocast(on.type, dtype, enabled=dtype is not None):
         steps = {name: partial(step, path, *given) for name, step in STEPS.items()}
         steps["relations"] = relations(path, *given)
@@ -142,7 +148,7 @@ def peak(step: str, shape: str, path: str, on: torch.device) -> int:
         before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         before, read = resource_peak(), resource_peak
-    dtype = artifacts.autocast_dtype(on)
+    dtype = amp_dtype(on)
     with torch.autocast(on.type, dtype, enabled=dtype is not None):
         STEPS[step](path, *given)
     return read() - before
@@ -150,7 +156,7 @@ def peak(step: str, shape: str, path: str, on: torch.device) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=artifacts.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device().type)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distill_utils import artifacts, losses
+from distill_utils import artifacts
+from distill_utils.device import device
+from distill_utils.distillation import losses
 
 
 def ours(student, teacher, mask, heads):
@@ -52,7 +54,7 @@ FORMS = {"ours": ours, "naive": naive, "checkpointed": checkpointed}
 
 def inputs(arguments):
     torch.manual_seed(0)
-    on = artifacts.device()
+    on = device()
     student, teacher = (torch.randn(arguments.batch, arguments.length, arguments.width, device=on) for _ in range(2))
     mask = torch.ones(arguments.batch, arguments.length, dtype=torch.bool, device=on)
     return student.requires_grad_(), teacher, mask, arguments.heads

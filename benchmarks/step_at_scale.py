@@ -20,10 +20,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from distill_utils import artifacts, objectives, scaling, simulation, task_agnostic
+from distill_utils import artifacts
+from distill_utils.device import amp_dtype, device
+from distill_utils.distillation import objectives
+from distill_utils.experiments import miniend
+from distill_utils.planning import step
+from distill_utils.planning.measure import measure_step, model_config
 
-PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in task_agnostic.PATHS
-SILENT = dict.fromkeys((*task_agnostic.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
+PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in miniend.PATHS
+SILENT = dict.fromkeys((*miniend.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
 LIMIT = 0.15  # by how much the planned peak may miss the measured one
 # Teacher, student (name:layers for fewer), lengths, batch, micro-batch, paths and what differs: what a CPU can hold.
 LADDER = (
@@ -40,14 +45,14 @@ LADDER = (
 
 def student_config(name: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of a student, over the teacher's vocabulary."""
-    found = scaling.model_config(name)
+    found = model_config(name)
     found.vocab_size = teacher.vocab_size
     return found
 
 
 def cases(arguments: argparse.Namespace, on: torch.device) -> list[tuple]:
     """Return (teacher, student, lengths, path, settings) of every step to measure."""
-    half = "bfloat16" if artifacts.autocast_dtype(on) and on.type == "cuda" else "float32"
+    half = "bfloat16" if amp_dtype(on) and on.type == "cuda" else "float32"
     if arguments.cases == "ladder":
         found = LADDER
     else:
@@ -72,14 +77,14 @@ def cases(arguments: argparse.Namespace, on: torch.device) -> list[tuple]:
 
 def measure(teacher: str, student: str, lengths: str, path: str, settings: dict, arguments) -> dict:
     """Return one row: what was asked, the plan and the measurement."""
-    weights = SILENT | task_agnostic.PATHS[PATHS[path]]
+    weights = SILENT | miniend.PATHS[PATHS[path]]
     objective = partial(objectives.miniend, **weights)
-    teacher_config = scaling.model_config(teacher)
+    teacher_config = model_config(teacher)
     ours = student_config(student, teacher_config)
-    on, began = artifacts.device().type, time.process_time()
-    plan = simulation.plan_step(objective, ours, teacher_config, **settings, on=on)
+    on, began = device().type, time.process_time()
+    plan = step.plan_step(objective, ours, teacher_config, **settings, on=on)
     planning = time.process_time() - began
-    found = scaling.measure_step(
+    found = measure_step(
         objective, ours, teacher_config, repeats=arguments.repeats, threads=arguments.threads, plan=plan, **settings
     )
     row = {"teacher": teacher, "student": student, "lengths": lengths, "path": path, **settings}
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: results/step_at_scale_DEVICE.json")
     arguments = parser.parse_args()
-    on = artifacts.device()
+    on = device()
     output = arguments.output or Path(__file__).parent / "results" / f"step_at_scale_{on.type}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     rows, load = [], os.getloadavg()[0]

@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill_utils import artifacts, distributed, students
-from distill_utils.task_agnostic import AgnosticRun
-from distill_utils.training import Training, read_history
+from distill_utils import artifacts
+from distill_utils.experiments import launch
+from distill_utils.experiments.miniend import AgnosticRun
+from distill_utils.models.loading import load_model
+from distill_utils.training.loop import Training, read_history
 
 LIMIT = 0.9  # of the throughput of one process
 RUNS = {"one": (1, False), "whole": (2, False), "sharded": (2, True)}  # processes, and whether they hold parts
@@ -30,7 +32,7 @@ LOG_EVERY = 5  # steps of a history row; the first row warms up
 
 def rate(folder: Path, num_processes: int, sharded: bool, steps: int, batch_size: int, source_length: int) -> float:
     """Return the examples a second of a run, the median over its history's rows."""
-    teacher, tokenizer = students.load_model("pydocs-t5")
+    teacher, tokenizer = load_model("pydocs-t5")
     tokens = np.random.default_rng(0).integers(0, 8000, size=batch_size * source_length * 20).astype(np.uint16)
     training = Training(
         max_steps=steps + LOG_EVERY, batch_size=batch_size, learning_rate=1e-3, log_every=LOG_EVERY, precision="float32"
@@ -38,8 +40,8 @@ def rate(folder: Path, num_processes: int, sharded: bool, steps: int, batch_size
     run = AgnosticRun(
         path="miniend_logits", shape="3-3", teacher="pydocs-t5", training=training, source_length=source_length
     )
-    distributed.describe(folder, run, teacher, tokenizer, tokens, tokens[: source_length * 4], sharded=sharded)
-    distributed.launch(folder, num_processes)
+    launch.describe(folder, run, teacher, tokenizer, tokens, tokens[: source_length * 4], sharded=sharded)
+    launch.launch(folder, num_processes)
     return statistics.median(row["examples_per_second"] for row in read_history(folder)[1:-1])  # the last one evaluates
 
 

@@ -8,8 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from distill_utils import batch
 from distill_utils.artifacts import InputError
+from distill_utils.report import batch
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "report":
             return report(arguments)
-        from distill_utils import t5_teacher, teachers
+        from distill_utils.experiments import t5_teacher, teacher
 
-        for build in (teachers.build, *(partial(t5_teacher.build, name) for name in t5_teacher.SHAPES)):
+        for build in (teacher.build, *(partial(t5_teacher.build, name) for name in t5_teacher.SHAPES)):
             print(f"wrote {build().name}", flush=True)
         return batch.OK
     except InputError as error:

@@ -13,12 +13,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -185,6 +185,38 @@ def save_notebook_results(
     print(f"wrote runs/{folder.name}/results.json")
 
 
+@dataclass
+class NotebookRun:
+    """One execution of a notebook: its run folder, its parameters, and the seconds that its parts took."""
+
+    name: str
+    folder: Path
+    parameters: dict
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last call under `part`; call it at the end of a section."""
+        now = time.monotonic()
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self.began, 1)
+        self.began = now
+
+    def save(self, rows: list[dict], headline: str, **extra: object) -> None:
+        """Write results.json, the completion marker: call it in the last executed cell."""
+        save_notebook_results(
+            self.folder, self.name, self.parameters, rows, headline, seconds=self.seconds, **extra
+        )
+
+
+def start_notebook(name: str, variables: dict) -> NotebookRun:
+    """Return the run of a notebook; call it with `globals()` right behind the cell of parameters.
+
+    Parameters are the names that the notebook annotates, so annotate nothing else.
+    """
+    parameters = {parameter: variables[parameter] for parameter in variables["__annotations__"]}
+    return NotebookRun(name, notebook_folder(name, parameters), parameters)
+
+
 # ----------------------------------------------------------------------------------------------------------- progress
 
 _progress: dict[str, tuple[float, float, int, str]] = {}
@@ -262,34 +294,3 @@ def processor_name() -> str:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return found[0] if found else platform.processor() or "unknown"
-
-
-def device():
-    """Return the device to compute on: CUDA when torch sees one, else the CPU."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast_dtype(on=None):
-    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32)."""
-    import torch
-
-    on = on or device()
-    if on.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        if "avx512_bf16" in flags or "amx_bf16" in flags:
-            return torch.bfloat16
-    return None
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; atomic GPU kernels may still differ in the last bits."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from tiny_models import tiny_bart
 
-from distill_utils import ablations, runs
 from distill_utils.artifacts import InputError
-from distill_utils.evaluation import paired_test
-from distill_utils.recommendation import documents_needed, recommend, signal_rows
-from distill_utils.training import Training
+from distill_utils.evaluation import statistics
+from distill_utils.evaluation.statistics import paired_test
+from distill_utils.experiments import ablations, runs
+from distill_utils.experiments.recommendation import documents_needed, recommend, signal_rows
+from distill_utils.training.loop import Training
 
 BASE = runs.StudentRun(
     method="sft", shape="6-3", teacher="t", max_source_length=24, max_target_length=10,
@@ -123,8 +124,8 @@ def test_every_published_claim_names_possible_runs():
 
 
 def test_holm_by_hand():
-    assert ablations.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert ablations.holm([0.9, 0.8]) == [1.0, 1.0] and ablations.holm([]) == []
+    assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
 
 
 # ------------------------------------------------------------------------------------------------------ recommendation

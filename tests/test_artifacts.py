@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
+from distill_utils.device import seed_everything
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -391,8 +392,8 @@ def test_seed_everything_seeds_all_three_generators():
     def draw():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
-    artifacts.seed_everything(7)
+    seed_everything(7)
     first = draw()
     assert draw() != first
-    artifacts.seed_everything(7)
+    seed_everything(7)
     assert draw() == first

@@ -13,9 +13,9 @@ import time
 import pytest
 from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environment, run_report, write_notebook
 
-from distill_utils import batch
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError
+from distill_utils.report import batch
 
 # --------------------------------------------------------------------------------------------------------- parameters
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_data import refusal
+from test_loading import refusal
 from tiny_models import EOS, MASK, PAD, WORDS, tiny_tokenizer
 
-from distill_utils import controls
 from distill_utils.artifacts import read_json
-from distill_utils.controls import KINDS, Text
-from distill_utils.denoising import infilling_stream
-from distill_utils.training import Training, read_history
+from distill_utils.data.denoising import infilling_stream
+from distill_utils.experiments import controls
+from distill_utils.experiments.controls import KINDS, Text
+from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=3, batch_size=4, learning_rate=1e-2, log_every=1, seed=0, precision="float32")
 SHAPE = {"layers": 2, "width": 16, "heads": 2}

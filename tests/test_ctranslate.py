@@ -6,7 +6,9 @@ from test_generation import GREEDY, make_documents, save
 from tiny_models import BOS, EOS, FAMILIES, tiny_bart, tiny_t5_v1_1, tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
-from distill_utils import artifacts, ctranslate, generation, students
+from distill_utils import artifacts
+from distill_utils.evaluation import ctranslate, generation
+from distill_utils.models.loading import load_model
 
 
 def teacher_forced_mean(model, tokenizer, document, max_source_length, sequence, skip=0, end=None) -> float:
@@ -130,7 +132,7 @@ def test_generation_settings_of_an_old_checkpoint_are_found_in_its_config(tmp_pa
     path = tmp_path / "model" / "config.json"
     artifacts.write_json(path, artifacts.read_json(path) | settings | {"forced_bos_token_id": BOS})
     folder = ctranslate.to_ctranslate2(tmp_path / "model", tmp_path / "converted")
-    model, tokenizer = students.load_model(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model")
     documents = make_documents(6)
     expected = generation.summarize(model, tokenizer, documents, max_source_length=24, num_beams=1)
     found = ctranslate.summarize_ctranslate2(folder, tokenizer, documents, max_source_length=24, num_beams=1)[0]

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_data import refusal, unpadded
+from test_loading import refusal, unpadded
 from tiny_models import BOS, EOS, MASK, PAD, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill_utils import denoising
+from distill_utils.data import denoising
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(12)]
 PROSE = [

@@ -17,57 +17,23 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from distill_utils import pydocs
+from distill_utils.data import pydocs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "distill_utils"
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 SYSTEMS = {"linux": "Linux", "darwin": "Darwin"}
 
-# A file imports only from lower floors (DESIGN, section 2).
+# A folder imports only from folders on lower floors, or from itself (DESIGN, section 2). "" is the root.
 FLOORS = {
-    "losses": 1, "pydocs": 1, "artifacts": 1, "placement": 1,
-    "parallel": 2, "data": 2, "students": 2, "capture": 2, "sizing": 2, "denoising": 2,
-    "objectives": 3, "generation": 3, "ctranslate": 3, "pseudo_labels": 3, "targets": 3, "checkpoints": 3,
-    "training": 4, "evaluation": 4, "gates": 4, "label_filters": 4, "understanding": 4,
-    "distributed": 5, "plotting": 5, "explore": 5, "runs": 5, "forecast": 5, "comparison": 5,
-    "ablations": 5, "recommendation": 5, "layer_selection": 5,
-    "teachers": 5, "teacher_facts": 5, "t5_teacher": 5, "task_agnostic": 5, "interpolation": 5, "controls": 5,
-    "ladder": 5, "simulation": 5, "planning": 5, "scaling": 5,
-    "pages": 6, "batch": 6, "__main__": 6,
+    "": 1, "report": 2, "data": 2, "models": 2, "training": 2, "evaluation": 3, "distillation": 4, "planning": 5,
+    "experiments": 6, "__main__": 7,
 }  # fmt: skip
-# Parts of one concept that share a floor: each may import those named.
-NEIGHBORS = {
-    "ctranslate": {"generation"},
-    "pseudo_labels": {"generation", "ctranslate"},
-    "targets": {"objectives"},
-    "gates": {"evaluation"},
-    "label_filters": {"evaluation"},
-    "forecast": {"runs"},
-    "ablations": {"runs"},
-    "layer_selection": {"runs", "comparison"},
-    "explore": {"plotting"},
-    "comparison": {"runs", "plotting"},
-    "teachers": {"runs"},
-    "t5_teacher": {"teachers", "task_agnostic"},
-    "task_agnostic": {"runs", "comparison"},
-    "interpolation": {"runs", "task_agnostic"},
-    "controls": {"runs", "task_agnostic"},
-    "ladder": {"runs", "task_agnostic"},
-    "distributed": {"task_agnostic"},
-    "denoising": {"data"},
-    "planning": {"simulation"},
-    "scaling": {"simulation", "planning"},
-    "understanding": {"evaluation"},
-    "teacher_facts": {"runs", "comparison", "plotting"},
-    "batch": {"pages"},
-    "__main__": {"batch"},
-}
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
-    "ipywidgets": {"explore"},
-    "matplotlib": {"placement", "plotting"},
-    "seaborn": {"plotting"},
+    "ipywidgets": {"widgets"},
+    "matplotlib": {"placement", "figures"},
+    "seaborn": {"figures"},
     "papermill": {"batch", "pages"},
     "nbconvert": {"batch", "pages"},
     "nbformat": {"batch", "pages"},
@@ -160,7 +126,7 @@ def imports(path: Path) -> set[str]:
 
 
 def package_files() -> list[Path]:
-    return sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
 # ---------------------------------------------------------------------------------------------------------- the lock
@@ -256,22 +222,28 @@ def test_corpus_packages_are_pinned_everywhere():
 # ------------------------------------------------------------------------------------------------------- the package
 
 
-def test_every_file_has_a_floor():
-    unknown = [path.stem for path in package_files() if path.stem not in FLOORS]
-    assert not unknown, f"{unknown}: place them in FLOORS of this test"
+def room_of(name: str) -> str:
+    """Return the folder of an imported name such as `distill_utils.data.loading`; "" for a file in the root."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: path.stem)
+def test_every_folder_has_a_floor():
+    folders = {path.parent.name for path in package_files()} - {PACKAGE.name}
+    assert folders == FLOORS.keys() - {"", "__main__"}
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_only_from_lower_floors(path):
-    modules = {name.split(".")[1] for name in imports(path) if name.startswith("distill_utils.")}
-    modules = {name for name in modules if (PACKAGE / f"{name}.py").exists()}
-    floor = FLOORS[path.stem]
-    for module in modules:
-        allowed = FLOORS[module] < floor or module in NEIGHBORS.get(path.stem, ())
-        assert allowed, f"{path.stem} (floor {floor}) imports {module} (floor {FLOORS[module]}): import from below only"
+    own = path.stem if path.stem == "__main__" else room_of(f"distill_utils.{path.relative_to(PACKAGE).parts[0]}")
+    for name in imports(path):
+        if name.split(".")[0] == "distill_utils":
+            room = room_of(name)
+            message = f"{path.relative_to(PACKAGE)} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[room]})"
+            assert room == own or FLOORS[room] < FLOORS[own], f"{message}: import from below only"
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_special_packages_stay_in_their_files(path):
     roots = {name.partition(".")[0] for name in imports(path)}
     for root, files in ONLY_IN.items():

@@ -11,9 +11,15 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
 
-from distill_utils import data, gates, generation, losses, objectives, runs, students, training
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.training import Training, read_history
+from distill_utils.data.batches import pair_stream, tokenize_pairs
+from distill_utils.distillation import losses, objectives
+from distill_utils.evaluation import generation
+from distill_utils.experiments import checks, runs
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.training import loop
+from distill_utils.training.loop import Training, read_history
 
 
 def tiny_flan(encoder_layers=2, decoder_layers=2, seed=0, **changes):
@@ -44,8 +50,8 @@ def pairs(num: int, seed: int = 0) -> Dataset:
 @pytest.mark.parametrize("family", MODELS)
 def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
-    students.save_model(MODELS[family](2, 2), tiny_tokenizer(), tmp_path / "teacher")
-    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    save_model(MODELS[family](2, 2), tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = load_model(tmp_path / "teacher")
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
     prefix = "read the text " if family.startswith(("t5", "flan")) else ""
     base = replace(BASE, teacher=str(tmp_path / "teacher"), prefix=prefix)
@@ -61,7 +67,7 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
         assert ("hidden_loss" in history[0]) == (run.method == "kd") and "validation_kl" in history[-1]
 
         cut, _ = runs.cut_student(run, teacher)
-        student, own_tokenizer = students.load_model(folder / "student")
+        student, own_tokenizer = load_model(folder / "student")
         start, trained = cut.state_dict(), student.state_dict()
         moved = {name for name in start if not torch.equal(start[name], trained[name])}
         assert moved  # the decoder learned, while the frozen encoder and embeddings stayed the teacher's
@@ -80,17 +86,17 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
 def test_saved_student_writes_what_it_wrote_before(family, tmp_path):
     teacher, tokenizer = MODELS[family](2, 2), tiny_tokenizer()
     student, _, _ = students.init_student(teacher, 1, 1)
-    rows = data.tokenize_pairs(pairs(8), tokenizer, 16, 8)
-    batches = data.pair_stream(rows, tokenizer.pad_token_id, 4, seed=0)
+    rows = tokenize_pairs(pairs(8), tokenizer, 16, 8)
+    batches = pair_stream(rows, tokenizer.pad_token_id, 4, seed=0)
     options = {"encoder_layer_ids": [1], "decoder_layer_ids": [1]}  # a cut encoder, all of it trained
 
-    training.fit(student, lambda model, batch: objectives.kd(model, teacher, batch, **options), batches, TRAINING,
+    loop.fit(student, lambda model, batch: objectives.kd(model, teacher, batch, **options), batches, TRAINING,
                  tmp_path / "run")  # fmt: skip
 
     documents = list(pairs(4, seed=1)["document"])
     written = generation.summarize(student, tokenizer, documents, max_source_length=16)
-    students.save_model(student, tokenizer, tmp_path / "student")
-    again, again_tokenizer = students.load_model(tmp_path / "student")
+    save_model(student, tokenizer, tmp_path / "student")
+    again, again_tokenizer = load_model(tmp_path / "student")
     assert any(written)
     assert generation.summarize(again, again_tokenizer, documents, max_source_length=16) == written
     assert again.generation_config.num_beams == teacher.generation_config.num_beams == 3
@@ -114,13 +120,15 @@ def test_gate_refuses_unequal_vocabularies_and_too_large_tokenizers():
         (tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), f"tokenizer {VOCAB_SIZE + 1} entries"),
     ):
         with pytest.raises(InputError, match=said) as error:
-            gates.step0_gate(student, teacher, tokenizer, tiny_batch(), documents, documents, max_source_length=16)
+            checks.check_initial_student(
+                student, teacher, tokenizer, tiny_batch(), documents, documents, max_source_length=16
+            )
         assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_at_saving(tmp_path):
     with pytest.raises(InputError, match="1 entries beyond the model's vocabulary of 96"):
-        students.save_model(tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), tmp_path / "model")
+        save_model(tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), tmp_path / "model")
 
 
 # -------------------------------------------------------------------------------------------------------------- Pegasus
@@ -159,16 +167,16 @@ def test_hidden_loss_does_not_see_the_size_of_the_states():
 
 def test_float16_is_never_used(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="precision 'float16' is unknown: use auto or float32"):
-        training.check(replace(TRAINING, precision="float16"))
-    students.save_model(tiny_pegasus(1, 1).half(), tiny_tokenizer(), tmp_path / "half")
-    model, _ = students.load_model(tmp_path / "half")
+        loop.check(replace(TRAINING, precision="float16"))
+    save_model(tiny_pegasus(1, 1).half(), tiny_tokenizer(), tmp_path / "half")
+    model, _ = load_model(tmp_path / "half")
     assert model.dtype == torch.float32  # what a checkpoint is stored in does not decide
     batch, seen = tiny_batch() | {"ids": ["a", "b", "c"]}, set()
-    monkeypatch.setattr(training, "autocast_dtype", lambda on=None: torch.bfloat16)
+    monkeypatch.setattr(loop, "amp_dtype", lambda on=None: torch.bfloat16)
 
     def loss_fn(student, batch):
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else student.dtype)
         return objectives.sft(student, None, batch)
 
-    training.fit(model, loss_fn, lambda step: [batch], replace(TRAINING, batch_size=3), tmp_path / "run")
+    loop.fit(model, loss_fn, lambda step: [batch], replace(TRAINING, batch_size=3), tmp_path / "run")
     assert seen == {torch.bfloat16} and model.dtype == torch.float32  # weights stay float32

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import EOS, WORDS, tiny_bart, tiny_tokenizer
 
-from distill_utils import artifacts, generation
+from distill_utils import artifacts
+from distill_utils.evaluation import generation
 
 GREEDY = {"num_beams": 1, "max_new_tokens": 10, "min_length": 0, "no_repeat_ngram_size": 0}
 

@@ -9,17 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_task_agnostic import TRAINING
+from test_miniend import TRAINING
 from tiny_models import VOCAB_SIZE, tiny_batch, tiny_t5, tiny_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_utils import interpolation, students, task_agnostic, training
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.losses import chunked_token_losses, kl_loss
-from distill_utils.objectives import grow_mix, miniend
-from distill_utils.task_agnostic import AgnosticRun
-from distill_utils.training import read_history
+from distill_utils.distillation import objectives
+from distill_utils.distillation.losses import chunked_token_losses, kl_loss
+from distill_utils.experiments import interpolation, miniend
+from distill_utils.experiments.miniend import AgnosticRun
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.training import loop
+from distill_utils.training.loop import read_history
 
 LABELS = torch.tensor([[3, 0, 4, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
 
@@ -28,8 +31,8 @@ LABELS = torch.tensor([[3, 0, 4, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
     teacher = tiny_t5(3, 3)
-    students.save_model(teacher, tiny_tokenizer(), tmp_path / "teacher")
-    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    save_model(teacher, tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = load_model(tmp_path / "teacher")
     generator = np.random.default_rng(0)
     tokens, held_out = (generator.integers(5, 60, size=size).astype(np.uint16) for size in (2000, 600))
     run = AgnosticRun(
@@ -48,7 +51,7 @@ def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(place):
     before = {name: weight.clone() for name, weight in teacher.named_parameters()}
     shape, width = "3-3", 8  # MiniLM's rule: as deep as the teacher, as wide as the student
     found = interpolation.with_assistant(run, shape, width, teacher, *rest, share=1 / 3)
-    direct = task_agnostic.distill(run, teacher, *rest)
+    direct = miniend.distill(run, teacher, *rest)
     results = {name: read_json(folder / "results.json") for name, folder in found.items()}
     straight = read_json(direct / "results.json")
     assert [result["final"]["step"] for result in results.values()] == [2, 4]
@@ -66,17 +69,17 @@ def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(place):
 def test_the_assistant_is_who_teaches_the_student(place, monkeypatch):
     run, teacher, *rest = place
     taught = {}
-    distill = task_agnostic.distill
+    distill = miniend.distill
 
     def spy(run, teacher, *rest):
         folder = distill(run, teacher, *rest)
         taught[folder] = (run.teacher, {name: weight.clone() for name, weight in teacher.named_parameters()})
         return folder
 
-    monkeypatch.setattr(task_agnostic, "distill", spy)
+    monkeypatch.setattr(miniend, "distill", spy)
     found = interpolation.with_assistant(run, "2-2", 16, teacher, *rest)
     name, weights = taught[found["student"]]
-    assistant, _ = students.load_model(found["assistant"] / "student")
+    assistant, _ = load_model(found["assistant"] / "student")
     assert name == str(found["assistant"] / "student") and len(students.encoder_layers(assistant)) == 2
     assert all(torch.equal(weight, weights[name]) for name, weight in assistant.named_parameters())
     assert taught[found["assistant"]][0] == run.teacher
@@ -87,10 +90,10 @@ def test_the_student_is_that_of_the_direct_run_to_the_last_weight(place, width, 
     run, teacher, *_ = place
     run = replace(run, width=width)
     assistant, student = interpolation.split_run(run, "2-2", middle, teacher)
-    assistant_model = task_agnostic.new_student(assistant, teacher)
+    assistant_model = miniend.new_student(assistant, teacher)
     assert assistant_model.config.d_model == (middle or 16)
-    ours = task_agnostic.new_student(student, assistant_model).state_dict()
-    direct = task_agnostic.new_student(run, teacher).state_dict()
+    ours = miniend.new_student(student, assistant_model).state_dict()
+    direct = miniend.new_student(run, teacher).state_dict()
     assert ours.keys() == direct.keys() and all(torch.equal(ours[name], direct[name]) for name in ours)
 
 
@@ -174,7 +177,7 @@ def test_all_teacher_is_the_plain_divergence_and_all_student_is_none():
     losses, gradients = [], []
     for options in ({}, {"mix": 1.0}, {"mix": 0.0}, {"mix": 0.5}):
         student.zero_grad()
-        losses.append(miniend(student, teacher, batch, **only, **options)["loss"])
+        losses.append(objectives.miniend(student, teacher, batch, **only, **options)["loss"])
         losses[-1].backward()
         gradients.append(student.shared.weight.grad.clone())
     assert torch.equal(losses[0], losses[1]) and torch.equal(gradients[0], gradients[1])
@@ -206,7 +209,7 @@ def test_the_share_of_the_teacher_grows_as_published():
     mixing, shares = {"mix": start}, []
     t, m, before = start, 0.0, None
     for n, loss in enumerate(losses):
-        grow_mix(mixing, n + 1, {"kl_loss": loss, "loss": 9.0}, start=start, rate=rate, max_steps=steps)
+        objectives.grow_mix(mixing, n + 1, {"kl_loss": loss, "loss": 9.0}, start=start, rate=rate, max_steps=steps)
         m = 0.99 * m + (0.01 * (before - loss) / before if before else 0.0)
         t = min(1.0, max(start + (1 - start) * (n + 1) / (steps - 1), t + rate / (1 + math.exp(-m)) * (1 - t)))
         before = loss
@@ -215,8 +218,8 @@ def test_the_share_of_the_teacher_grows_as_published():
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert shares[0] > start + (1 - start) / (steps - 1)  # faster than the line
     falling, rising = ({"mix": 0.2, "kl_loss": 1.0, "momentum": 0.0} for _ in range(2))
-    grow_mix(falling, 1, {"kl_loss": 0.1}, start=0.2, rate=0.5, max_steps=100)
-    grow_mix(rising, 1, {"kl_loss": 10.0}, start=0.2, rate=0.5, max_steps=100)
+    objectives.grow_mix(falling, 1, {"kl_loss": 0.1}, start=0.2, rate=0.5, max_steps=100)
+    objectives.grow_mix(rising, 1, {"kl_loss": 10.0}, start=0.2, rate=0.5, max_steps=100)
     assert falling["mix"] > rising["mix"]
 
 
@@ -225,17 +228,17 @@ def test_short_runs_keep_to_the_line_whatever_the_losses():
     mixing = {"mix": 0.3}
     for done in range(1, 200):
         losses = {"kl_loss": float(generator.uniform(0, 5))}
-        grow_mix(mixing, done, losses, start=0.3, rate=1 / 200, max_steps=200)
+        objectives.grow_mix(mixing, done, losses, start=0.3, rate=1 / 200, max_steps=200)
         assert mixing["mix"] == pytest.approx(0.3 + 0.7 * done / 199)
     hostile = {"mix": 0.3}
     for loss in (0.0, 1e30, 0.0, 5.0):  # no overflow, no division by zero
-        grow_mix(hostile, 1, {"kl_loss": loss}, start=0.3, rate=1.0, max_steps=9)
+        objectives.grow_mix(hostile, 1, {"kl_loss": loss}, start=0.3, rate=1.0, max_steps=9)
     assert 0.3 <= hostile["mix"] <= 1
 
 
 def test_a_run_with_mixing_shows_its_share_and_ends_with_the_teacher(place):
     run, teacher, *rest = place
-    folders = {start: task_agnostic.distill(replace(run, mix_start=start), teacher, *rest) for start in (1.0, 0.4)}
+    folders = {start: miniend.distill(replace(run, mix_start=start), teacher, *rest) for start in (1.0, 0.4)}
     assert "-mix0.4-s0" in folders[0.4].name and "mix" not in folders[1.0].name
     shares = [row["mix"] for row in read_history(folders[0.4])]
     assert shares == pytest.approx([0.4, 0.52, 0.64, 0.76, 0.88, 1.0])
@@ -251,22 +254,22 @@ def test_a_stopped_run_goes_on_with_the_same_mixture(place, monkeypatch, tmp_pat
         run, path="logits", mix_start=0.2, mix_rate=0.9,
         training=replace(run.training, max_steps=9, checkpoint_every=2, micro_batch_size=2),
     )  # fmt: skip
-    straight = task_agnostic.distill(run, teacher, *rest)
+    straight = miniend.distill(run, teacher, *rest)
     shutil.move(straight, tmp_path / "straight")
-    save = training.save_checkpoint
+    save = loop.save_checkpoint
 
     def stop(folder, *arguments):
         save(folder, *arguments)
         if (folder / "checkpoint-000004").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", stop)
+    monkeypatch.setattr(loop, "save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
-        task_agnostic.distill(run, teacher, *rest)
-    monkeypatch.setattr(training, "save_checkpoint", save)
+        miniend.distill(run, teacher, *rest)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     assert {"mix", "momentum", "kl_loss"} == read_json(straight / "checkpoint-000004" / "state.json")["memory"].keys()
-    resumed = task_agnostic.distill(run, teacher, *rest)
-    weights = [students.load_model(folder / "student")[0].state_dict() for folder in (tmp_path / "straight", resumed)]
+    resumed = miniend.distill(run, teacher, *rest)
+    weights = [load_model(folder / "student")[0].state_dict() for folder in (tmp_path / "straight", resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     histories = [
         [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_second")} for row in read_history(folder)]
@@ -290,7 +293,7 @@ def test_a_stopped_run_goes_on_with_the_same_mixture(place, monkeypatch, tmp_pat
 def test_impossible_mixtures_are_refused(place, changes, said):
     run, teacher, *_ = place
     with pytest.raises(InputError, match=said):
-        task_agnostic.check_runs([replace(run, **changes)], teacher)
+        miniend.check_runs([replace(run, **changes)], teacher)
 
 
 def test_vocabularies_must_agree_to_mix():

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from distill_utils import artifacts, label_filters
+from distill_utils import artifacts
+from distill_utils.distillation import label_filters
 
 DOCUMENT = "the file read_rows opens a table of 12 rows and the function returns a list"  # 15 words
 # label, reference and what stands beside them: (reference_rouge2, copy_rate, length_ratio, repeating, numbers, names)

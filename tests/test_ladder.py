@@ -7,15 +7,18 @@ import pytest
 import torch
 from tiny_models import tiny_t5, tiny_tokenizer
 
-from distill_utils import denoising, ladder, students
 from distill_utils.artifacts import InputError, read_json, write_json
+from distill_utils.data import denoising
+from distill_utils.experiments import ladder
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, save_model
 
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
     for name, depth in (("large", 3), ("small", 1)):
-        students.save_model(tiny_t5(depth, depth, seed=depth), tiny_tokenizer(), tmp_path / name)
+        save_model(tiny_t5(depth, depth, seed=depth), tiny_tokenizer(), tmp_path / name)
     return {name: str(tmp_path / name) for name in ("large", "small")}
 
 
@@ -40,7 +43,7 @@ def test_no_ladder_without_teachers_or_with_one_twice(places):
 def test_teachers_of_other_tokens_are_refused(places, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["another"])
-    students.save_model(tiny_t5(1, 1, vocab_size=len(tokenizer) + 8), tokenizer, tmp_path / "other")
+    save_model(tiny_t5(1, 1, vocab_size=len(tokenizer) + 8), tokenizer, tmp_path / "other")
     with pytest.raises(InputError, match="another vocabulary"):
         ladder.load_ladder([places["small"], str(tmp_path / "other")])
 
@@ -49,7 +52,7 @@ def test_text_is_tested_window_by_window_as_the_model_itself_counts(places):
     held_out = np.random.default_rng(0).integers(5, 60, size=600).astype(np.uint16)
     folder = ladder.test_text("small", places["small"], held_out, 4, 16, "text_infilling")
     losses = read_json(folder / "scores.json")["loss"]
-    model, tokenizer = students.load_model(places["small"])
+    model, tokenizer = load_model(places["small"])
     stream = denoising.denoising_stream(held_out, tokenizer, "text_infilling", 16, 1, seed=0)
     for number, loss in enumerate(losses):
         (batch,) = stream(number)

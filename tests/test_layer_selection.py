@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, PAD, tiny_bart, tiny_batch, tiny_tokenizer
 
-from distill_utils import layer_selection as selection
 from distill_utils.artifacts import InputError
-from distill_utils.students import decoder_layers, encoder_layers, init_student
-from distill_utils.training import Training
+from distill_utils.experiments import layer_selection as selection
+from distill_utils.models.students import decoder_layers, encoder_layers, init_student
+from distill_utils.training.loop import Training
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 BATCHES = [tiny_batch(), tiny_batch(source_lengths=(4, 8), target_lengths=(5, 2), seed=1, padding=2)]
@@ -20,7 +20,7 @@ BATCHES = [tiny_batch(), tiny_batch(source_lengths=(4, 8), target_lengths=(5, 2)
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Compare in float32, whatever this machine would calculate in."""
-    monkeypatch.setattr(selection, "autocast_dtype", lambda on: None)
+    monkeypatch.setattr(selection, "amp_dtype", lambda on: None)
 
 
 def naive_loss(model) -> float:

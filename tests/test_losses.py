@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill_utils import losses
-from distill_utils.losses import (
+from distill_utils.distillation import losses
+from distill_utils.distillation.losses import (
     DIVERGENCES,
     ce_loss,
     chunked_cached_losses,

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from tiny_notebooks import PARAMETERS, code, markdown, write_notebook
 
-from distill_utils import batch
 from distill_utils.artifacts import InputError
+from distill_utils.report import batch
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 # A measured result in prose grows old; "95 % interval" names a method, and published figures are marked as such.

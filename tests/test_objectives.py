@@ -11,12 +11,12 @@ from tiny_models import EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch, t
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
-from distill_utils import objectives
 from distill_utils.artifacts import InputError
-from distill_utils.capture import capture
-from distill_utils.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss, relation_loss
-from distill_utils.objectives import draw_samples, kd, kd_cached, miniend, on_policy, pl_kl, sft
-from distill_utils.students import freeze, has_teacher_encoder, init_student, supervision_map
+from distill_utils.distillation import objectives
+from distill_utils.distillation.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss, relation_loss
+from distill_utils.distillation.objectives import draw_samples, kd, kd_cached, miniend, on_policy, pl_kl, sft
+from distill_utils.models.hooks import capture
+from distill_utils.models.students import freeze, has_teacher_encoder, init_student, supervision_map
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_KD = partial(kd, encoder_layer_ids=[0, 2], decoder_layer_ids=[2])

@@ -13,16 +13,19 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5ForConditionalGeneration
 
-from distill_utils import objectives, planning, simulation, students, targets, task_agnostic
 from distill_utils.artifacts import InputError
+from distill_utils.distillation import objectives, targets
+from distill_utils.experiments import miniend
+from distill_utils.models import students
+from distill_utils.planning import plan, step
 
 SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 80, "num_heads": 4}
 TEXT = {"source_length": 20, "target_length": 12, "batch_size": 8}
 PLAIN = {"precision": "float32", "on": "cpu"}
 CEILINGS = {"float32": 50.0, "bfloat16": 200.0, "bandwidth": 10.0}
-SILENT = dict.fromkeys((*task_agnostic.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
-RELATIONS = partial(objectives.miniend, **SILENT | task_agnostic.PATHS["miniend"], num_relation_heads=4)
-LOGITS = partial(objectives.miniend, **SILENT | task_agnostic.PATHS["logits"])
+SILENT = dict.fromkeys((*miniend.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
+RELATIONS = partial(objectives.miniend, **SILENT | miniend.PATHS["miniend"], num_relation_heads=4)
+LOGITS = partial(objectives.miniend, **SILENT | miniend.PATHS["logits"])
 
 
 def configs(teacher_layers=2, student_layers=1):
@@ -32,7 +35,7 @@ def configs(teacher_layers=2, student_layers=1):
 
 @cache  # several tests read the same plan, none changes it
 def planned(objective=LOGITS, layers=(2, 1), **changes):
-    return simulation.plan_step(objective, *configs(*layers), **PLAIN | TEXT | changes)
+    return step.plan_step(objective, *configs(*layers), **PLAIN | TEXT | changes)
 
 
 def hand_count(layers: int, rows: int, source: int, target: int, vocabulary: int = tiny_models.VOCAB_SIZE) -> int:
@@ -101,7 +104,7 @@ def test_causes_follow_the_objective():
     assert logits["memory"]["logits"] >= 4 * 8 * 12 * tiny_models.VOCAB_SIZE and "relations" not in logits["memory"]
     assert relations["memory"].get("relations", 0) > 0 and relations["memory"].get("captured tensors", 0) > 0
     assert relations["memory"].get("logits", 0) == 0 < planned(LOGITS, precision="bfloat16")["memory"]["weight copies"]
-    assert set(logits["memory"]) | set(relations["memory"]) <= set(simulation.CAUSES)
+    assert set(logits["memory"]) | set(relations["memory"]) <= set(step.CAUSES)
 
 
 def test_recomputation_saves_activations_and_costs_one_forward_pass():
@@ -155,8 +158,8 @@ def test_a_frozen_encoder_has_no_moments():
 @pytest.mark.parametrize("family", ["bart", "pegasus", "t5_v1_1"])
 def test_other_families_are_planned(family):
     config = tiny_models.FAMILIES[family]().config
-    step = simulation.plan_step(objectives.sft, config, None, **PLAIN | TEXT)
-    assert step["flops"]["student"] > 0 == step["flops"]["teacher"]
+    flops = step.plan_step(objectives.sft, config, None, **PLAIN | TEXT)["flops"]
+    assert flops["student"] > 0 == flops["teacher"]
 
 
 @pytest.mark.parametrize(
@@ -181,15 +184,15 @@ def test_impossible_settings_are_refused(changes, message):
 
 def test_seconds_are_bound_by_arithmetic_or_by_bytes():
     step = planned()
-    slow = planning.step_seconds(step, {"float32": 1e-3, "bfloat16": 1e-3, "bandwidth": 1e9})  # nothing but arithmetic
+    slow = plan.step_seconds(step, {"float32": 1e-3, "bfloat16": 1e-3, "bandwidth": 1e9})  # nothing but arithmetic
     phases = ("teacher", "student", "backward")
     assert slow["total"] == pytest.approx(sum(step["flops"][name] for name in phases) / 1e6, rel=1e-6)
-    moved = planning.step_seconds(step, {"float32": 1e15, "bfloat16": None, "bandwidth": 1.0})
+    moved = plan.step_seconds(step, {"float32": 1e15, "bfloat16": None, "bandwidth": 1.0})
     # The update reads weights, gradients and two moments, and writes all but the gradients.
     assert moved["optimizer"] * 1e9 >= 7 * 4 * step["parameters"]["student"]["total"]
-    assert planning.step_seconds(step, CEILINGS, 0.5)["total"] == 2 * planning.step_seconds(step, CEILINGS)["total"]
+    assert plan.step_seconds(step, CEILINGS, 0.5)["total"] == 2 * plan.step_seconds(step, CEILINGS)["total"]
     with pytest.raises(InputError, match="utilization 0"):
-        planning.step_seconds(step, CEILINGS, 0)
+        plan.step_seconds(step, CEILINGS, 0)
 
 
 def test_plan_has_a_row_a_run():
@@ -199,18 +202,18 @@ def test_plan_has_a_row_a_run():
         {"run": "two", "student": student, "teacher": teacher, "max_steps": 100, "devices": 2},
         {"run": "alone", "student": student, "max_steps": 100, "objective": objectives.sft},
     ]
-    direct, two, alone = planning.plan(LOGITS, runs, ceilings=CEILINGS, link_bandwidth=1.0, **PLAIN | TEXT)
+    direct, two, alone = plan.plan(LOGITS, runs, ceilings=CEILINGS, link_bandwidth=1.0, **PLAIN | TEXT)
     assert direct["seconds/step"] * 100 / 3600 == direct["hours"] == direct["device_hours"]
     assert two["device_hours"] == 2 * two["hours"] and two["communication (GB/step)"] > 0
     assert alone["hours"] < direct["hours"] and "teacher (M)" not in alone and alone["teacher weights (GB)"] == 0
-    causes = sum(value for name, value in direct.items() if name.removesuffix(" (GB)") in simulation.CAUSES)
+    causes = sum(value for name, value in direct.items() if name.removesuffix(" (GB)") in step.CAUSES)
     assert direct["peak_memory_gb"] == pytest.approx(causes)
 
 
 def test_labels_are_bound_by_bytes_in_small_batches():
     teacher = configs()[1]
     given = {"source_length": 20, "target_length": 10, "ceilings": CEILINGS}
-    one, many = (planning.label_seconds(teacher, 64, batch_size=size, **given) for size in (1, 64))
+    one, many = (plan.label_seconds(teacher, 64, batch_size=size, **given) for size in (1, 64))
     parts = planned()["parameters"]["teacher"]
     read = 2 * (parts["decoder"] + parts["embeddings"])  # bfloat16, the tied head once
     assert one >= 64 * 10 * read / 1e10 and many < one / 4
@@ -224,17 +227,17 @@ def test_target_cache_is_what_the_writer_writes(tmp_path):
         pad_token_id=0, temperature=1.0, top_k=5, batch_size=2,
     )  # fmt: skip
     written = sum(path.stat().st_size for path in (tmp_path / "targets").glob("*.bin"))
-    assert written == planning.target_cache_bytes(4 * 3, 5, tiny_models.VOCAB_SIZE)
+    assert written == plan.target_cache_bytes(4 * 3, 5, tiny_models.VOCAB_SIZE)
 
 
 def test_what_does_not_fit_is_refused_with_three_changes_that_do():
     given = PLAIN | TEXT | {"teacher_dtype": "float32", "batch_size": 2}
     pair = configs(1, 1)
-    needed = simulation.plan_step(LOGITS, *pair, **given)["peak_bytes"]
-    assert planning.check_fits(LOGITS, *pair, memory=needed, reserve=0.0, **given)["peak_bytes"] == needed
+    needed = step.plan_step(LOGITS, *pair, **given)["peak_bytes"]
+    assert plan.check_fits(LOGITS, *pair, memory=needed, reserve=0.0, **given)["peak_bytes"] == needed
     memory = int(0.9 * needed)
     with pytest.raises(InputError) as refused:
-        planning.check_fits(LOGITS, *pair, memory=memory, reserve=0.0, ceilings=CEILINGS, **given)
+        plan.check_fits(LOGITS, *pair, memory=memory, reserve=0.0, ceilings=CEILINGS, **given)
     message = str(refused.value)
     assert "\n" not in message and message.startswith("a step needs 0.00 GB (")
     changes = [
@@ -245,9 +248,9 @@ def test_what_does_not_fit_is_refused_with_three_changes_that_do():
     added = [float(percent) for percent in re.findall(r"([+-]\d+)% device time", message)]
     assert added == sorted(added)
     for change in changes:
-        assert simulation.plan_step(LOGITS, *pair, **given | change)["peak_bytes"] <= memory
+        assert step.plan_step(LOGITS, *pair, **given | change)["peak_bytes"] <= memory
 
 
 def test_what_no_change_can_fit_says_so():
     with pytest.raises(InputError, match="use a smaller model"):
-        planning.check_fits(LOGITS, *configs(1, 1), memory=1000, ceilings=CEILINGS, **PLAIN | TEXT | {"batch_size": 1})
+        plan.check_fits(LOGITS, *configs(1, 1), memory=1000, ceilings=CEILINGS, **PLAIN | TEXT | {"batch_size": 1})

@@ -11,7 +11,11 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
 
-from distill_utils import batch, runs, students, training
+from distill_utils.experiments import runs
+from distill_utils.models import students
+from distill_utils.models.loading import ASSETS
+from distill_utils.report import batch
+from distill_utils.training import loop
 
 PROFILES = sorted(path.stem for path in (batch.NOTEBOOKS / "profiles").glob("*.yaml"))
 XSUM, CNN = (204_045, 6), (287_113, 2)  # training pairs and published epochs
@@ -40,7 +44,7 @@ def large(layers: int, positions: int = 1024):
 
 
 def published_rows() -> list[dict]:
-    with open(students.ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = [name for name in COLUMNS if name not in TEXTS]
     return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
@@ -70,8 +74,8 @@ def test_published_profile_can_run_on_the_real_shapes(profile):
     assert max(*search["encoder_depths"], *search["decoder_depths"], search["kept_layers"]) <= layers
     assert search["max_steps"] == search["num_train"] / search["batch_size"]
     settings = {name: values[name] for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate")}
-    settings = training.Training(**settings, warmup_steps=values["warmup_steps"])
-    training.check(settings)
+    settings = loop.Training(**settings, warmup_steps=values["warmup_steps"])
+    loop.check(settings)
     assert settings.warmup_steps < settings.max_steps
     lengths = {name: values[name] for name in ("max_source_length", "max_target_length")}
     base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=settings, **lengths)

@@ -9,7 +9,10 @@ from datasets import Dataset
 from test_generation import make_documents, save
 from tiny_models import FAMILIES, tiny_bart, tiny_tokenizer
 
-from distill_utils import artifacts, pseudo_labels, students
+from distill_utils import artifacts
+from distill_utils.distillation import pseudo_labels
+from distill_utils.models import students
+from distill_utils.models.loading import load_model
 
 
 @pytest.fixture
@@ -174,7 +177,7 @@ def test_decoding_that_contradicts_itself_is_refused(decoding, message, labellin
 
 def test_pseudo_labels_of_a_model_known_by_name(labelling, tmp_path, monkeypatch):
     model_folder, dataset, settings = labelling
-    real = students.load_model
+    real = load_model
     monkeypatch.setattr(
         students,
         "load_model",

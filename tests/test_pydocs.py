@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 
-from distill_utils import pydocs
+from distill_utils.data import pydocs
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 BODY = "The file is opened once, and its rows are kept in the order of the file."

@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
 
-from distill_utils import pages
+from distill_utils.report import pages
 
 TITLE = """# 3. Distillation & friends
 
@@ -26,7 +26,7 @@ Forward KL is $\mathrm{KL}(p\,\|\,q)$, and
 $$L = \sum_v p_v \log \frac{p_v}{q_v}$$"""
 STEPS = """### Steps
 
-See [setup](01_setup.ipynb) and [the code](../distill_utils/losses.py).
+See [setup](01_setup.ipynb) and [the code](../distill_utils/distillation/losses.py).
 
 ## 3.1 Data
 
@@ -37,10 +37,10 @@ PATHS = f"""import pathlib, sys, warnings
 print("home", pathlib.Path.home() / "data", "repository", {str(REPOSITORY)!r} + "/distill_utils/x.py", sys.prefix)
 print("here", pathlib.Path.cwd(), "run", __import__("os").environ["DISTILL_NOTEBOOK_RUN"])
 warnings.warn("look at the path of this warning")"""
-FIGURE = """from distill_utils import plotting
+FIGURE = """from distill_utils.report import figures
 rows = [{"method": "teacher", "ms_per_token": 2.0, "rouge2": 9.9}, {"method": "kd", "ms_per_token": 1.0, "rouge2": 9.0}]
-ax = plotting.plot_quality_speed(rows)
-plotting.show(ax, "The student is twice as fast & <nearly> as good.", "Two points; <b>no</b> intervals.")"""
+ax = figures.plot_quality_speed(rows)
+figures.show(ax, "The student is twice as fast & <nearly> as good.", "Two points; <b>no</b> intervals.")"""
 BARE = """from IPython.display import HTML, Image, Markdown, SVG, display
 import base64
 dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -50,7 +50,7 @@ display(HTML('<h1>Loud</h1><script src="https://x.example/a.js"></script>'))
 display(HTML('<img src="https://x.example/a.png" onerror="alert(1)"><a href="javascript:alert(1)">click</a>'))
 display({"application/vnd.jupyter.widget-view+json": {"model_id": "0" * 32}, "text/plain": "Box()"}, raw=True)"""
 MODEL_TEXT = """display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
-plotting.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
+figures.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
 print("printed <b>bold</b> and $a_b$")"""
 
 
@@ -201,7 +201,7 @@ def test_footer_tells_how_the_page_was_made(page):
 def test_links_between_notebooks_lead_to_pages(page):
     links = {link.get_text(): link["href"] for link in page.select("main a[href]")}
     assert links["setup"] == "../01_setup.html"  # no page of it beside this one
-    assert links["the code"] == "../../distill_utils/losses.py"
+    assert links["the code"] == "../../distill_utils/distillation/losses.py"
     assert page.nav.a["href"] == "../index.html"
 
 
@@ -223,7 +223,7 @@ def _contrast(one: str, two: str) -> float:
 
 def test_text_colours_have_enough_contrast():
     assert _contrast("#000000", "#ffffff") == pytest.approx(21)
-    style = (Path(pages.__file__).parent / "report_template" / "page.css").read_text()
+    style = (Path(pages.__file__).parent / "templates" / "page.css").read_text()
     variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
     colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [
         variables["ink"],

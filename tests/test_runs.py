@@ -10,13 +10,16 @@ import torch
 from datasets import Dataset
 from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
-from distill_utils import comparison, runs, students
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.forecast import forecast
-from distill_utils.generation import summarize
-from distill_utils.label_filters import measure_labels
-from distill_utils.pseudo_labels import cross_fit_halves
-from distill_utils.training import Training, read_history
+from distill_utils.data.batches import batch_list, tokenize_pairs
+from distill_utils.distillation.label_filters import measure_labels
+from distill_utils.distillation.pseudo_labels import cross_fit_halves
+from distill_utils.evaluation.generation import summarize
+from distill_utils.experiments import comparison, runs
+from distill_utils.experiments.forecast import forecast
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=4, batch_size=4, learning_rate=1e-3, log_every=2, seed=0)
 BASE = runs.StudentRun(
@@ -40,8 +43,8 @@ def planted(num: int, seed: int) -> Dataset:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
-    students.save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
-    teacher, tokenizer = students.load_model(tmp_path / "teacher")
+    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    teacher, tokenizer = load_model(tmp_path / "teacher")
     return replace(BASE, teacher=str(tmp_path / "teacher")), teacher, tokenizer
 
 
@@ -57,7 +60,7 @@ def test_every_method_from_description_to_row(place, capsys):
     teacher_test = runs.evaluate_model("teacher", teacher, tokenizer, "weights", test, **options)
     tested = {}
     for run in plan:
-        model, _ = students.load_model(trained[run.name] / "student")
+        model, _ = load_model(trained[run.name] / "student")
         name = trained[run.name].name
         tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
     rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
@@ -106,9 +109,8 @@ def test_methods_start_equal_and_frozen_parts_stay_the_teachers(place):
 
 def test_held_out_losses_of_the_teacher_itself(place):
     _, teacher, tokenizer = place
-    from distill_utils import data
 
-    batches = data.batch_list(data.tokenize_pairs(planted(6, 2), tokenizer, 24, 10), tokenizer.pad_token_id, 4)
+    batches = batch_list(tokenize_pairs(planted(6, 2), tokenizer, 24, 10), tokenizer.pad_token_id, 4)
     losses = runs.held_out_losses(teacher, teacher, batches)
     sums = [
         (teacher(**{k: v for k, v in b.items() if k != "ids"}).loss.item(), int((b["labels"] >= 0).sum()))
@@ -144,7 +146,7 @@ def test_repeated_or_no_runs_are_refused():
 
 def test_fingerprint_follows_the_weights(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        students.save_model(tiny_t5(seed=seed), tiny_tokenizer(), tmp_path / name)
+        save_model(tiny_t5(seed=seed), tiny_tokenizer(), tmp_path / name)
     a, b, c = (runs.model_fingerprint(str(tmp_path / name), None) for name in "abc")
     assert a == b != c
 
@@ -178,7 +180,7 @@ def test_training_artifact_keeps_its_description(place):
 def based(place, tmp_path):
     """The place, with a base model of the teacher's tokenizer that teachers of halves start from."""
     base, teacher, tokenizer = place
-    students.save_model(tiny_bart(seed=9), tokenizer, tmp_path / "base")
+    save_model(tiny_bart(seed=9), tokenizer, tmp_path / "base")
     base = replace(base, method="pl", cross_fit_base=str(tmp_path / "base"), cross_fit_steps=2)
     return base, teacher, tokenizer
 
@@ -192,7 +194,7 @@ def test_cross_fitted_labels_come_from_the_teacher_of_the_other_half(based):
         texts[kind] = dict(zip(rows["id"], rows["summary"], strict=True))
         assert set(rows["reference"]) <= set(train["summary"])
     halves = cross_fit_halves(train)
-    tuned = [students.load_model(runs.half_teacher(base, tokenizer, half) / "teacher")[0] for half in halves]
+    tuned = [load_model(runs.cross_fit_teacher(base, tokenizer, half) / "teacher")[0] for half in halves]
     options = {"max_source_length": base.max_source_length, **base.label_settings}
     for kind, models in (("own", tuned), ("other", tuned[::-1])):
         for half, model in zip(halves, models, strict=True):
@@ -226,7 +228,7 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(based, tmp_path):
     other.add_tokens(["unheard"])
     model = tiny_bart()
     model.resize_token_embeddings(len(other))
-    students.save_model(model, other, tmp_path / "other")
+    save_model(model, other, tmp_path / "other")
     path = str(tmp_path / "other")
     for change in ({"label_teachers": [path]}, {"cross_fit": "own", "cross_fit_base": path}):
         with pytest.raises(InputError, match="another tokenizer"):

@@ -22,9 +22,10 @@ from tiny_models import (
 )
 from torch import nn
 
-from distill_utils import students
 from distill_utils.artifacts import InputError
-from distill_utils.students import (
+from distill_utils.models import loading, students
+from distill_utils.models.loading import load_config, load_model, save_model, shipped_models
+from distill_utils.models.students import (
     count_parameters,
     decoder_layers,
     encoder_layers,
@@ -32,10 +33,8 @@ from distill_utils.students import (
     has_teacher_encoder,
     init_student,
     layer_map,
-    load_model,
     maps,
     project,
-    save_model,
     supervision_map,
 )
 
@@ -382,14 +381,14 @@ def test_other_architectures_and_unknown_names_are_refused(folder, monkeypatch):
     assert "is a file" in refusal(folder / "config.json")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(students, "ASSETS", folder.parent)
+    monkeypatch.setattr(loading, "ASSETS", folder.parent)
     message = refusal("pydocs-brat")
     assert "cannot load pydocs-brat" in message and "shipped model (model)" in message
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch):
-    monkeypatch.setattr(students, "ASSETS", folder.parent)
-    assert students.shipped_models() == ["model"]
+    monkeypatch.setattr(loading, "ASSETS", folder.parent)
+    assert shipped_models() == ["model"]
     assert load_model("model")[0].config.decoder_layers == 2
 
 
@@ -510,10 +509,10 @@ def test_student_like_another_model_has_its_sizes_and_the_teachers_tokens(tmp_pa
 
 def test_config_is_read_without_weights_and_a_wrong_name_or_family_is_refused(tmp_path):
     tiny_t5().config.save_pretrained(tmp_path / "t5")
-    assert students.load_config(tmp_path / "t5").model_type == "t5"
-    assert students.load_config("pydocs-t5").d_model == 192
+    assert load_config(tmp_path / "t5").model_type == "t5"
+    assert load_config("pydocs-t5").d_model == 192
     with pytest.raises(InputError, match="no config of no-such-model-anywhere"):
-        students.load_config("no-such-model-anywhere")
+        load_config("no-such-model-anywhere")
     tiny_bart().config.save_pretrained(tmp_path / "bart")
     with pytest.raises(InputError, match="is a bart model"):
         students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))
@@ -521,11 +520,11 @@ def test_config_is_read_without_weights_and_a_wrong_name_or_family_is_refused(tm
 
 def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
     embeddings = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
-    narrow = students.narrowed(embeddings, 5)
+    narrow = students.project_embeddings(embeddings, 5)
     values = torch.linalg.eigvalsh(embeddings @ embeddings.T)  # Eckart and Young: what the best of rank 5 leaves out
     error = (narrow @ narrow.T - embeddings @ embeddings.T).norm()
     assert narrow.shape == (40, 5) and float(error) == pytest.approx(float(values[:-5].norm()))
-    assert students.narrowed(embeddings, 12) is embeddings
+    assert students.project_embeddings(embeddings, 12) is embeddings
 
 
 def test_student_starts_from_given_embeddings_of_its_own_size():
@@ -535,7 +534,7 @@ def test_student_starts_from_given_embeddings_of_its_own_size():
     own, given = (model.get_input_embeddings().weight.detach() for model in (student, source))
     assert torch.equal(own[VOCAB_SIZE - 8 :], before[VOCAB_SIZE - 8 :])
     products = own[: VOCAB_SIZE - 8] @ own[: VOCAB_SIZE - 8].T
-    wanted = students.narrowed(given, 8) @ students.narrowed(given, 8).T
+    wanted = students.project_embeddings(given, 8) @ students.project_embeddings(given, 8).T
     assert torch.corrcoef(torch.stack([products.flatten(), wanted.flatten()]))[0, 1] > 0.9999  # but for their size
     assert own[: VOCAB_SIZE - 8].std() == pytest.approx(float(before.std()), rel=1e-4)
     assert student.lm_head.weight is student.get_input_embeddings().weight

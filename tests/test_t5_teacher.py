@@ -12,9 +12,14 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 
-from distill_utils import data, denoising, students, t5_teacher, task_agnostic, teachers, understanding
 from distill_utils.__main__ import main
 from distill_utils.artifacts import read_json
+from distill_utils.data import denoising, loading
+from distill_utils.evaluation import tasks
+from distill_utils.experiments import miniend, t5_teacher, teacher
+from distill_utils.models import loading as models_loading
+from distill_utils.models import students
+from distill_utils.models.loading import ASSETS, load_model
 
 FACTS = {"fingerprint": "0123456789ab"}
 TEXTS = [
@@ -26,7 +31,7 @@ TEXTS = [
 def few_rows(task: str, split: str, num: int) -> Dataset:
     rows = [{"id": str(i), "document": text, "summary": f"Item {i} of all."} for i, text in enumerate(TEXTS[:num])]
     if task != "summaries":
-        label = understanding.TASKS[task].labels
+        label = tasks.TASKS[task].labels
         rows = [row | {"summary": label[i % 2], "label": label[i % 2]} for i, row in enumerate(rows)]
     return Dataset.from_list(rows)
 
@@ -36,10 +41,10 @@ def made(tmp_path_factory):
     """Return (folder of a tokenizer, the tokenizer) of a few texts, with every size patched to a tiny one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        for module in (teachers, t5_teacher):
+        for module in (teacher, t5_teacher):
             patch.setattr(module, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
             patch.setattr(module, "corpus_facts", lambda: FACTS)
-        patch.setattr(teachers, "VOCABULARY", 320)
+        patch.setattr(teacher, "VOCABULARY", 320)
         patch.setattr(t5_teacher, "HEAD_WIDTH", 8)
         patch.setattr(t5_teacher, "SHAPES", {"pydocs-t5": (16, 2), "pydocs-t5-tiny": (8, 1)})
         patch.setattr(t5_teacher, "SOURCE_LENGTH", 32)
@@ -48,7 +53,7 @@ def made(tmp_path_factory):
         patch.setattr(t5_teacher, "WINDOW", 24)
         patch.setattr(t5_teacher, "base_embeddings", lambda width: torch.linspace(-1, 1, 320 * width).view(320, width))
         patch.setattr(t5_teacher, "TASK_ROWS", {"train": 12, "validation": 4, "test": 10})
-        patch.setattr(task_agnostic, "load_task", few_rows)
+        patch.setattr(miniend, "load_task", few_rows)
         for name in ("INFILLING", "SPAN_CORRUPTION", "TUNING"):
             tiny = replace(
                 getattr(t5_teacher, name), max_steps=4, batch_size=4, warmup_steps=1, eval_every=2, checkpoint_every=2,
@@ -56,7 +61,7 @@ def made(tmp_path_factory):
             )  # fmt: skip
             patch.setattr(t5_teacher, name, tiny)
         folder = t5_teacher.make_tokenizer()
-        yield folder, teachers.load_tokenizer(folder)
+        yield folder, teacher.load_tokenizer(folder)
 
 
 def test_tokenizer_is_in_t5s_manner(made):
@@ -111,7 +116,7 @@ def test_window_losses_are_those_of_the_model_itself(made):
     torch.manual_seed(0)
     model = t5_teacher.new_model(len(tokenizer), 16, 2).eval()
     tokens = denoising.pack_text(TEXTS, tokenizer)
-    found = task_agnostic.window_losses(model, tokenizer, tokens, 5, 32)
+    found = miniend.window_losses(model, tokenizer, tokens, 5, 32)
     windows = denoising.denoising_stream(tokens, tokenizer, "span_corruption", 32, 1, seed=0)
     with torch.no_grad():
         for number, loss in enumerate(found):
@@ -119,15 +124,16 @@ def test_window_losses_are_those_of_the_model_itself(made):
             batch.pop("ids")
             assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert len(set(found)) == 5
-    assert np.array_equal(found, task_agnostic.window_losses(model, tokenizer, tokens, 5, 32))
+    assert np.array_equal(found, miniend.window_losses(model, tokenizer, tokens, 5, 32))
 
 
 def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch, capsys):
     tokenizer_folder, tokenizer = made
-    monkeypatch.setattr(students, "ASSETS", tmp_path)
+    for module in (models_loading, t5_teacher):
+        monkeypatch.setattr(module, "ASSETS", tmp_path)
     folder = t5_teacher.build()
     assert folder == tmp_path / "pydocs-t5" and t5_teacher.build("pydocs-t5-tiny") == tmp_path / "pydocs-t5-tiny"
-    assert students.load_model(tmp_path / "pydocs-t5-tiny")[0].config.d_model == 8
+    assert load_model(tmp_path / "pydocs-t5-tiny")[0].config.d_model == 8
     infilled, card = t5_teacher.infill(16, 2), read_json(folder / "card.json")
     trained = t5_teacher.corrupt(infilled)
     assert read_json(trained / "results.json")["final"]["step"] == 4
@@ -135,8 +141,8 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
-    model, loaded = students.load_model(folder)
-    before, _ = students.load_model(trained / "model")
+    model, loaded = load_model(folder)
+    before, _ = load_model(trained / "model")
     for name, weight in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight.bfloat16().float()), name
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded("a b")["input_ids"] == tokenizer("a b")["input_ids"]
@@ -164,7 +170,7 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
 
 
 def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(teachers, "build", lambda: tmp_path / "pydocs-bart")
+    monkeypatch.setattr(teacher, "build", lambda: tmp_path / "pydocs-bart")
     monkeypatch.setattr(t5_teacher, "build", lambda name: tmp_path / name)
     assert main(["teachers"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"wrote {name}" for name in ("pydocs-bart", *t5_teacher.SHAPES)]
@@ -175,19 +181,19 @@ def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(scope="module", params=t5_teacher.SHAPES)
 def shipped(request):
-    folder = students.ASSETS / request.param
+    folder = ASSETS / request.param
     if not (folder / "card.json").exists():
         pytest.skip(f"{request.param} is not built here")
-    return *students.load_model(request.param), read_json(folder / "card.json")
+    return *load_model(request.param), read_json(folder / "card.json")
 
 
 def test_card_states_what_the_files_give(shipped):
     model, tokenizer, card = shipped
     assert card["source_length"] == t5_teacher.SOURCE_LENGTH and card["num_checked"] == t5_teacher.CHECKED
     assert card["parameters"] == students.count_parameters(model)
-    held_out = t5_teacher.token_stream("validation", tokenizer, students.ASSETS / card["name"])
-    found = task_agnostic.window_losses(model, tokenizer, held_out, card["num_checked"], card["source_length"]).mean()
-    same_corpus = data.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
+    held_out = t5_teacher.token_stream("validation", tokenizer, ASSETS / card["name"])
+    found = miniend.window_losses(model, tokenizer, held_out, card["num_checked"], card["source_length"]).mean()
+    same_corpus = loading.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
     # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.
     assert found == pytest.approx(card["loss_checked"], abs=0.002 if same_corpus else 0.4)
     assert found < 0.6 * math.log(len(tokenizer))  # it learned something: drawn at random it gives about log(entries)
@@ -203,7 +209,7 @@ def test_card_is_complete(shipped):
 
 
 def test_shipped_teacher_beats_its_own_shape_from_nothing():
-    folder = students.ASSETS / "pydocs-t5"
+    folder = ASSETS / "pydocs-t5"
     if not (folder / "card.json").exists():
         pytest.skip("pydocs-t5 is not built here")
     rows = {(row["task"], row["name"]): row for row in read_json(folder / "card.json")["downstream"]}

@@ -11,18 +11,18 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch
 
-from distill_utils import targets
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.data import batch_list, pair_stream
-from distill_utils.objectives import kd, kd_cached
-from distill_utils.students import init_student
+from distill_utils.data.batches import batch_list, pair_stream
+from distill_utils.distillation import targets
+from distill_utils.distillation.objectives import kd, kd_cached
+from distill_utils.models.students import init_student
 
 SETTINGS = {"teacher": "abc", "data": "def", "max_source_length": 16, "max_target_length": 8, "prefix": ""}
 
 
 @pytest.fixture(autouse=True)
 def float32_teacher(monkeypatch):
-    monkeypatch.setattr(targets, "autocast_dtype", lambda on: None)
+    monkeypatch.setattr(targets, "amp_dtype", lambda on: None)
 
 
 def make_rows(count=7):
@@ -151,7 +151,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
 
 def test_large_vocabularies_and_bf16_teachers_are_kept_too(tmp_path, monkeypatch):
     teacher, rows = tiny_bart(1, 1, vocab_size=70_000), make_rows(2)
-    monkeypatch.setattr(targets, "autocast_dtype", lambda on: torch.bfloat16)
+    monkeypatch.setattr(targets, "amp_dtype", lambda on: torch.bfloat16)
     with torch.no_grad():
         teacher.final_logits_bias[0, 69_999] = 1000.0
     write(tmp_path / "large", teacher, rows, top_k=1)

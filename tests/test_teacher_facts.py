@@ -9,7 +9,9 @@ import pytest
 import tiny_models
 from datasets import Dataset
 
-from distill_utils import comparison, evaluation, students, teacher_facts
+from distill_utils.evaluation import metrics
+from distill_utils.experiments import comparison, teacher_facts
+from distill_utils.models import students
 
 
 def pairs(*rows: tuple[str, str, str]) -> Dataset:
@@ -24,7 +26,7 @@ TEST = pairs(("pandas.b:DataFrame.drop_level", "four", "Drop it."), ("os:walk", 
 
 def result(method: str, mean: float, half: float = 1.0) -> dict:
     row = {"method": method, "student": "", "parameters_m": 8.0, "latency_ms": 60.0, "ms_per_token": 2.5, "words": 9.0}
-    for metric in evaluation.METRICS:
+    for metric in metrics.METRICS:
         row |= {metric: mean, f"{metric}_low": mean - half, f"{metric}_high": mean + half}
     return row
 
@@ -101,14 +103,14 @@ def test_relation_of_intervals():
 def test_paired_table_names_the_better_rule_and_reads_it():
     rules = [result("lead_words", 10), result("object_name", 12)]
     scores = {
-        name: dict.fromkeys(evaluation.METRICS, np.full(20, mean))
+        name: dict.fromkeys(metrics.METRICS, np.full(20, mean))
         for name, mean in (("lead_words", 10.0), ("object_name", 12.0))
     }
-    ahead = dict.fromkeys(evaluation.METRICS, np.full(20, 15.0))
+    ahead = dict.fromkeys(metrics.METRICS, np.full(20, 15.0))
     rows, text = teacher_facts.against_rules(result("teacher", 15), ahead, rules, scores)
     assert [row["difference"] for row in rows] == [3.0] * 4 and rows[0]["object name"] == "12.00 (11.00–13.00)"
     assert "above the better baseline in ROUGE-1, ROUGE-2, ROUGE-L, ROUGE-Lsum." in text
-    behind = dict.fromkeys(evaluation.METRICS, np.full(20, 11.0))
+    behind = dict.fromkeys(metrics.METRICS, np.full(20, 11.0))
     text = teacher_facts.against_rules(result("teacher", 11), behind, rules, scores)[1]
     assert "in no metric, below it in ROUGE-1" in text and "cannot tell" not in text
 

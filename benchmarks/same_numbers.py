@@ -1,0 +1,74 @@
+"""Compare the results of two sets of reports, number by number: a refactoring must change none of them.
+
+Run the same notebooks with the same profile before and after a change, then
+
+    python benchmarks/same_numbers.py BEFORE/smoke AFTER/smoke
+
+It prints each value that differs and ends with 1 if there is any. Left out is what no two runs share: times and speeds,
+memory of the process, provenance. A key that only one side has is listed, and fails for a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MEASURED = re.compile(
+    r"second|latency|ms_per|throughput|speed|^ms|_ms$|/s$|/step|gflops|ceiling|bandwidth|resident|utilization|efficiency|"
+    r"bound_over|build_|provenance|date|commit|changed|hours|energy|price|reused|wall|peak_memory|runs/|machine",
+    re.IGNORECASE,
+)
+TEXTS = ("headline", "advice", "title", "question", "reading")  # reworded without a change of results
+
+
+def values(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (path, leaf) of nested JSON, without what is measured and what is prose."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if not MEASURED.search(key) and key not in TEXTS:
+                yield from values(value, f"{path}/{key}")
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from values(value, f"{path}[{number}]")
+    else:
+        yield path, node
+
+
+def compare(before: Path, after: Path) -> list[str]:
+    """Return one line per value that differs between two results files."""
+    ours, theirs = (dict(values(json.loads(path.read_text(encoding="utf-8")))) for path in (before, after))
+    lines = [
+        f"{path}: {ours[path]!r} before, {theirs[path]!r} after"
+        for path in ours.keys() & theirs.keys()
+        if ours[path] != theirs[path]
+    ]
+    lines += [f"{path}: {value!r} before, gone" for path, value in ours.items() if path not in theirs]
+    return sorted(lines)
+
+
+def main() -> int:
+    """Compare every results file that both folders have."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    arguments = parser.parse_args()
+    names = sorted(path.name for path in arguments.before.glob("*.json") if (arguments.after / path.name).exists())
+    if not names:
+        shown = f"{arguments.before} and {arguments.after}"
+        print(f"{shown} share no results: give two folders of reports", file=sys.stderr)
+        return 2
+    differences = 0
+    for name in names:
+        lines = compare(arguments.before / name, arguments.after / name)
+        differences += len(lines)
+        print(f"{name}: {len(lines)} differences")
+        print("".join(f"  {line}\n" for line in lines), end="")
+    return int(differences > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Text pairs become batches: token ids, padding, batches by length; every stream is a function of the step.
+
+Out of scope: reading data (loading.py) and corrupting text (denoising.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from distill_utils.artifacts import InputError
+
+
+def tokenize_pairs(
+    dataset: Dataset, tokenizer, max_source_length: int, max_target_length: int, prefix: str = ""
+) -> Dataset:
+    """Return the columns id, input_ids and labels: lists of token ids, cut to the given lengths, end token included.
+
+    Line breaks in a summary become what the tokenizer has for them.
+    """
+    sources = [prefix + text for text in dataset["document"]]
+    encoded = tokenizer(sources, truncation=True, max_length=max_source_length)["input_ids"]
+    line = "<n>" if "<n>" in tokenizer.get_vocab() else " "  # Pegasus has a token for it; BART never saw a line break
+    summaries = [re.sub(r"\s*\n\s*", line, text) for text in dataset["summary"]]
+    labels = tokenizer(text_target=summaries, truncation=True, max_length=max_target_length)["input_ids"]
+    # A start token in the labels would teach the student to write it twice: the model's shift adds its own.
+    start = tokenizer.bos_token_id
+    labels = [ids[1:] if ids and start is not None and ids[0] == start and len(ids) > 1 else ids for ids in labels]
+    return Dataset.from_dict({"id": dataset["id"], "input_ids": encoded, "labels": labels})
+
+
+def collate(rows: list[dict], pad_token_id: int, pad_to_multiple: int = 8) -> dict:
+    """Pad rows to one batch: input_ids, attention_mask, labels (padding -100), each (batch, length), and ids.
+
+    decoder_input_ids are left to the model, whose own shift knows its start token.
+    """
+
+    def padded(key: str, padding: int) -> torch.Tensor:
+        length = -(-max(len(row[key]) for row in rows) // pad_to_multiple) * pad_to_multiple
+        values = torch.full((len(rows), length), padding)
+        for line, row in zip(values, rows, strict=True):
+            line[: len(row[key])] = torch.as_tensor(row[key])
+        return values
+
+    input_ids, labels = padded("input_ids", pad_token_id), padded("labels", -100)
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths).long()
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "ids": [r["id"] for r in rows]}
+
+
+def length_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: int = 32) -> list[list[int]]:
+    """Return one epoch's batches of row numbers: shuffled, then sorted by length within pools of `pool` batches.
+
+    Every row appears once, except that the last incomplete batch is filled up from the start of the epoch's order.
+    The order depends on the arguments alone.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    if len(order) % batch_size:
+        order = np.concatenate([order, np.resize(order, batch_size - len(order) % batch_size)])
+    batches = []
+    for start in range(0, len(order), batch_size * pool):
+        chunk = order[start : start + batch_size * pool]
+        chunk = chunk[np.argsort([lengths[i] for i in chunk], kind="stable")]
+        batches += [chunk[i : i + batch_size].tolist() for i in range(0, len(chunk), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def pair_stream(
+    rows: Dataset, pad_token_id: int, batch_size: int, seed: int, micro_batch_size: int = 0
+) -> Callable[[int], list[dict]]:
+    """Return `batches(step)`: the micro-batches of an optimizer step, a function of step and seed alone.
+
+    Because nothing is kept between calls, a resumed run sees the data of an uninterrupted one, and two methods with
+    the same seed see the same order.
+    """
+    if not len(rows):
+        raise InputError("there are no training rows: check the data set and num_train")
+    columns = {name: list(rows[name]) for name in ("id", "input_ids", "labels")}
+    # By source alone: pseudo-labels have other lengths than references, and the order must not depend on the method.
+    lengths = [len(source) for source in columns["input_ids"]]
+    per_epoch, size = -(-len(lengths) // batch_size), micro_batch_size or batch_size
+    epoch_batches = lru_cache(maxsize=1)(lambda epoch: length_batches(lengths, batch_size, seed, epoch))
+
+    def batches(step: int) -> list[dict]:
+        numbers = epoch_batches(step // per_epoch)[step % per_epoch]
+        chosen = [{name: column[i] for name, column in columns.items()} for i in numbers]
+        return [collate(chosen[i : i + size], pad_token_id) for i in range(0, len(chosen), size)]
+
+    return batches
+
+
+def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:
+    """Return all rows as batches in order of length, for evaluation."""
+    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    return [
+        collate([rows[int(i)] for i in order[start : start + batch_size]], pad_token_id)
+        for start in range(0, len(order), batch_size)
+    ]

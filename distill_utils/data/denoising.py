@@ -1,0 +1,297 @@
+"""Denoising: packed text corrupted in several ways, as streams of batches that are a function of the step.
+
+Not here: reading the text and padding rows to batches (data.py).
+
+All objectives see windows of one flat array of token ids, the texts one after another with an end token behind each.
+They cross the borders of texts, as in T5, so that nothing is padded. They are visited in a new order every epoch and
+corrupted anew every time, except that gap sentences are chosen, not drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from datasets import Dataset
+
+from distill_utils.artifacts import InputError
+from distill_utils.data import pydocs
+from distill_utils.data.batches import collate
+
+# Share of the tokens (gap sentences: of the sentences) that each hides, as in its paper.
+OBJECTIVES = {"span_corruption": 0.15, "text_infilling": 0.3, "sentence_permutation": 0.0, "gap_sentences": 0.3}
+
+
+def pack_text(texts: list[str], tokenizer) -> np.ndarray:
+    """Return the token ids of all texts as one flat array, an end token behind each; uint16 if the vocabulary fits."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end token to put between texts: set its eos_token")
+    kind, parts = np.uint16 if len(tokenizer) <= 2**16 else np.uint32, []
+    for start in range(0, len(texts), 1000):  # not all at once: as Python numbers ids take many times the memory
+        encoded = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
+        parts += [np.asarray([*ids, tokenizer.eos_token_id], dtype=kind) for ids in encoded]
+    return np.concatenate(parts)
+
+
+def denoising_stream(
+    tokens: np.ndarray, tokenizer, objective: str, source_length: int, batch_size: int, seed: int,
+    micro_batch_size: int = 0, *, density: float | None = None, mean_span: float = 3.0, aligned_steps: int = 0,
+    max_positions: int | None = None,
+) -> Callable[[int], list[dict]]:  # fmt: skip
+    """Return `batches(step)`: micro-batches of corrupted windows of `tokens`, a function of step and seed alone.
+
+    `source_length` bounds the tokens that the encoder sees, end token included; span corruption meets it exactly, and
+    its target length too. `density` is the share hidden, by default that of OBJECTIVES; `mean_span` is in tokens.
+    In the first `aligned_steps` of text infilling spans are not collapsed: cross-attention finds copying by position
+    long before it does by content. `max_positions` is the model's limit (None, as for T5: none).
+    Raises InputError for an unknown objective, a tokenizer without the tokens it needs, and sizes that do not fit.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"denoising objective {objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
+    density = OBJECTIVES[objective] if density is None else density
+    bos, eos, mask_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
+    start, end = np.array([bos] if bos is not None else [], dtype=np.int64), np.array([eos])
+    window, longest = source_length - len(start) - 1, source_length
+    if objective == "span_corruption":
+        window, target_length = span_corruption_lengths(source_length, density, mean_span)
+        longest, sentinel_ids = max(source_length, target_length), find_sentinels(tokenizer)
+    elif objective == "gap_sentences":  # Pegasus has a second mask for whole sentences
+        mask_id = tokenizer.get_vocab().get("<mask_1>", mask_id)
+    if mask_id is None and objective in ("text_infilling", "gap_sentences"):
+        raise InputError(f"the tokenizer has no mask token, which {objective} needs: use span_corruption")
+    if max_positions and longest > max_positions:
+        raise InputError(
+            f"source_length {source_length} makes sequences of {longest} tokens, the model has {max_positions} "
+            "positions: lower source_length"
+        )
+    split = sentence_splitter(tokenizer) if "sentence" in objective else None
+    visit = _window_visits(tokens, window, batch_size, seed)
+
+    def corrupt(texts: np.ndarray, generator: np.random.Generator, step: int):
+        """Yield (input_ids, labels) of each window."""
+        if objective == "span_corruption":
+            yield from zip(*corrupt_spans(texts, sentinel_ids, eos, generator, density, mean_span), strict=True)
+            return
+        for text in texts:
+            source = target = text
+            if objective == "text_infilling":
+                source = infill(text, mask_id, generator, density, mean_span, collapse=step >= aligned_steps)
+            elif objective == "sentence_permutation":
+                source = permute_sentences(split(text), generator)
+            else:
+                source, target = mask_sentences(split(text), mask_id, eos, density)
+            yield np.concatenate([start, source, end])[:source_length], np.concatenate([target, end])
+
+    def batches(step: int) -> list[dict]:
+        numbers, texts, generator = visit(step)
+        pairs = zip(numbers, corrupt(texts, generator, step), strict=True)
+        rows = [{"id": f"window {i}", "input_ids": source, "labels": target} for i, (source, target) in pairs]
+        size, multiple = micro_batch_size or batch_size, 1 if objective == "span_corruption" else 8
+        return [collate(rows[i : i + size], tokenizer.pad_token_id, multiple) for i in range(0, batch_size, size)]
+
+    batches(0)  # what cannot work is refused here, not at the first update
+    return batches
+
+
+def infilling_stream(
+    tokens: np.ndarray, tokenizer, length: int, batch_size: int, seed: int, aligned_steps: int = 0
+) -> Callable[[int], list[dict]]:
+    """Return `denoising_stream` of text infilling with BART's share and spans, the target being the whole window."""
+    return denoising_stream(tokens, tokenizer, "text_infilling", length, batch_size, seed, aligned_steps=aligned_steps)
+
+
+def _window_visits(tokens: np.ndarray, window: int, batch_size: int, seed: int) -> Callable:
+    """Return `visit(step)`: the numbers of the windows, their ids (batch, window), and the step's random generator."""
+    count = len(tokens) // window if window > 0 else 0
+    per_epoch = count // batch_size
+    if not per_epoch:
+        raise InputError(
+            f"the text of {len(tokens)} tokens has {count} windows of {window}, fewer than batch_size {batch_size}: "
+            "give more text, or lower the batch size or the length"
+        )
+    windows = tokens[: count * window].reshape(count, window)
+    epoch_order = lru_cache(maxsize=1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
+
+    def visit(step: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        epoch, place = divmod(step, per_epoch)
+        numbers = epoch_order(epoch)[place * batch_size : (place + 1) * batch_size]
+        return numbers, windows[numbers].astype(np.int64), np.random.default_rng([seed, 1, step])
+
+    return visit
+
+
+# ------------------------------------------------------------------------------------------------------ T5: spans
+
+
+def _noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """Return how many of `length` tokens are hidden and in how many spans; every span and every gap has a token."""
+    noise = min(max(round(length * density), 1), length - 1)
+    return noise, min(max(round(noise / mean_span), 1), noise, length - noise)
+
+
+def span_corruption_lengths(source_length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
+    """Return the packed length that span corruption turns into `source_length` tokens, and its target length.
+
+    Both corrupted sides include one sentinel a span and the end token (Raffel et al. 2020, section 3.1.4): 512 gives
+    (568, 114). Raises InputError when no packed length meets `source_length` exactly.
+    """
+    if not 0 < density < 1 or mean_span < 1:
+        raise InputError(
+            f"density {density} must lie between 0 and 1 and mean_span {mean_span} be at least 1: try 0.15, 3"
+        )
+
+    def lengths(packed: int) -> tuple[int, int]:
+        noise, spans = _noise_counts(packed, density, mean_span)
+        return packed - noise + spans + 1, noise + spans + 1
+
+    packed = 2
+    while lengths(packed + 1)[0] <= source_length:
+        packed += 1
+    if lengths(packed)[0] != source_length:
+        raise InputError(
+            f"no text gives exactly source_length {source_length} at density {density} and mean_span {mean_span}: "
+            "raise source_length or lower density"
+        )
+    return packed, lengths(packed)[1]
+
+
+def corrupt_spans(
+    ids: np.ndarray, sentinel_ids: list[int], eos: int, generator: np.random.Generator,
+    density: float = 0.15, mean_span: float = 3.0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return T5's source and target of windows `ids` (batch, packed): each hides spans that the other one shows.
+
+    The first span is hidden by the first sentinel and so on; both sides end with `eos`. As in T5 a window begins with a
+    visible token and ends with a hidden one. Lengths are those of `span_corruption_lengths`.
+    Raises InputError when there are more spans than sentinels.
+    """
+    batch, packed = ids.shape
+    noise, spans = _noise_counts(packed, density, mean_span)
+    if spans > len(sentinel_ids):
+        raise InputError(
+            f"windows of {packed} tokens have {spans} spans, the tokenizer has {len(sentinel_ids)} sentinels "
+            "<extra_id_0> to the last: raise mean_span, lower source_length or add sentinels"
+        )
+    shown, hidden = (_segments(generator, batch, items, spans) for items in (packed - noise, noise))
+    lengths = np.stack([shown, hidden], axis=2)  # (batch, spans, 2): they take turns
+    is_noise = np.repeat(np.arange(lengths.size) % 2 == 1, lengths.ravel()).reshape(batch, packed)
+
+    def collapse(mask: np.ndarray) -> np.ndarray:
+        """Put one sentinel for each run of the mask, and an end token behind."""
+        first = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+        marked = np.where(first, np.asarray(sentinel_ids)[np.cumsum(first, axis=1) - 1], ids)
+        return np.pad(marked[first | ~mask].reshape(batch, -1), ((0, 0), (0, 1)), constant_values=eos)
+
+    return collapse(is_noise), collapse(~is_noise)
+
+
+def _segments(generator: np.random.Generator, batch: int, items: int, count: int) -> np.ndarray:
+    """Return lengths (batch, count) of parts, none empty, into which `items` are cut; all ways are equally likely."""
+    cuts = np.sort(generator.random((batch, items - 1)).argsort(axis=1)[:, : count - 1], axis=1) + 1
+    return np.diff(np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, items))), axis=1)
+
+
+def find_sentinels(tokenizer) -> list[int]:
+    """Return the ids of <extra_id_0>, <extra_id_1>, ... in this order, which is not that of T5's ids."""
+    vocabulary, found = tokenizer.get_vocab(), []
+    while (sentinel := f"<extra_id_{len(found)}>") in vocabulary:
+        found.append(vocabulary[sentinel])
+    return found
+
+
+# ---------------------------------------------------------------------------------------- BART and Pegasus: sentences
+
+
+def sentence_splitter(tokenizer) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Return `split(ids)`: the sentences of a window as arrays of token ids, at least two.
+
+    A sentence ends with a token that ends in . ! or ? before one that starts a word, and at the end token of a text; a
+    window without any is cut in the middle. Ids are split, not text, so that nothing is tokenised twice and windows
+    stay those of the other objectives.
+    """
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    closing = np.array([bool(re.search(r"[.!?][\"')\]]*$", word)) for word in words])
+    opening = np.array([word.startswith(("Ġ", "Ċ", "▁", " ")) for word in words])
+    opening[tokenizer.eos_token_id] = False  # it closes the sentence before it
+
+    def split(ids: np.ndarray) -> list[np.ndarray]:
+        ends = closing[ids[:-1]] & opening[ids[1:]] | (ids[:-1] == tokenizer.eos_token_id)
+        places = np.flatnonzero(ends) + 1
+        return np.split(ids, places if len(places) else [len(ids) // 2])
+
+    return split
+
+
+def permute_sentences(sentences: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+    """Return the ids of all sentences in random order (Lewis et al. 2020, section 2.2)."""
+    return np.concatenate([sentences[i] for i in generator.permutation(len(sentences))])
+
+
+def mask_sentences(
+    sentences: list[np.ndarray], mask_id: int, eos: int, share: float = 0.3
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a window with a mask for each gap sentence, and the gap sentences in order (Zhang et al. 2020, Pegasus).
+
+    The `share` of the sentences is taken whose tokens have the highest ROUGE-1 F1 with the rest of their text, scored
+    one by one, at least one and not all. An end token behind a gap sentence stays in the source.
+    """
+    _, words = np.unique(np.concatenate(sentences), return_inverse=True)
+    lengths = np.array([len(sentence) for sentence in sentences])
+    counts = np.zeros((len(sentences), words.max() + 1))  # of each token in each sentence
+    np.add.at(counts, (np.repeat(np.arange(len(sentences)), lengths), words), 1)
+    text_ids = np.cumsum([0, *(sentence[-1] == eos for sentence in sentences[:-1])])
+    of_text = np.equal.outer(text_ids, text_ids).astype(float)
+    rest = of_text @ counts - counts
+    overlap = np.minimum(counts, rest).sum(axis=1)
+    f1 = 2 * overlap / (lengths + rest.sum(axis=1))
+    num = min(max(round(share * len(sentences)), 1), len(sentences) - 1)
+    gaps = set(np.argsort(-f1, kind="stable")[:num].tolist())
+    source = [[mask_id, *s[s == eos]] if i in gaps else s for i, s in enumerate(sentences)]
+    target = [s[s != eos] for i, s in enumerate(sentences) if i in gaps]
+    return np.concatenate(source), np.concatenate(target)
+
+
+def infill(
+    tokens: np.ndarray, mask_id: int, generator: np.random.Generator, share: float = 0.3, mean: float = 3.0,
+    collapse: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """Return BART text infilling of one token sequence: spans of Poisson(mean) tokens, each replaced by one mask.
+
+    `share` of the tokens is masked in expectation (Lewis et al. 2020, section 2.2); spans of length 0 insert a mask.
+    Without `collapse` every token of a span becomes a mask of its own and spans of length 0 change nothing, so that
+    source and target stay aligned position by position.
+    """
+    budget, spans = int(round(share * len(tokens))), []
+    while budget > 0 and len(spans) < len(tokens):
+        length = min(int(generator.poisson(mean)), budget)
+        spans.append(length)
+        budget -= max(length, 1)
+    # Gaps between spans: a random composition of the tokens that stay, so that spans never touch the same token.
+    free = len(tokens) - sum(spans)
+    cuts = np.sort(generator.integers(0, free + 1, size=len(spans)))
+    pieces, kept_from, taken = [], 0, 0
+    for cut, length in zip(cuts, spans, strict=True):
+        start = cut + taken
+        pieces += [tokens[kept_from:start], [mask_id] * (1 if collapse else length)]
+        kept_from = start + length
+        taken += length
+    pieces.append(tokens[kept_from:])
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def gap_pairs(texts: list[str], max_words: int = 40) -> Dataset:
+    """Return pairs from raw docstrings whose first paragraph is replaced by a mask: the paragraph is the target.
+
+    This is gap-sentence generation (Zhang et al. 2020, Pegasus) with the sentence chosen by position.
+    """
+    rows = []
+    for text in texts:
+        name, separator, rest = text.partition("\n")
+        first, _, body = rest.partition("\n\n")
+        first = " ".join(first.split())
+        if separator and 3 <= len(first.split()) <= max_words and len(body) > 20:
+            document = f"{name} <mask> {' '.join(body.split())[: pydocs.MAX_DOCUMENT_CHARACTERS]}"
+            rows.append({"id": f"gap {len(rows)}", "document": document, "summary": first})
+    return Dataset.from_list(rows)

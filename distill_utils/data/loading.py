@@ -1,0 +1,273 @@
+"""Data by name or path, tokenised, batched by length; every stream is a function of the step.
+
+Not here: reading docstrings (pydocs.py), corrupting text (denoising.py) and anything that knows a model.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_progress_bars, load_dataset
+
+from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
+from distill_utils.data import pydocs
+
+disable_progress_bars()
+SPLITS = pydocs.SPLITS
+TASKS = {"belongs": pydocs.belongs_task, "family": pydocs.family_task}
+HUB_CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}
+HUB_COLUMNS = {"abisee/cnn_dailymail": ("article", "highlights")}
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load_pairs(
+    name_or_path: str, split: str, num: int = 0, document_column: str = "document", summary_column: str = "summary"
+) -> Dataset:
+    """Return a data set with the columns id, document and summary.
+
+    `name_or_path` is "pydocs", a hub name such as "EdinburghNLP/xsum", a folder with one file a split, or one file,
+    which is cut into 80 % train, 10 % validation and 10 % test by a hash of the document.
+    Rows with an empty document or summary are dropped and counted; `num` keeps the first rows (0 = all).
+    Raises InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
+    """
+    _check(split, num)
+    name, path = f"{name_or_path} ({split})", Path(name_or_path).expanduser()
+    if name_or_path == "pydocs":
+        found = _corpus_table("pairs", split)
+    elif _is_path(name_or_path):
+        found = _read_files(path, split)
+    else:
+        found = _read_hub(name_or_path, split)
+        if (document_column, summary_column) == ("document", "summary"):
+            document_column, summary_column = HUB_COLUMNS.get(name_or_path, (document_column, summary_column))
+    for column in (document_column, summary_column):
+        _check_column(found, column, name, "name the right ones by document_column and summary_column")
+    ids = found["id"] if "id" in found.column_names else range(len(found))
+    texts = zip(ids, found[document_column], found[summary_column], strict=True)
+    rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
+    kept = [row for row in rows if row["document"] and row["summary"]]
+    if len(kept) < len(rows):
+        print(f"{name}: dropped {len(rows) - len(kept)} rows with an empty document or summary")
+    if not kept:
+        raise InputError(f"{name} has no row with a document and a summary: check the file")
+    if path.is_file():
+        kept = [row for row in kept if _drawn_split(row["document"]) == split]
+        print(f"{name_or_path} is one file: {len(kept)} rows drawn for {split} by a hash of the document")
+        if not kept:
+            raise InputError(f"{name} leaves no row for {split}: give more rows or a folder with a file a split")
+    if num > len(kept):
+        raise InputError(f"{name} has {len(kept)} usable rows, {num} were asked for: lower the number")
+    return Dataset.from_list(kept[:num] if num else kept)
+
+
+def load_splits(name: str, num_train: int, num_validation: int, num_test: int, **columns: str) -> dict[str, Dataset]:
+    """Return {"train", "validation", "test"}, each by `load_pairs` with so many rows (0 = all)."""
+    sizes = {"train": num_train, "validation": num_validation, "test": num_test}
+    return {split: load_pairs(name, split, num, **columns) for split, num in sizes.items()}
+
+
+def describe_splits(splits: dict[str, Dataset]) -> list[dict]:
+    """Return one row a split: its name, pairs and fingerprint."""
+    return [{"set": n, "pairs": len(rows), "fingerprint": data_fingerprint(rows)} for n, rows in splits.items()]
+
+
+def _drawn_split(document: str) -> str:
+    """Return the split of a document of an undivided file: a function of its text, so that copies stay together."""
+    bucket = hashlib.sha256(document.encode()).digest()[0] % 10
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def load_text(name: str = "pydocs", split: str = "train", column: str = "text", num: int = 0) -> list[str]:
+    """Return the raw texts of a split, one string each; of "pydocs" these are docstrings and comments.
+
+    `name` is otherwise a hub name such as "Skylion007/openwebtext", a folder with one file a split, or one file; in
+    .txt files blank lines stand between texts. One file, and a hub set with nothing but "train", is cut into 80 %
+    train, 10 % validation and 10 % test by a hash of the text. Empty texts are dropped; `num` keeps the first ones, and
+    of a hub set, which may be too large to keep, no more is then fetched than these need.
+    Raises InputError for an unknown name, a missing file, split or column, a broken file, and when too little is left.
+    """
+    _check(split, num)
+    label, path, undivided = f"{name} ({split})", Path(name).expanduser(), False
+    if name == "pydocs":
+        found = _corpus_table("text", split)
+    elif _is_path(name):
+        found, undivided = _read_files(path, split), path.is_file()
+    else:
+        parts = _read_hub(name, None, stream=num > 0)
+        undivided = list(parts) == ["train"]
+        if not undivided and split not in parts:
+            raise InputError(f"data set {name!r} has no split {split!r}: it has {', '.join(parts)}")
+        found = parts["train" if undivided else split]
+    with _hub_errors(f"data set {label}"):  # a stream is read here only
+        _check_column(found, column, label, "name the right one by column")
+        # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
+        texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
+        kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
+        kept = list(islice(kept, num or None))
+    if len(kept) < max(num, 1):
+        raise InputError(f"{label} has {len(kept)} usable texts, {max(num, 1)} asked for: give more or ask for less")
+    return kept
+
+
+def load_classification(task: str, split: str, num: int = 0) -> Dataset:
+    """Return an embedded classification task ("belongs" or "family") with sentence1, sentence2 and label columns."""
+    if task not in TASKS:
+        raise InputError(f"classification task {task!r} is unknown: use one of {', '.join(TASKS)}")
+    _check(split, num)
+    rows = TASKS[task](_corpus_table("pairs", split).to_list())
+    return Dataset.from_list(rows[:num] if num else rows)
+
+
+def corpus_folder() -> Path:
+    """Return the run folder of the built corpus `pydocs`, building it on first use (about a minute)."""
+
+    def build(folder: Path) -> dict:
+        corpus = pydocs.build_corpus(lambda stage, done, total: report_progress(folder, stage, done, total, "files"))
+        for kind in ("pairs", "text"):
+            for split, rows in corpus[kind].items():
+                if kind == "pairs":  # a fixed random order, so that the first rows are a fair sample
+                    random.Random(0).shuffle(rows)
+                content = io.BytesIO()  # written in one piece: on a full disk the Parquet writer aborts the process
+                Dataset.from_list(rows).to_parquet(content)
+                write_atomic(folder / f"{kind}-{split}.parquet", content.getvalue())
+        return {
+            "fingerprint": corpus["fingerprint"],
+            "removed": corpus["removed"],
+            "pairs": {split: len(rows) for split, rows in corpus["pairs"].items()},
+            "texts": {split: len(rows) for split, rows in corpus["text"].items()},
+            "characters": {split: sum(len(r["text"]) for r in rows) for split, rows in corpus["text"].items()},
+        }
+
+    return artifact("pydocs", pydocs.corpus_settings(), build, quiet=True)
+
+
+def _corpus_table(kind: str, split: str) -> Dataset:
+    return Dataset.from_parquet(str(corpus_folder() / f"{kind}-{split}.parquet"), keep_in_memory=True)
+
+
+def corpus_facts() -> dict:
+    """Return what is known of the built corpus: fingerprint, sizes, and what was removed for which reason."""
+    return read_json(corpus_folder() / "results.json")
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """Return a short hash of the ids, documents and summaries of a data set."""
+    content = hashlib.sha256()
+    for row in zip(dataset["id"], dataset["document"], dataset["summary"], strict=True):
+        content.update("\0".join(row).encode())
+    return content.hexdigest()[:12]
+
+
+def _check(split: str, num: int = 0) -> None:
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    if num < 0:
+        raise InputError(f"number of examples {num} is negative: use 0 for all of them")
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS)
+
+
+def _check_column(found: Dataset | IterableDataset, column: str, name: str, mend: str) -> None:
+    columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
+    if column not in columns:
+        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {mend}")
+
+
+def _read_hub(name: str, split: str | None, stream: bool = False) -> Dataset | DatasetDict | IterableDatasetDict:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"data set {name!r} is unknown: use pydocs, a hub name like EdinburghNLP/xsum, or a path")
+    with _hub_errors(f"data set {name!r} ({split or 'all splits'})"):
+        return load_dataset(name, HUB_CONFIGS.get(name), split=split, streaming=stream)
+
+
+@contextmanager
+def _hub_errors(place: str) -> Iterator[None]:
+    """Turn whatever the hub client raises, many kinds that mean the same here, into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:150]
+        raise InputError(f"{place} cannot be loaded: {reason}; check the name or use a local path") from error
+
+
+def _read_files(path: Path, split: str) -> Dataset:
+    """Read a split from a folder (files named after splits) or from one file, by its ending."""
+    if not path.exists():
+        raise InputError(f"data path {path.name!r} does not exist: check the spelling")
+    if path.is_dir():
+        names = (split, "val", "valid", "dev") if split == "validation" else (split,)
+        found = [path / f"{name}{ending}" for name in names for ending in FILE_ENDINGS]
+        folder, path = path, next((file for file in found if file.exists()), None)
+        if path is None:
+            raise InputError(f"folder {folder.name!r} has no file for {split}: expected one like {split}.jsonl.gz")
+    if not path.name.endswith(FILE_ENDINGS):
+        raise InputError(f"file {path.name!r} has an unknown ending: use one of {', '.join(FILE_ENDINGS)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"file {path.name!r} is empty: give a file with at least one row")
+    if path.suffix == ".txt":
+        texts = re.split(r"\n\s*\n", _decode(path.read_bytes(), path.name).replace("\r\n", "\n"))
+        return Dataset.from_dict({"text": [text.strip() for text in texts]})
+    reader = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix)
+    if reader is None:
+        return _read_json_lines(path)
+    try:
+        return reader(str(path), keep_in_memory=True)
+    except Exception as error:  # the readers raise many kinds; where one is wrapped, its cause names the line
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise InputError(f"file {path.name!r} cannot be read as {path.suffix[1:]}: {reason}") from error
+
+
+def _decode(content: bytes, name: str, offset: int = 0) -> str:
+    try:
+        return content.decode().removeprefix("\ufeff")  # a byte order mark is no text
+    except UnicodeDecodeError as error:
+        place = f"byte {offset + error.start} (0x{content[error.start]:02x})"
+        raise InputError(f"{name} is not UTF-8 at {place}: save it as UTF-8 text") from error
+
+
+def _read_json_lines(path: Path) -> Dataset:
+    rows, offset = [], 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(json.loads(_decode(line, f"{path.name} line {number}", offset)))
+                    if not isinstance(rows[-1], dict):
+                        raise InputError(f"{path.name} line {number} is not an object: expected one row {{...}} a line")
+                offset += len(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): mend or remove it") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path.name} cannot be read: {error}; save it as UTF-8 text, whole") from error
+    if not rows:
+        raise InputError(f"{path.name} has no rows: give a file with at least one line")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return Dataset.from_dict({name: [_text(row.get(name)) for row in rows] for name in columns})
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenising
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+

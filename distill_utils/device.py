@@ -1,0 +1,70 @@
+"""The device to compute on, its mixed precision, seeds, and the modes that models are put in for a while.
+
+torch is imported inside the functions, so that the command line starts without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def device():
+    """Return the device to compute on: CUDA when torch sees one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def amp_dtype(on=None):
+    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32)."""
+    import torch
+
+    on = on or device()
+    if on.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            return torch.bfloat16
+    return None
+
+
+def mixed_precision(on, dtype="auto"):
+    """Return an autocast context for a device: its `amp_dtype`, or the given dtype; None and float32 switch it off."""
+    import torch
+
+    dtype = amp_dtype(on) if dtype == "auto" else dtype
+    return torch.autocast(on.type, dtype, enabled=dtype not in (None, torch.float32))
+
+
+def to_device(batch: dict, on) -> dict:
+    """Return a batch with its tensors on a device; ids and other values stay as they are."""
+    import torch
+
+    return {key: value.to(on, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def eval_mode(*models) -> Iterator[None]:
+    """Switch dropout off inside the block; every module gets its own mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; atomic GPU kernels may still differ in the last bits."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

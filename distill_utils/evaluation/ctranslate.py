@@ -1,0 +1,227 @@
+"""CTranslate2, the fast engine on the CPU: conversion of a saved model, summaries with scores, scores of given texts.
+
+Not here: `generate` and what both engines share (generation.py, on the same floor; it knows nothing of this file).
+
+CTranslate2 renormalises over the allowed tokens when a setting forbids some (minimum length, repeated n-grams).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from distill_utils import artifacts
+from distill_utils.artifacts import InputError
+from distill_utils.evaluation.generation import (
+    as_list,
+    batches_by_length,
+    decoding_settings,
+    to_text,
+    tokenize_documents,
+)
+
+# What CTranslate2 reads from old configuration files: (normalize_before, normalize_embedding), as the classes compute.
+# Marian is left out: the converter takes the start token's embedding for zero, which fine-tuning changes (tied head).
+LEGACY_NORM_FIELDS = {"bart": (False, True), "mbart": (True, True), "pegasus": (True, False)}
+T5_TYPES = ("t5", "mt5")
+# Generation settings that change the output and that CTranslate2 has no counterpart for, with their neutral values.
+UNSUPPORTED_SETTINGS = {
+    "do_sample": False,
+    "bad_words_ids": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+
+# --------------------------------------------------------------------------------------------------------- conversion
+
+
+def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantization: str = "float32") -> Path:
+    """Convert a saved model for CTranslate2, atomically, with its generation settings beside it.
+
+    Mends what the converter reads from old configuration files: output scaling of T5 v1.1 and Flan (it must follow
+    `scale_decoder_outputs`, not the tied embeddings), BART-style norm positions, vocabularies larger than the
+    tokenizer, and the decoder's start token. Raises ValueError for what CTranslate2 cannot express.
+    """
+    model_folder, output_folder = Path(model_folder), Path(output_folder)
+    if not (model_folder / "config.json").is_file():
+        raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
+    refuse_unsupported(model_folder)
+    converter = _converter(model_folder, quantization)
+    with artifacts.folder_atomic(output_folder) as temporary:
+        converter.convert(str(temporary), quantization=quantization, force=True)
+        read_generation_config(model_folder).save_pretrained(temporary)
+    return output_folder
+
+
+def _converter(model_folder: Path, quantization: str):
+    from ctranslate2.converters import TransformersConverter
+
+    class MendingConverter(TransformersConverter):
+        def load_model(self, model_class, name, **kwargs):
+            if quantization not in ("float16", "bfloat16"):
+                kwargs["dtype"] = torch.float32
+            model = model_class.from_pretrained(name, use_safetensors=True, **kwargs)
+            config = model.config
+            if config.model_type in T5_TYPES:
+                config.tie_word_embeddings = bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+            else:
+                config.normalize_before, config.normalize_embedding = LEGACY_NORM_FIELDS[config.model_type]
+            self.vocab_size = config.vocab_size
+            return model
+
+        def load_tokenizer(self, tokenizer_class, name, **kwargs):
+            tokenizer = tokenizer_class.from_pretrained(name, **kwargs)
+            tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+            complete = {tokens.get(index, f"<unused_{index}>"): index for index in range(self.vocab_size)}
+            tokenizer.get_vocab = lambda: complete  # one token a row of the embeddings, no gaps
+            self.tokenizer = tokenizer
+            return tokenizer
+
+        def _load(self):
+            specification = super()._load()
+            start = read_generation_config(model_folder).decoder_start_token_id
+            start = read_config(model_folder).get("decoder_start_token_id") if start is None else start
+            specification.config.decoder_start_token = self.tokenizer.convert_ids_to_tokens(start)
+            return specification
+
+    return MendingConverter(str(model_folder))
+
+
+def read_config(model_folder: Path | str) -> dict:
+    """Read a saved model's config.json as a plain dictionary."""
+    return artifacts.read_json(Path(model_folder) / "config.json")
+
+
+def read_generation_config(model_folder: Path | str) -> GenerationConfig:
+    """Read a saved model's generation settings; old checkpoints keep them in config.json."""
+    named = (Path(model_folder) / "generation_config.json").is_file()
+    name = "generation_config.json" if named else "config.json"
+    return GenerationConfig.from_pretrained(model_folder, config_file_name=name)
+
+
+def refuse_unsupported(model_folder: Path) -> None:
+    """Raise ValueError naming the first thing of a saved model that CTranslate2 cannot express."""
+    config = read_config(model_folder)
+    kind = config.get("model_type")
+    if kind not in (*LEGACY_NORM_FIELDS, *T5_TYPES):
+        raise ValueError(f"architecture {kind!r} is not converted to CTranslate2 here: use engine='transformers'")
+    heads = config.get("encoder_attention_heads"), config.get("decoder_attention_heads")
+    if kind not in T5_TYPES and heads[0] != heads[1]:
+        raise ValueError(f"CTranslate2 needs equal attention heads, not {heads}: use engine='transformers'")
+    settings = read_generation_config(model_folder).to_dict()
+    found = {name: settings.get(name) for name in UNSUPPORTED_SETTINGS}
+    found = {name: value for name, value in found.items() if value not in (None, UNSUPPORTED_SETTINGS[name])}
+    if found:
+        raise ValueError(f"CTranslate2 has no generation setting like {found}: use engine='transformers'")
+
+
+# ---------------------------------------------------------------------------------------------- summaries and scores
+
+
+def summarize_ctranslate2(
+    folder: Path | str,
+    tokenizer,
+    documents: Sequence[str],
+    *,
+    max_source_length: int,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+    length_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    min_length: int | None = None,
+    batch_tokens: int = 4096,
+    prefix: str = "",
+    return_scores: bool = True,
+    num_threads: int = 0,
+    num_candidates: int = 1,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], list[float | None]]:
+    """Write one summary a document with a model converted by `to_ctranslate2`; return (summaries, scores).
+
+    Decoding settings that are not given are the model's own, as in `summarize`; forced tokens and the repetition
+    penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens` counts a forced first token and the
+    forced end, and `min_length` counts the decoder's start token too. Beam search stops early (as `early_stopping=True`
+    does), so beam outputs agree with `generate` over a corpus, not string by string. Runs on the CPU. Scores (see
+    generation.py) are None for empty documents and without `return_scores`. A document's candidates follow one another,
+    best first: as beam search ranks them, samples by score.
+
+    Args:
+        batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
+        num_threads: 0 means as many as torch uses.
+        temperature: draw tokens at this temperature in place of beams, from the `top_k` likeliest or from the likeliest
+            that together reach the probability `top_p` (at that temperature, as `generate` does). The same seed and
+            batches draw the same.
+    """
+    import ctranslate2
+
+    settings = GenerationConfig.from_pretrained(folder)
+    decoding = decoding_settings(settings, num_beams, max_new_tokens, length_penalty, no_repeat_ngram_size, min_length)
+    source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
+    first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
+    num_threads = num_threads or torch.get_num_threads()
+    # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
+    workers = max(1, num_threads // 4) if temperature is None else 1
+    sampling = {}
+    if temperature is not None:
+        ctranslate2.set_random_seed(seed)
+        sampling = {"sampling_temperature": temperature, "sampling_topk": top_k or 0, "sampling_topp": top_p or 1.0}
+        decoding |= {"num_beams": 1, "length_penalty": 1.0}
+    translator = ctranslate2.Translator(
+        str(folder), inter_threads=workers, intra_threads=max(1, num_threads // workers), max_queued_batches=-1
+    )
+    waiting = []
+    for chosen in batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
+        futures = translator.translate_batch(
+            [tokenizer.convert_ids_to_tokens(source_ids[i]) for i in chosen],
+            target_prefix=[first] * len(chosen) if first else None,
+            beam_size=decoding["num_beams"],
+            num_hypotheses=num_candidates,
+            length_penalty=decoding["length_penalty"],
+            no_repeat_ngram_size=decoding["no_repeat_ngram_size"],
+            repetition_penalty=settings.repetition_penalty or 1.0,
+            min_decoding_length=max(0, decoding["min_length"] - 1),
+            # A forced end takes the last place from the text.
+            max_decoding_length=decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None),
+            max_input_length=0,
+            return_scores=return_scores,
+            return_end_token=True,
+            end_token=as_list(settings.eos_token_id) or None,
+            asynchronous=True,
+            **sampling,
+        )
+        waiting += zip(chosen, futures, strict=True)
+    summaries, scores = [""] * len(documents) * num_candidates, [None] * len(documents) * num_candidates
+    for done, (i, future) in enumerate(waiting, start=len(documents) - len(waiting) + 1):
+        result = future.result()
+        for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
+            summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+            if return_scores:  # the engine divides the sum by length ** penalty, the prefix counted with 0
+                total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
+                scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
+        if progress and (done % 16 == 0 or done == len(documents)):
+            progress(done, len(documents))
+    return summaries, scores
+
+
+def score_ctranslate2(
+    folder: Path | str, source_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]], tokenizer
+) -> list[list[float]]:
+    """Return the natural log-probability of every target token given its source; targets end with the end token."""
+    import ctranslate2
+
+    translator = ctranslate2.Translator(str(folder), intra_threads=torch.get_num_threads())
+    source = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in source_ids]
+    target = [tokenizer.convert_ids_to_tokens(list(ids[:-1])) for ids in target_ids]  # the engine adds the end token
+    return [result.log_probs for result in translator.score_batch(source, target, max_batch_size=16)]

@@ -1,0 +1,92 @@
+"""Intervals and paired tests: what a difference between two systems is worth.
+
+Out of scope: what is scored (metrics.py, tasks.py). Everything here takes plain arrays, one value a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def bootstrap_interval(
+    values: Sequence[float], num_samples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Return (mean, low, high): the percentile bootstrap interval over documents (not over training seeds)."""
+    means = _bootstrap_means(values, num_samples, seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(np.mean(values)), float(low), float(high)
+
+
+def paired_test(values: Sequence[float], baseline: Sequence[float], num_samples: int = 1000, seed: int = 0) -> dict:
+    """Compare two systems on the same documents by the paired bootstrap.
+
+    `difference` is the mean of values - baseline, `low` and `high` its 95 % percentile interval. `p_value` is two-sided
+    for "no difference": twice the smaller share of draws in which the mean difference is at most 0, or at least 0, with
+    one draw added so that it is never 0.
+    """
+    if len(values) != len(baseline):
+        raise ValueError(f"{len(values)} values for {len(baseline)} of the baseline: score the same documents")
+    differences = np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
+    means = _bootstrap_means(differences, num_samples, seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    p_value = min(1.0, 2 * (tail + 1) / (num_samples + 1))
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "p_value": float(p_value)}
+
+
+def compare(values: np.ndarray, baseline: np.ndarray) -> dict:
+    """Compare two systems with several seeds each: `paired_test` of their means over seeds, document by document.
+
+    Both are (seeds, documents). Documents are many and seeds few, so an interval over documents can exclude 0 where
+    another seed would turn the difference round: `seeds_agree` says whether it has one sign in every seed, and is None
+    where the two have different numbers of seeds.
+    """
+    ours, theirs = np.atleast_2d(values), np.atleast_2d(baseline)
+    agree = None
+    if len(ours) == len(theirs):
+        signs = np.sign((ours - theirs).mean(1))
+        agree = bool((signs == signs[0]).all())
+    return {**paired_test(ours.mean(0), theirs.mean(0)), "seeds": len(ours), "seeds_agree": agree}
+
+
+def effect_sign(test: Mapping) -> int:
+    """Return 1 or -1 for a difference whose interval excludes 0 and whose seeds agree on the sign, else 0."""
+    if test.get("seeds_agree") is False:
+        return 0
+    return int(test["low"] > 0) - int(test["high"] < 0)
+
+
+def format_interval(test: Mapping, decimals: int = 2) -> str:
+    """Return a paired difference with its interval, as in "+0.61, 0.14 to 1.12"."""
+    difference, low, high = (f"{test[name]:.{decimals}f}" for name in ("difference", "low", "high"))
+    return f"{'' if difference.startswith('-') else '+'}{difference}, {low} to {high}"
+
+
+def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, lower_is_better: bool = False) -> str:
+    """Return a comparison in words with its interval: "kd beats sft (+0.61, 0.14 to 1.12)"."""
+    sign = -effect_sign(test) if lower_is_better else effect_sign(test)
+    verb = {1: "beats", -1: "loses to", 0: "cannot be separated from"}[sign]
+    seeds = "; seeds disagree on the sign" if test.get("seeds_agree") is False else ""
+    return f"{name} {verb} {other} ({format_interval(test, decimals)}{seeds})"
+
+
+def _bootstrap_means(values: Sequence[float], num_samples: int, seed: int) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise ValueError("no values to draw from: score at least one document")
+    generator = np.random.default_rng(seed)
+    rows = max(1, 4_000_000 // len(values))  # draws at a time, for memory
+    sizes = [min(rows, num_samples - start) for start in range(0, num_samples, rows)]
+    draws = (generator.integers(len(values), size=(size, len(values))) for size in sizes)
+    return np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's (1979) adjusted p-values: how surprising each is, given how many were looked at."""
+    order, worst, adjusted = np.argsort(p_values), 0.0, [0.0] * len(p_values)
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted

@@ -1,0 +1,390 @@
+"""One student, described by one dataclass, in a straight line: check, forecast, label, rows, cut, fit, save.
+
+Each expensive step is an artifact under runs/. Out of scope: the objectives and the loop themselves, and testing what
+was trained (comparison.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from distill_utils.artifacts import InputError, artifact, config_hash, file_hash, report_progress
+from distill_utils.data import loading
+from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
+from distill_utils.device import device, eval_mode, mixed_precision, seed_everything, to_device
+from distill_utils.distillation import objectives
+from distill_utils.distillation.label_filters import bounds_of, filter_labels
+from distill_utils.distillation.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
+from distill_utils.distillation.targets import with_targets, write_targets
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, model_folder, save_model, shipped_models
+from distill_utils.training.loop import Training, check_training, choose_attention, fit, train_mode
+
+METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
+ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
+CROSS_FIT = ("", "other", "own")
+TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """What determines one trained student; JSON-serialisable by `dataclasses.asdict`."""
+
+    method: str  # one of METHODS
+    shape: str  # "<encoder layers>-<decoder layers>"
+    teacher: str  # shipped name, folder or hub name
+    max_source_length: int  # tokens
+    max_target_length: int  # tokens
+    training: Training
+    prefix: str = ""  # written before every document, for T5
+    freeze_encoder: bool = True  # where the student keeps the whole encoder
+    freeze_embeddings: bool = True
+    ce_weight: float = 0.2  # KD: labels
+    kl_weight: float = 0.8  # KD: the teacher's distribution
+    hidden_weight: float = 3.0  # KD: the teacher's hidden states
+    temperature: float = 2.0  # where the teacher's distribution is used: softens both
+    divergence: str = "forward_kl"  # one of losses.DIVERGENCES
+    jsd_beta: float = 0.5  # share of the teacher in the mixture of "jsd"
+    match: str = "outputs"  # KD: compare what layers return, or "inputs", what they get, as published
+    supervise_forward: bool = True  # KD: imitate the end of the block that a layer replaces, not the copied layer
+    normalize_hidden: bool = True  # KD: bring every token's hidden state to mean 0 and variance 1 first
+    teacher_dropout: bool = False  # KD: the teacher's dropout on, as in the published code
+    on_policy_share: float = 0.5  # on-policy: share of a batch whose targets are the student's own samples
+    top_k: int = 32  # cached KD: token ids kept of each of the teacher's distributions
+    target_samples: int = 0  # cached KD: draws instead of the top ids, 0 = the top ids
+    label_settings: dict = field(default_factory=dict)  # PL: decoding settings of the teacher
+    label_filters: dict = field(default_factory=dict)  # PL: thresholds by measure (pseudo_labels.py)
+    label_teachers: list[str] = field(default_factory=list)  # PL: further teachers that label the same documents
+    cross_fit: str = ""  # PL: label a half by a teacher trained on the "other" half, or on its "own"
+    cross_fit_base: str = ""  # the pre-trained model that both such teachers start from
+    cross_fit_steps: int = 300  # updates of such a teacher
+    encoder_layer_ids: list[int] | None = None  # the teacher's layers to copy; None = `models.students.layer_map`
+    decoder_layer_ids: list[int] | None = None
+    variant: str = ""  # what sets this run apart from another of its method and shape, in names and tables
+
+    @property
+    def group(self) -> str:
+        """Method, shape and variant: what runs that differ by seed alone share."""
+        variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", self.variant).strip("_") if self.variant else ""
+        return f"{self.method}-{self.shape}{variant}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-s{self.training.seed}"
+
+    @property
+    def lengths(self) -> tuple[int, int, str]:
+        """What `tokenize_pairs` needs: longest source and target in tokens, prefix."""
+        return self.max_source_length, self.max_target_length, self.prefix
+
+
+def with_seed(run: StudentRun, seed: int) -> StudentRun:
+    """Return the same run with another data order and dropout."""
+    return replace(run, training=replace(run.training, seed=seed))
+
+
+def grid(base: StudentRun, methods: list[str], shapes: list[str], seeds: list[int]) -> list[StudentRun]:
+    """Return one run for every method, shape and seed: the same description but for these."""
+    variants = [replace(base, method=method, shape=shape) for shape in shapes for method in methods]
+    return [with_seed(run, seed) for run in variants for seed in seeds]
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def parse_shape(shape: str, teacher) -> tuple[int, int]:
+    """Return (encoder layers, decoder layers) of a shape like "6-3", checked against the teacher's depths."""
+    try:
+        encoder, decoder = (int(part) for part in shape.split("-"))
+    except ValueError as error:
+        raise InputError(f"student shape {shape!r} is not a shape: write encoder-decoder layers, as in 6-3") from error
+    students.layer_map(len(students.encoder_layers(teacher)), encoder)
+    students.layer_map(len(students.decoder_layers(teacher)), decoder)
+    return encoder, decoder
+
+
+def check_runs(runs: list[StudentRun], teacher) -> None:
+    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
+    if not runs:
+        raise InputError("there is nothing to train: name at least one method, one student shape and one seed")
+    for run in runs:
+        _check_run(run, teacher)
+    if len({run.name for run in runs}) < len(runs):
+        raise InputError("a method, student shape or seed is named twice: name each once")
+
+
+def _check_run(run: StudentRun, teacher) -> None:
+    if run.method not in METHODS:
+        raise InputError(f"method {run.method!r} is unknown: use {', '.join(METHODS)}")
+    check_training(run.training)
+    objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
+    bounds_of(run.label_filters)
+    if run.cross_fit not in CROSS_FIT:
+        raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
+    if run.cross_fit and not run.cross_fit_base:
+        raise InputError("cross_fit needs cross_fit_base: name the model that the teacher was fine-tuned from")
+    if not 1 <= run.top_k <= teacher.config.vocab_size:
+        raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
+
+    encoder, decoder = parse_shape(run.shape, teacher)
+    for name, ids, layers, stack in (
+        ("encoder_layer_ids", run.encoder_layer_ids, encoder, students.encoder_layers(teacher)),
+        ("decoder_layer_ids", run.decoder_layer_ids, decoder, students.decoder_layers(teacher)),
+    ):
+        if ids is not None:
+            students.check_layer_ids(name, ids, layers, len(stack))
+
+    positions = getattr(teacher.config, "max_position_embeddings", None)
+    longest = max(run.max_source_length, run.max_target_length)
+    if positions and -(-longest // 8) * 8 > positions:  # batches are padded to multiples of 8
+        raise InputError(
+            f"length {longest} exceeds the teacher's {positions} positions: lower max_source_length or "
+            "max_target_length"
+        )
+
+
+def check_same_tokenizer(teacher: str, tokenizer, name: str, other) -> None:
+    """Reject a second model whose token ids mean something else."""
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise InputError(f"{name} has another tokenizer than {teacher}: choose two models of one vocabulary")
+
+
+# ------------------------------------------------------------------------------------------------------------- cutting
+
+
+def model_fingerprint(name_or_path: str, model) -> str:
+    """Return a short hash that changes with a model's weights: of its files when local, of its commit on the hub."""
+    files = sorted(model_folder(name_or_path).glob("*.safetensors"))
+    if files:
+        return config_hash([file_hash(file) for file in files])
+    return str(getattr(model.config, "_commit_hash", None) or config_hash(model.config.to_dict()))[:10]
+
+
+def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
+    """Return the untrained student of a run, with its frozen parts, and the arguments its objective needs."""
+    shape = parse_shape(run.shape, teacher)
+    depths = len(students.encoder_layers(teacher)), len(students.decoder_layers(teacher))
+    student, *copied = students.init_student(teacher, *shape, run.encoder_layer_ids, run.decoder_layer_ids)
+    # A cut encoder has to learn to close its gaps; only a whole one can stay as it is.
+    students.freeze(student, encoder=run.freeze_encoder and shape[0] == depths[0], embeddings=run.freeze_embeddings)
+
+    imitated = copied
+    if run.method == "kd" and run.supervise_forward:
+        imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
+    shared = students.has_teacher_encoder(student, teacher)
+    weights = {"ce_weight": run.ce_weight, "kl_weight": run.kl_weight}
+    softened = {
+        "temperature": run.temperature,
+        "divergence": run.divergence,
+        "jsd_beta": run.jsd_beta,
+        "shared_encoder": shared,
+    }
+    options = {
+        "kd": {
+            **weights,
+            **softened,
+            "encoder_layer_ids": imitated[0],
+            "decoder_layer_ids": imitated[1],
+            "hidden_weight": run.hidden_weight,
+            "match": run.match,
+            "normalize_hidden": run.normalize_hidden,
+            "teacher_dropout": run.teacher_dropout,
+        },
+        "pl_kl": softened,
+        "on_policy": {
+            **weights,
+            **softened,
+            "share": run.on_policy_share,
+            "max_new_tokens": run.max_target_length,
+        },
+        "kd_cached": weights,
+    }.get(run.method, {})
+    return student, {"options": options, "encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
+
+
+def objective_of(method: str):
+    """Return the objective function of a method; PL is SFT on the teacher's summaries."""
+    return getattr(objectives, {"pl": "sft", "pl_gold": "sft"}.get(method, method))
+
+
+# ------------------------------------------------------------------------------------------------- labels, rows, targets
+
+
+def label(run: StudentRun, teacher, train: Dataset) -> Path:
+    """Return the artifact with the teacher's summaries of the training documents (pseudo_labels.jsonl)."""
+    decoding = {"max_source_length": run.max_source_length, "prefix": run.prefix, **run.label_settings}
+    inputs = {"teacher": model_fingerprint(run.teacher, teacher), "data": loading.data_fingerprint(train)}
+
+    def build(folder: Path) -> dict:
+        began = time.monotonic()
+        source = model_folder(run.teacher) if run.teacher in shipped_models() else run.teacher
+        labels = pseudo_labels(source, train, folder, **decoding)
+        seconds = time.monotonic() - began
+        _, counts = filter_pseudo_labels(labels)
+        return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}
+
+    return artifact("pseudo-labels", inputs | decoding, build)
+
+
+def labelled(folder: Path, filters: dict | None = None) -> Dataset:
+    """Return the usable pseudo-labels of an artifact: id, document, summary (the teacher's), reference, score."""
+    with open(folder / "pseudo_labels.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    usable = filter_pseudo_labels(Dataset.from_list(rows))[0]
+    return filter_labels(usable, filters)[0] if filters else usable
+
+
+def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Dataset:
+    """Return what a run trains on: the references, or the teacher's summaries as its label settings ask for.
+
+    With `cross_fit` every half of the data is labelled by a teacher that was trained on the other half, which cannot
+    have memorised its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
+    """
+    if run.method not in ON_PSEUDO_LABELS:
+        return train
+    if run.cross_fit:
+        halves = cross_fit_halves(train, seed=0)
+        tuned = [cross_fit_teacher(run, tokenizer, half) / "teacher" for half in halves]
+        labellers = zip(halves, tuned[::-1] if run.cross_fit == "other" else tuned, strict=True)
+        folders = [label(replace(run, teacher=str(path)), load_model(path)[0], half) for half, path in labellers]
+    else:
+        folders = [label(run, teacher, train)]
+        for name in run.label_teachers:
+            model, other = load_model(name)
+            check_same_tokenizer(run.teacher, tokenizer, name, other)
+            folders.append(label(replace(run, teacher=name), model, train))
+    rows = [labelled(folder, run.label_filters) for folder in folders]
+    rows += [train] if run.method == "pl_gold" else []
+    return join_labels(rows)[0] if len(rows) > 1 else rows[0]
+
+
+def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
+    """Return the artifact of a teacher fine-tuned on one half of the training data: teacher/, history.csv."""
+    training = replace(run.training, max_steps=run.cross_fit_steps, seed=0, eval_every=0)
+    model, own = load_model(run.cross_fit_base)
+    check_same_tokenizer(run.teacher, tokenizer, run.cross_fit_base, own)
+    settings = {"training": asdict(training), "lengths": run.lengths, "data": loading.data_fingerprint(half)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(training.seed)
+        model.to(device())
+        choose_attention(model, run.max_source_length)
+        history = fit(
+            model, partial(_without_teacher, objectives.sft), _batches(replace(run, training=training), tokenizer, half),
+            training, folder, stage="teacher of a half",
+        )  # fmt: skip
+        model.generation_config = load_model(run.teacher)[0].generation_config
+        save_model(model.to("cpu"), tokenizer, folder / "teacher")
+        return {"num_train": len(half), "final": history[-1]}
+
+    return artifact("half-teacher", settings | {"base": model_fingerprint(run.cross_fit_base, model)}, build)
+
+
+def _without_teacher(objective, model, batch: dict) -> dict:
+    return objective(model, None, batch)
+
+
+def _batches(run: StudentRun, tokenizer, rows: Dataset):
+    """Return the run's stream of batches, a function of the step."""
+    training = run.training
+    tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
+    return pair_stream(
+        tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size
+    )
+
+
+def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
+    """Return the artifact with the teacher's distributions over the references' tokens (targets/)."""
+    inputs = {
+        "teacher": model_fingerprint(run.teacher, teacher),
+        "data": loading.data_fingerprint(train),
+        "lengths": list(run.lengths),
+    }
+    kept = _kept_targets(run)
+
+    def build(folder: Path) -> dict:
+        return write_targets(
+            folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths), settings=inputs,
+            pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, **kept,
+            progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
+        )  # fmt: skip
+
+    return artifact("teacher-targets", inputs | kept, build)
+
+
+def _kept_targets(run: StudentRun) -> dict:
+    top_k = 0 if run.target_samples else run.top_k
+    return {"top_k": top_k, "samples": run.target_samples, "temperature": run.temperature}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validation: Dataset) -> Path:
+    """Return the artifact of one trained student: student/, history.csv, results.json with costs.
+
+    `train` holds the references; methods on pseudo-labels replace them by the teacher's summaries. `validation` is
+    the same for every method: cross-entropy of the references and KL to the teacher at temperature 1.
+    """
+    settings = {
+        **asdict(run),
+        "teacher": model_fingerprint(run.teacher, teacher),
+        "data": loading.data_fingerprint(train),
+        "validation": loading.data_fingerprint(validation),
+    }
+
+    def build(folder: Path) -> dict:
+        rows = training_rows(run, teacher, tokenizer, train)
+        seed_everything(run.training.seed)
+        student, cut = cut_student(run, teacher)
+        choose_attention(student, run.max_source_length)
+        batches = _batches(run, tokenizer, rows)
+        if run.method == "kd_cached":
+            batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
+        held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
+        objective = partial(objective_of(run.method), **cut["options"])
+
+        began = time.monotonic()
+        history = fit(
+            student, lambda model, batch: objective(model, teacher, batch), batches, run.training, folder,
+            partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]), stage=run.name,
+        )  # fmt: skip
+        student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
+        save_model(student.to("cpu"), tokenizer, folder / "student")
+        return {
+            "name": run.name,
+            "parameters": students.count_parameters(student),
+            "encoder_layer_ids": cut["encoder_ids"],
+            "decoder_layer_ids": cut["decoder_ids"],
+            "shared_encoder": cut["shared"],
+            "num_train": len(rows),
+            "seconds": round(time.monotonic() - began, 2),
+            "final": history[-1],
+        }
+
+    return artifact(run.name, settings, build)
+
+
+@torch.no_grad()
+def held_out_losses(student, teacher, batches: list[dict], shared_encoder: bool = False) -> dict:
+    """Return validation_ce (nats per reference token) and validation_kl (KL(teacher || student), nats) over batches."""
+    sums, tokens = {"ce_loss": 0.0, "kl_loss": 0.0}, 0
+    for batch in batches:
+        count = int((batch["labels"] != objectives.IGNORED).sum())
+        moved = to_device(batch, student.device)
+        losses = objectives.pl_kl(student, teacher, moved, temperature=1.0, shared_encoder=shared_encoder)
+        for name in sums:
+            sums[name] += float(losses[name]) * count
+        tokens += count
+    return {"validation_ce": sums["ce_loss"] / tokens, "validation_kl": sums["kl_loss"] / tokens}

@@ -1,0 +1,318 @@
+"""The embedded language models: T5's shape and objective on the corpus's raw text, from nothing, in three sizes.
+
+`pydocs-t5` is the teacher of task-agnostic distillation, the smaller ones are further rungs of a ladder of teachers:
+they have seen no task, only text, and all of them the same. `python -m distill_utils teachers` rebuilds
+`assets/pydocs-t5*`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
+from distill_utils.data.denoising import denoising_stream, infilling_stream, pack_text
+from distill_utils.data.loading import corpus_facts, load_text
+from distill_utils.device import seed_everything
+from distill_utils.distillation.objectives import sft
+from distill_utils.evaluation.statistics import bootstrap_interval
+from distill_utils.experiments import miniend
+from distill_utils.experiments.teacher import load_tokenizer, stage_facts, train_tokenizer
+from distill_utils.models import students
+from distill_utils.models.loading import ASSETS, load_model, save_model
+from distill_utils.training.loop import Training, choose_attention, fit
+
+HEAD_WIDTH = 48
+# {name: (width, layers of either stack)}; parameters are about as 12 to 3 to 1.
+SHAPES = {"pydocs-t5": (192, 6), "pydocs-t5-small": (96, 4), "pydocs-t5-tiny": (48, 4)}
+SENTINELS = 100  # as T5: <extra_id_0> first
+SOURCE_LENGTH = 128  # tokens of the encoder's input; the decoder's follow from it
+WINDOW = 64  # tokens of text in one example of text infilling
+HELD_OUT = 512  # windows of validation text that the loss is measured on
+CHECKED = 32  # of them, those that a test of the shipped files repeats
+INFILLING = Training(
+    max_steps=1000, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=21,
+)  # fmt: skip
+SPAN_CORRUPTION = Training(
+    max_steps=2200, batch_size=32, optimizer="muon", learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=22,
+)  # fmt: skip
+TUNING = Training(
+    max_steps=300, batch_size=16, optimizer="muon", learning_rate=2e-3, warmup_steps=30, checkpoint_every=100, seed=23
+)  # fmt: skip
+TASKS = ("summaries", "family", "belongs")
+TASK_ROWS = {"train": 5000, "validation": 128, "test": 1000}
+LENGTHS = {"max_source_length": 128, "max_target_length": 40}
+
+
+def make_tokenizer() -> Path:
+    """Return the folder of the corpus's tokenizer in T5's manner: sentinels, an end token, no start token."""
+    original = train_tokenizer()
+
+    def build(folder: Path) -> dict:
+        tokenizer = Tokenizer.from_file(str(original / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+        made.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(SENTINELS)]})
+        made.save_pretrained(folder)
+        return {"vocabulary": len(made)}
+
+    return artifact("t5-tokenizer", {"tokenizer": original.name, "sentinels": SENTINELS}, build)
+
+
+def new_model(vocab_size: int, width: int, layers: int, dropout: float = 0.0) -> T5ForConditionalGeneration:
+    """Return a randomly initialised model in the shape of T5 v1.0, with tied embeddings."""
+    config = T5Config(
+        vocab_size=vocab_size, d_model=width, d_kv=HEAD_WIDTH, num_heads=width // HEAD_WIDTH, d_ff=4 * width,
+        num_layers=layers, num_decoder_layers=layers, dropout_rate=dropout, feed_forward_proj="relu",
+        tie_word_embeddings=True, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def ease_copying(model: T5ForConditionalGeneration) -> None:
+    """Change the random initialisation so that cross-attention finds copying within few updates (LOG.md).
+
+    Layers add little to what their tokens are, position counts in self-attention from the start, and cross-attention
+    looks for tokens like its own: its queries are made as its keys are.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight.mul_(0.25)
+        elif "relative_attention_bias" in name:
+            weight.normal_()
+    for block in students.decoder_layers(model):
+        cross = block.layer[1].EncDecAttention
+        cross.q.weight.copy_(cross.k.weight * (2 * cross.q.weight.std() / cross.k.weight.std()))
+
+
+def token_stream(split: str, tokenizer, tokenizer_folder: Path) -> np.ndarray:
+    """Return the raw text of a split as one flat array of token ids."""
+
+    def build(folder: Path) -> dict:
+        texts = load_text("pydocs", split)
+        order = np.random.default_rng(0).permutation(len(texts))
+        flat = pack_text([texts[i] for i in order], tokenizer)
+        np.save(folder / "tokens.npy", flat)
+        return {"tokens": len(flat)}
+
+    folder = artifact("token-stream", {"tokenizer": tokenizer_folder.name, "split": split}, build)
+    return np.load(folder / "tokens.npy")
+
+
+def held_out_losses(model, tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """Return the loss of every window of text that the card's figure is a mean of, nats per target token."""
+    return miniend.window_losses(model, tokenizer, tokens, HELD_OUT, SOURCE_LENGTH)
+
+
+def base_embeddings(width: int) -> torch.Tensor:
+    """Return the embeddings (vocabulary, width) of pydocs-bart-base, whose tokens are ours but for the sentinels.
+
+    A narrower model gets their coordinates along as many first principal directions.
+    """
+    given = load_model("pydocs-bart-base")[0].get_input_embeddings().weight.detach()
+    return students.project_embeddings(given, width)
+
+
+def infill(width: int, layers: int) -> Path:
+    """Train on text infilling, which teaches cross-attention to copy, and return the run folder.
+
+    Span corruption alone does not within this budget: it asks for hidden tokens only, which a decoder guesses about as
+    well without the source (LOG.md). The embeddings start as those of pydocs-bart-base, which has the same vocabulary.
+    """
+    tokenizer_folder = make_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.mask_token = "<extra_id_0>"  # here only: one sentinel for every span, the whole text as target
+    embeddings = base_embeddings(width)
+    shape = {
+        "width": width,
+        "heads": width // HEAD_WIDTH,
+        "layers": layers,
+        "window": WINDOW,
+        "held_out": HELD_OUT,
+        "eased": True,
+    }
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(INFILLING)}
+    settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
+
+    def build(folder: Path) -> dict:
+        seed_everything(INFILLING.seed)
+        model = new_model(len(tokenizer), width, layers)
+        own = model.get_input_embeddings().weight.data
+        own[: len(embeddings)] = embeddings * (own.std() / embeddings.std())
+        ease_copying(model)
+        choose_attention(model, WINDOW)
+        tokens = token_stream("train", tokenizer, tokenizer_folder)
+        batches = infilling_stream(tokens, tokenizer, WINDOW, INFILLING.batch_size, INFILLING.seed)
+        checks = infilling_stream(token_stream("validation", tokenizer, tokenizer_folder), tokenizer, WINDOW, 32, 0)
+        held_out = [checks(step)[0] for step in range(HELD_OUT // 32)]
+        evaluate = partial(miniend.held_out_loss, batches=held_out)
+        history = fit(
+            model, lambda m, batch: sft(m, None, batch), batches, INFILLING, folder, evaluate, stage="T5, infilling"
+        )
+        model.save_pretrained(folder / "model")
+        return {"tokens": len(tokens), "final": history[-1]}
+
+    return artifact("t5-infilled", settings, build)
+
+
+def corrupt(infilled: Path) -> Path:
+    """Go on with span corruption, T5's own objective, and return the run folder."""
+    tokenizer_folder = make_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": asdict(SPAN_CORRUPTION)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(SPAN_CORRUPTION.seed)
+        model = T5ForConditionalGeneration.from_pretrained(infilled / "model")
+        choose_attention(model, SOURCE_LENGTH)
+        tokens = token_stream("train", tokenizer, tokenizer_folder)
+        size, seed = SPAN_CORRUPTION.batch_size, SPAN_CORRUPTION.seed
+        batches = denoising_stream(tokens, tokenizer, "span_corruption", SOURCE_LENGTH, size, seed)
+        held_out = token_stream("validation", tokenizer, tokenizer_folder)
+
+        def evaluate(model) -> dict:
+            return {"validation_loss": float(held_out_losses(model, tokenizer, held_out).mean())}
+
+        history = fit(
+            model, lambda m, batch: sft(m, None, batch), batches, SPAN_CORRUPTION, folder, evaluate, stage="T5, spans"
+        )
+        ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return {"tokens": len(tokens), "final": history[-1]}
+
+    return artifact("t5-corrupted", settings, build)
+
+
+def downstream(name: str) -> list[dict]:
+    """Fine-tune a shipped model and the same shape from nothing on every embedded task; one row a task and model.
+
+    Rows are `miniend.result_row`s of "pre-trained", which is compared with "untrained" over the test rows.
+    """
+    model, tokenizer = load_model(name)
+    width, layers = SHAPES[name]
+    run = miniend.AgnosticRun(
+        path="scratch", shape=f"{layers}-{layers}", teacher=name, training=TUNING, source_length=SOURCE_LENGTH,
+        variant=f"w{width}",
+    )  # fmt: skip
+    places = {"untrained": str(miniend.untrained(run, model, tokenizer)), "pre-trained": name}
+    rows = []
+    for task in TASKS:
+        train, validation, test = (miniend.load_task(task, split, num) for split, num in TASK_ROWS.items())
+        tested = {}
+        for label, place in places.items():
+            model, _ = load_model(place)
+            tuned = miniend.fine_tune(
+                f"{label} {name}", place, model, tokenizer, task, train, validation, TUNING, *LENGTHS.values()
+            )
+            tested[label] = miniend.test_task(
+                tuned, task, test, LENGTHS["max_source_length"], num_beams=1,
+                max_new_tokens=LENGTHS["max_target_length"],
+            )  # fmt: skip
+        rows += [
+            miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)
+        ]
+    return rows
+
+
+def build(name: str = "pydocs-t5") -> Path:
+    """Train one of the language models, write it to assets/ in bf16 with its card, and return that folder.
+
+    The largest, which notebook 04 fine-tunes, is also measured on the tasks.
+    """
+    tasks = name == "pydocs-t5"
+    trained_by = git_state()
+    infilled = infill(*SHAPES[name])
+    trained = corrupt(infilled)
+    folder = ASSETS / name
+    model, tokenizer = load_model(trained / "model")
+    save_model(model.to(torch.bfloat16), tokenizer, folder)
+
+    model, tokenizer = load_model(folder)
+    losses = held_out_losses(model, tokenizer, token_stream("validation", tokenizer, make_tokenizer()))
+    mean, low, high = bootstrap_interval(losses)
+    made = read_json(trained / "results.json")
+    card = {
+        "name": name,
+        "command": "make teachers",
+        **trained_by,
+        "corpus_fingerprint": corpus_facts()["fingerprint"],
+        "parameters": students.count_parameters(model),
+        "training_tokens": made["tokens"],
+        "stages": [
+            stage_facts("text infilling", infilled, INFILLING),
+            stage_facts("span corruption", trained, SPAN_CORRUPTION),
+        ],
+        "source_length": SOURCE_LENGTH,
+        "num_windows": HELD_OUT,
+        "loss": [round(value, 4) for value in (mean, low, high)],
+        "num_checked": CHECKED,
+        "loss_checked": round(float(losses[:CHECKED].mean()), 4),
+        **({"downstream": downstream(name), "tuning": asdict(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
+        "machine": {key: made["provenance"][key] for key in ("processor", "threads", "gpu")},
+        "packages": provenance()["packages"],
+    }
+    write_json(folder / "card.json", card)
+    write_atomic(folder / "README.md", card_text(card))
+    return folder
+
+
+def card_text(card: dict) -> str:
+    """Return the model card as Markdown, every figure from `card`."""
+    first, second = card["stages"]
+    mean, low, high = card["loss"]
+    machine = card["machine"]["gpu"] or card["machine"]["processor"]
+    return f"""# {card["name"]}
+
+A small T5-shaped language model of Python documentation with {card["parameters"]["total"] / 1e6:.1f} M parameters,
+trained from nothing by `{card["command"]}` at commit {card["commit"]} on the corpus with fingerprint
+{card["corpus_fingerprint"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
+
+Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows in
+{first["seconds"] / 60:.0f} minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base;
+then span corruption ({second["steps"]:,} updates of {second["examples"] // second["steps"]} windows in
+{second["seconds"] / 60:.0f} minutes). Both over {card["training_tokens"]:,} tokens of docstrings and comments.
+Trained on: {machine}.
+
+Loss on {card["num_windows"]} windows of validation text, {card["source_length"]} source tokens each: {mean:.3f} nats
+per target token, 95 % bootstrap interval over windows {low:.3f} to {high:.3f}.
+{_worth(card)}
+Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
+"""
+
+
+def _worth(card: dict) -> str:
+    if "downstream" not in card:
+        return ""
+    scores = {(row["task"], row["name"]): row for row in card["downstream"]}
+    lines = [
+        "| " + " | ".join([task, *(_score(scores[task, name]) for name in ("pre-trained", "untrained"))]) + " |"
+        for task in dict.fromkeys(task for task, _ in scores)
+    ]
+    return f"""
+What it is worth: {card["tuning"]["max_steps"]} updates of {card["tuning"]["batch_size"]} rows on each task, and the
+same for the same shape from nothing; {card["task_rows"]["test"]:,} test rows, 95 % intervals over them, one seed.
+
+| task | pre-trained | untrained |
+| --- | --- | --- |
+{chr(10).join(lines)}
+"""
+
+
+def _score(row: dict) -> str:
+    metric = row["metric"] if row["metric"] == "ROUGE-2" else "% correct"
+    return f"{row['score']:.2f} ({row['score_low']:.2f}–{row['score_high']:.2f}) {metric}"

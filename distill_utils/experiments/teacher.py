@@ -1,0 +1,312 @@
+"""The embedded teacher: tokenizer, denoising, fine-tuning, evaluation and model card, from nothing.
+
+`python -m distill_utils teachers` rebuilds `assets/pydocs-bart`. Every stage is an artifact and resumes where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
+
+from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
+from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
+from distill_utils.data.denoising import gap_pairs, infilling_stream, pack_text
+from distill_utils.data.loading import corpus_facts, load_pairs, load_text
+from distill_utils.device import device, seed_everything
+from distill_utils.distillation.losses import chunked_token_losses
+from distill_utils.evaluation.metrics import METRICS
+from distill_utils.experiments import runs
+from distill_utils.models import students
+from distill_utils.models.loading import ASSETS, load_model, save_model
+from distill_utils.training.loop import Training, choose_attention, fit
+
+VOCABULARY = 8000
+WIDTH, HEADS, LAYERS = 192, 4, 6
+INIT_STD = 0.06  # about 1 / sqrt(width); at the usual 0.02, made for width 1,024, attention starts almost uniform
+MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 128, 40  # tokens
+WINDOW = 64  # tokens of packed text in one infilling example
+ALIGNED_STEPS = 600  # steps of masking without collapsing spans, and without gap sentences, to learn to copy
+CHECKED = 64  # test documents whose score a test of the shipped files repeats
+CHUNK_TOKENS = 512  # logits of 512 x 8,000 in float32 stay in a processor's cache
+DENOISING = Training(
+    max_steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, warmup_steps=300, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=11,
+)  # fmt: skip
+FINE_TUNING = Training(
+    max_steps=2000, batch_size=32, optimizer="muon", learning_rate=5e-4, warmup_steps=100, weight_decay=0.01,
+    eval_every=500, checkpoint_every=250, log_every=50, seed=12,
+)  # fmt: skip
+GENERATION = {
+    "num_beams": 4,
+    "max_new_tokens": 40,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 3,
+    "early_stopping": True,
+}
+
+
+BASE_CARD = """# pydocs-bart-base
+
+What `pydocs-bart` was before fine-tuning: pre-trained on raw text by `make teachers`, no summarizer yet. It is the
+start of teachers that see only part of the pairs (cross-fitted pseudo-labels). The card of `pydocs-bart` describes its
+training under "denoising".
+"""
+
+
+def summarization_loss(model, batch: dict) -> dict:
+    """Return the cross-entropy of the labels, projecting to the vocabulary in chunks."""
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    hidden = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=decoder_input_ids
+    ).last_hidden_state  # (batch, target, width)
+    return {"loss": chunked_token_losses(hidden, model.lm_head, batch["labels"], chunk_tokens=CHUNK_TOKENS)["ce_loss"]}
+
+
+def train_tokenizer() -> Path:
+    """Return the folder of a byte-level BPE tokenizer trained on the training text."""
+
+    def build(folder: Path) -> dict:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(
+            load_text("pydocs", "train"),
+            trainers.BpeTrainer(
+                vocab_size=VOCABULARY,
+                special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+            mask_token="<mask>", model_max_length=MAX_SOURCE_LENGTH, clean_up_tokenization_spaces=False,
+        ).save_pretrained(folder)  # fmt: skip
+        return {"vocabulary": tokenizer.get_vocab_size()}
+
+    return artifact("tokenizer", {"corpus": corpus_facts()["fingerprint"], "vocabulary": VOCABULARY}, build)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the teacher's tokenizer from a folder."""
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def packed_text(tokenizer, tokenizer_folder: Path) -> np.ndarray:
+    """Return the training text as one flat array of token ids (uint16), an end token after each text."""
+
+    def build(folder: Path) -> dict:
+        texts = load_text("pydocs", "train")
+        order = np.random.default_rng(0).permutation(len(texts))
+        flat = pack_text([texts[i] for i in order], tokenizer)
+        np.save(folder / "tokens.npy", flat)
+        return {"tokens": len(flat)}
+
+    return np.load(artifact("packed-text", {"tokenizer": tokenizer_folder.name}, build) / "tokens.npy")
+
+
+def new_model(dropout: float = 0.0) -> BartForConditionalGeneration:
+    """Return a randomly initialised model of the teacher's shape."""
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * WIDTH,
+        decoder_ffn_dim=4 * WIDTH, max_position_embeddings=MAX_SOURCE_LENGTH, dropout=dropout, attention_dropout=0.0,
+        activation_dropout=0.0, init_std=INIT_STD,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    # Read by the CTranslate2 converter; public BART checkpoints carry them too.
+    config.update(
+        {
+            "normalize_before": False,
+            "normalize_embedding": True,
+            "add_final_layer_norm": False,
+            "add_bias_logits": False,
+        }
+    )
+    return BartForConditionalGeneration(config)
+
+
+def held_out_loss(batches: list[dict]):
+    """Return `evaluate(model)`: mean cross-entropy per token over some batches, in nats."""
+
+    def evaluate(model) -> dict:
+        total = count = 0.0
+        for batch in batches:
+            tokens = int((batch["labels"] != -100).sum())
+            moved = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            total += float(summarization_loss(model, moved)["loss"]) * tokens
+            count += tokens
+        return {"validation_loss": total / count}
+
+    return evaluate
+
+
+def denoise() -> Path:
+    """Pre-train on the raw text: two steps of text infilling, one of gap sentences, in turn; return the run folder."""
+    tokenizer_folder = train_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "init_std": INIT_STD, "window": WINDOW,
+             "source": MAX_SOURCE_LENGTH, "aligned_steps": ALIGNED_STEPS}  # fmt: skip
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(DENOISING)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(DENOISING.seed)
+        model = new_model()
+        choose_attention(model, MAX_SOURCE_LENGTH)
+        tokens = packed_text(tokenizer, tokenizer_folder)
+        infilling = infilling_stream(tokens, tokenizer, WINDOW, DENOISING.batch_size, DENOISING.seed, ALIGNED_STEPS)
+        gaps = tokenize_pairs(gap_pairs(load_text("pydocs", "train")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+        gap_sentences = pair_stream(gaps, tokenizer.pad_token_id, DENOISING.batch_size, DENOISING.seed)
+
+        def batches(step: int) -> list[dict]:
+            return gap_sentences(step // 3) if step >= ALIGNED_STEPS and step % 3 == 2 else infilling(step)
+
+        held_out = tokenize_pairs(
+            gap_pairs(load_text("pydocs", "validation")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH
+        )
+        evaluate = held_out_loss(batch_list(held_out.select(range(512)), tokenizer.pad_token_id, 32))
+        history = fit(model, summarization_loss, batches, DENOISING, folder, evaluate, stage="denoising")
+        model.save_pretrained(folder / "model")
+        return {"tokens": len(tokens), "gap_pairs": len(gaps), "final": history[-1]}
+
+    return artifact("teacher-denoised", settings, build)
+
+
+def fine_tune(denoised: Path) -> Path:
+    """Fine-tune the denoised model on the corpus's pairs; return the run folder."""
+    tokenizer_folder = train_tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    settings = {"start": denoised.name, "training": asdict(FINE_TUNING)}
+
+    def build(folder: Path) -> dict:
+        seed_everything(FINE_TUNING.seed)
+        model = BartForConditionalGeneration.from_pretrained(denoised / "model", dropout=0.1)
+        choose_attention(model, MAX_SOURCE_LENGTH)
+        rows = {
+            split: tokenize_pairs(load_pairs("pydocs", split), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+            for split in ("train", "validation")
+        }
+        batches = pair_stream(rows["train"], tokenizer.pad_token_id, FINE_TUNING.batch_size, FINE_TUNING.seed)
+        evaluate = held_out_loss(batch_list(rows["validation"], tokenizer.pad_token_id, 32))
+        history = fit(model, summarization_loss, batches, FINE_TUNING, folder, evaluate, stage="fine-tuning")
+        model.generation_config = GenerationConfig(
+            bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **GENERATION
+        )
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return {"pairs": len(rows["train"]), "final": history[-1]}
+
+    return artifact("teacher-fine-tuned", settings, build)
+
+
+def build() -> Path:
+    """Train the teacher, write it to assets/pydocs-bart in bf16 with its card, and return that folder.
+
+    Beside it goes pydocs-bart-base, the model before fine-tuning, for experiments that fine-tune a teacher anew.
+
+    The card's figures are measured on the files as written, with the generation settings they carry.
+    """
+    trained_by = git_state()  # before the files below make the working tree differ
+    denoised = denoise()
+    base = BartForConditionalGeneration.from_pretrained(denoised / "model")
+    folder = ASSETS / "pydocs-bart-base"
+    save_model(base.to(torch.bfloat16), load_tokenizer(train_tokenizer()), folder)
+    write_atomic(folder / "README.md", BASE_CARD)
+    tuned = fine_tune(denoised)
+    folder = ASSETS / "pydocs-bart"
+    model, tokenizer = load_model(tuned / "model")
+    save_model(model.to(torch.bfloat16), tokenizer, folder)
+
+    model, tokenizer = load_model(folder)
+    model.to(device())
+    test = load_pairs("pydocs", "test")
+    fingerprint = runs.model_fingerprint("pydocs-bart", model)
+    options = {"max_source_length": MAX_SOURCE_LENGTH}
+    tested = runs.evaluate_model("teacher", model, tokenizer, fingerprint, test, **options)
+    few = runs.evaluate_model("teacher", model, tokenizer, fingerprint, test.select(range(CHECKED)), **options)
+    card = {
+        "name": "pydocs-bart",
+        "command": "make teachers",
+        **trained_by,
+        "corpus_fingerprint": corpus_facts()["fingerprint"],
+        "parameters": students.count_parameters(model),
+        "stages": [stage_facts("denoising", denoised, DENOISING), stage_facts("fine-tuning", tuned, FINE_TUNING)],
+        "decoding": GENERATION,
+        "max_source_length": MAX_SOURCE_LENGTH,
+        "num_test": len(test),
+        "rouge": rouge_of(tested),
+        "num_checked": CHECKED,
+        "rouge_checked": rouge_of(few),
+        "machine": {
+            key: read_json(tuned / "results.json")["provenance"][key] for key in ("processor", "threads", "gpu")
+        },
+        "packages": provenance()["packages"],
+    }
+    write_json(folder / "card.json", card)
+    write_atomic(folder / "README.md", card_text(card))
+    return folder
+
+
+def stage_facts(stage: str, folder: Path, settings: Training) -> dict:
+    """Return what a card says of one stage of training."""
+    final = read_json(folder / "results.json")["final"]
+    return {
+        "stage": stage,
+        "steps": settings.max_steps,
+        "examples": settings.max_steps * settings.batch_size,
+        "seconds": round(final["seconds"]),
+        "loss": round(final["loss"], 4),
+        "validation_loss": round(final["validation_loss"], 4),
+        "settings": asdict(settings),
+    }
+
+
+def rouge_of(tested: Path) -> dict[str, list[float]]:
+    """Return {metric: [mean, low, high]} of a test artifact."""
+    row = read_json(tested / "results.json")
+    return {name: [round(row[f"{name}{end}"], 4) for end in ("", "_low", "_high")] for name in METRICS}
+
+
+def card_text(card: dict) -> str:
+    """Return the model card as Markdown, every figure from `card`."""
+    stages = "\n".join(
+        f"| {s['stage']} | {s['steps']:,} | {s['examples']:,} | {s['seconds'] / 60:.0f} | {s['loss']:.3f} | "
+        f"{s['validation_loss']:.3f} |"
+        for s in card["stages"]
+    )
+    rouge = "\n".join(
+        f"| {name} | {mean:.2f} | {low:.2f} to {high:.2f} |" for name, (mean, low, high) in card["rouge"].items()
+    )
+    decoding, million = card["decoding"], card["parameters"]["total"] / 1e6
+    machine = card["machine"]["gpu"] or card["machine"]["processor"]
+    return f"""# {card["name"]}
+
+A small BART-shaped summarizer of Python docstrings with {million:.1f} M parameters, trained from nothing by
+`{card["command"]}` at commit {card["commit"]} on the corpus with fingerprint {card["corpus_fingerprint"]}.
+It exists so that the notebooks have a real teacher without a download. It knows docstrings and nothing else.
+
+| stage | updates | examples | minutes | training loss | validation loss |
+| --- | ---: | ---: | ---: | ---: | ---: |
+{stages}
+
+Denoising: text infilling over packed docstrings and comments, and prediction of a docstring's first paragraph from the
+rest. Fine-tuning: one-line summaries. Trained on: {machine}.
+
+Test split, {card["num_test"]:,} documents, {decoding["num_beams"]} beams, sources cut at
+{card["max_source_length"]} tokens, F1 x 100 with 95 % bootstrap intervals over documents:
+
+| metric | mean | interval |
+| --- | ---: | --- |
+{rouge}
+
+Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
+"""

@@ -1,0 +1,160 @@
+"""Models by shipped name, folder or hub name: load and save, safetensors only.
+
+Out of scope: what is done to a model (students.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill_utils.artifacts import InputError, folder_atomic
+
+ASSETS = Path(__file__).parent.parent / "assets"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "source.spm")
+FAMILIES = ("bart", "mbart", "pegasus", "marian", "t5")  # config.model_type; T5 v1.1 and Flan-T5 are "t5"
+
+
+def size_t5_cache(config) -> None:
+    # `generate` sizes T5's cache by the *encoder's* depth, too small for a deeper decoder (IndexError). It looks for a
+    # field `decoder_layers` first, which T5 lacks, so naming the depth there as well mends it, also after a reload.
+    config.decoder_layers = config.num_decoder_layers
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a configuration on the meta device: shapes without contents."""
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """Return the config of a shipped model, local folder or hub name; its weights need not be there.
+
+    Raises InputError for an unknown name or another architecture.
+    """
+    folder = model_folder(name_or_path)
+    local = (folder / "config.json").exists()
+    source = folder if local else name_or_path
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no config of {name_or_path}: give {_choices()}") from error
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
+    return config
+
+
+def load_model(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model in eval mode and its tokenizer, by shipped name ("pydocs-bart"), local folder or hub name.
+
+    Only safetensors are read and no code from outside is run. Raises InputError for an unknown name, a folder without
+    weights or tokenizer or with pickle weights only, another architecture, missing weights, or a tokenizer larger than
+    the vocabulary.
+    """
+    source, local = _find_model(name_or_path)
+    options = {"trust_remote_code": False, "local_files_only": local}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.model_type not in FAMILIES:
+            raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{_unknown(name_or_path, local)} ({type(error).__name__}: {reason})") from error
+    # A file of another depth than its config loads without an error: layers are drawn at random or dropped.
+    lost = sorted(report["missing_keys"]) + [
+        k for k in report["unexpected_keys"] if re.search(r"\.(layers|block)\.\d", k)
+    ]
+    if lost:
+        raise InputError(f"{name_or_path}: weights and config.json disagree on {len(lost)} weights, such as {lost[0]}")
+    _check_tokenizer(str(name_or_path), tokenizer, model.config.vocab_size)
+    if model.config.model_type == "t5":
+        size_t5_cache(model.config)
+    return model.eval(), tokenizer
+
+
+def _find_model(name_or_path: str | Path) -> tuple[str, bool]:
+    """Return what `from_pretrained` should load and whether it is a local folder, which has all files."""
+    folder = model_folder(name_or_path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise InputError(f"{name_or_path} is a file: give the folder with config.json and model.safetensors")
+        hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name_or_path))
+        if not hub_name or (folder.parent != Path() and folder.parent.is_dir()):
+            raise InputError(f"no model folder {name_or_path}: give {_choices()}")
+        return str(name_or_path), False
+    if not (folder / "config.json").exists():
+        raise InputError(f"{name_or_path} has no config.json: give the folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
+            raise InputError(f"{name_or_path} has pickle weights only, which may run code: save as safetensors first")
+        raise InputError(f"{name_or_path} has no weights: put model.safetensors beside config.json")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):  # an empty tokenizer would be made up
+        raise InputError(f"{name_or_path} has no tokenizer: save it there as well, with tokenizer.save_pretrained")
+    return str(folder), True
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """Return the folder of a shipped model or of a local path; it need not exist, as for a hub name."""
+    return ASSETS / name_or_path if str(name_or_path) in shipped_models() else Path(name_or_path).expanduser()
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models inside this package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
+def _choices() -> str:
+    shipped = ", ".join(shipped_models()) or "none yet, run make teachers"
+    return f"a shipped model ({shipped}), a local folder or a hub name"
+
+
+def _unknown(name_or_path: str | Path, local: bool) -> str:
+    if local:
+        return f"cannot load {name_or_path}: its files are damaged, incomplete or of another version"
+    return f"cannot load {name_or_path}: no safetensors weights on the hub or in its cache; give {_choices()}"
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    # Published BART summarizers have a mask token one beyond their vocabulary; no text is tokenized to it.
+    beyond = sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+    if beyond:
+        raise InputError(
+            f"{name}: the tokenizer has {beyond} entries beyond the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model, or resize the model's embeddings and train them"
+        )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write weights (safetensors), config, generation settings and tokenizer; the folder appears whole or not at all.
+
+    Raises InputError when the tokenizer is larger than the vocabulary or the disk is full.
+    """
+    _check_tokenizer(str(folder), tokenizer, model.config.vocab_size)
+    with folder_atomic(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            if "No space left" not in str(error):
+                raise
+            raise InputError(f"no space left while writing {Path(folder).name}: free some disk") from error
+        tokenizer.save_pretrained(temporary)

@@ -1,0 +1,527 @@
+"""Batch runs: check parameters, execute notebooks by papermill with live progress, and make their report pages.
+
+Importing this file is light: papermill, nbconvert and torch load only when something runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import tokenize
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from unittest import mock
+
+from distill_utils.artifacts import REPOSITORY, InputError, config_hash, lock, read_json, runs_dir
+from distill_utils.report import pages
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+REPORTS = REPOSITORY / "reports"
+DEFAULT_PROFILE = "demo"
+OK, NOTEBOOK_RAISED, BAD_INPUT, NO_RESULTS, KERNEL_DIED, PAGE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+EXIT_CODES = """exit codes:
+  0    every report was made
+  1    a notebook raised an exception
+  2    bad input: the one line on stderr names the value and the mend
+  3    a notebook ended without writing results.json
+  4    a kernel died (most often: out of memory)
+  5    a page was refused (above 2 MB)
+  130  stopped by Ctrl-C
+With several notebooks all are checked before the first one runs. One that fails does not stop the next, and the code
+is that of the first failure."""
+
+
+# -------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: `name: type = default  # help`."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+ELEMENTS = {"int": int, "float": float, "bool": bool, "str": str}
+TYPES = (*ELEMENTS, "list[int]", "list[float]", "list[str]")
+
+
+def notebook_parameters(path: Path) -> dict[str, Parameter]:
+    """Read the parameters cell of a notebook without running it; InputError when it cannot be trusted."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = type(error).__name__
+        raise InputError(f"{path.name} is not a readable notebook ({reason}): restore it from git") from error
+    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{path.name} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
+    return parse_parameters("".join(tagged[0]["source"]), path.name)
+
+
+def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
+    """Parse annotated literals with trailing comments; nothing is executed."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise InputError(f"{where}: the parameters cell does not parse, line {error.lineno}: {error.msg}") from error
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
+    parameters = {}
+    for node in tree.body:
+        try:
+            name, kind = node.target.id, ast.unparse(node.annotation)
+            parameter = Parameter(name, kind, ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
+            if kind not in TYPES:
+                raise ValueError(kind)
+            parameters[name] = replace(parameter, default=checked_value(parameter, parameter.default, where))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(
+                f"{where}: parameters cell, line {node.lineno}: {ast.unparse(node).splitlines()[0]!r} is not "
+                f"`name: type = literal  # help` with a value of its type, one of {', '.join(TYPES)}"
+            ) from None
+    return parameters
+
+
+def checked_value(parameter: Parameter, value: object, where: str) -> object:
+    """Return a YAML or Python value as the parameter's type; InputError when it does not fit.
+
+    An int is taken for a float. So is a string that reads as a number: YAML 1.1 calls 1e-4 a string.
+    """
+    is_list, element = parameter.type.startswith("list["), _element_type(parameter)
+    values = value if is_list else [value]
+    fits = isinstance(values, list)
+    if fits and element is float:
+        with contextlib.suppress(ValueError, OverflowError):
+            values = [float(item) if type(item) in (int, str) else item for item in values]
+    if not fits or any(type(item) is not element or (element is float and not math.isfinite(item)) for item in values):
+        raise InputError(
+            f"{where}: {parameter.name} must be {parameter.type}, got {value!r} ({type(value).__name__}); "
+            f"write for example {parameter.name}={as_text(parameter.default)}"
+        )
+    return values if is_list else values[0]
+
+
+def parsed_text(parameter: Parameter, text: str, where: str) -> object:
+    """Read a command-line value as the parameter's type. Lists: `6,3` or `[6, 3]`."""
+    if parameter.type == "str":
+        return text
+    element, text = _element_type(parameter), text.strip()
+
+    def converted(item: str) -> object:
+        if element is bool:
+            return {"true": True, "false": False}.get(item.lower(), item)
+        try:
+            return element(item)
+        except ValueError:
+            return item  # refused below, as it was typed
+
+    if not parameter.type.startswith("list["):
+        return checked_value(parameter, converted(text), where)
+    inner = text.removeprefix("[").removesuffix("]").strip()
+    items = [item.strip().strip("'\"") for item in inner.split(",")] if inner else []
+    return checked_value(parameter, [converted(item) for item in items], where)
+
+
+def _element_type(parameter: Parameter) -> type:
+    return ELEMENTS[parameter.type.removeprefix("list[").removesuffix("]")]
+
+
+def as_text(value: object) -> str:
+    """Write a value as the command line takes it."""
+    return json.dumps(value) if isinstance(value, list | bool) else str(value)
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Return the mend for an unknown name: the nearest known one, else all of them."""
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+# -------------------------------------------------------------------------------------------- what was asked, checked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One notebook to run: every parameter's value, and those that differ from the defaults."""
+
+    path: Path
+    profile: str
+    values: dict[str, object]
+    changed: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        """Path of the page below the reports folder, without suffix."""
+        return self.path.stem if self.profile == DEFAULT_PROFILE else f"{self.profile}/{self.path.stem}"
+
+
+def find_notebook(name: str, folder: Path) -> Path:
+    """Find a notebook by number (3 or 03), stem or path."""
+    known = _stems(folder)
+    if name.isdigit():
+        numbered = [stem for stem in known if re.match(rf"0*{int(name)}_", stem)]
+        name = numbered[0] if len(numbered) == 1 else name
+    for path in (folder / f"{name}.ipynb", folder / name, Path(name)):
+        if path.suffix == ".ipynb" and path.is_file():
+            return path.resolve()
+    raise InputError(f"unknown notebook {name!r}: {closest(Path(name).stem, known)}")
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.ipynb"))
+
+
+def read_profile(name: str, folder: Path) -> dict[str, dict]:
+    """Read profiles/NAME.yaml: parameters by notebook stem."""
+    import yaml
+
+    path = folder / "profiles" / f"{name}.yaml"
+    known = sorted({DEFAULT_PROFILE, *(file.stem for file in path.parent.glob("*.yaml"))})
+    if name not in known:
+        raise InputError(f"unknown profile {name!r}: {closest(name, known)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise InputError(f"profiles/{path.name}, line {line}: not valid YAML; mend that line") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(values, dict | None) for values in content.values()):
+        raise InputError(f"profiles/{path.name} must map notebook stems to parameter names and values")
+    for stem in content:
+        if stem not in _stems(folder):
+            raise InputError(f"profiles/{path.name}: unknown notebook {stem!r}: {closest(str(stem), _stems(folder))}")
+    return {stem: values or {} for stem, values in content.items()}
+
+
+def make_plans(
+    names: Sequence[str], profile: str, overrides: Sequence[str], folder: Path = NOTEBOOKS, every: bool = False
+) -> list[Plan]:
+    """Check notebooks, profile and `name=value` overrides; InputError before anything runs.
+
+    An override must be a parameter of each notebook named. With `every`, all notebooks that the profile speaks of.
+    """
+    settings = read_profile(profile, folder)
+    if profile == DEFAULT_PROFILE:
+        settings = {stem: {} for stem in _stems(folder)} | settings
+    if every:
+        names = [stem for stem in _stems(folder) if stem in settings]
+    if not names:
+        raise InputError("no notebook to run: name one (03), or use --all")
+    plans = []
+    for path in dict.fromkeys(find_notebook(name, folder) for name in names):
+        parameters = notebook_parameters(path)
+        values = {name: parameter.default for name, parameter in parameters.items()}
+        if profile != DEFAULT_PROFILE and path.stem not in settings:
+            raise InputError(f"profile {profile!r} has no settings for {path.stem}: add it to profiles/{profile}.yaml")
+        for name, value in settings.get(path.stem, {}).items():
+            values[name] = checked_value(_known(name, parameters, path), value, f"profile {profile}, {path.stem}")
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            if not equals:
+                raise InputError(f"-p {override!r} has no value: write -p name=value")
+            values[name] = parsed_text(_known(name, parameters, path), _seen_from(path.parent, text), path.stem)
+        changed = {name: value for name, value in values.items() if value != parameters[name].default}
+        plans.append(Plan(path, profile, values, changed))
+    return plans
+
+
+def _seen_from(folder: Path, text: str) -> str:
+    """Return a relative path that exists where the user typed it as the notebook, run in its own folder, sees it."""
+    relative = "/" in text and not Path(text).is_absolute() and Path(text).exists()
+    return os.path.relpath(text, folder) if relative else text
+
+
+def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:
+    if name not in parameters:
+        raise InputError(f"unknown parameter {name!r} of {path.stem}: {closest(str(name), list(parameters))}")
+    return parameters[name]
+
+
+def list_notebooks(folder: Path = NOTEBOOKS) -> str:
+    """Describe every notebook's parameters: name, type, default, help."""
+    import nbformat
+
+    blocks = []
+    for path in sorted(folder.glob("*.ipynb")):
+        title, _ = pages.title_and_question(nbformat.read(path, as_version=4))
+        lines = [f"{path.stem}  {title}"]
+        for p in notebook_parameters(path).values():
+            lines.append(f"  {f'{p.name}: {p.type} = {p.default!r}':<46}  {p.help}".rstrip())
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or f"no notebooks in {folder}"
+
+
+# --------------------------------------------------------------------------------------------------------- execution
+
+
+class RunFailed(Exception):
+    """A notebook that did not finish: exit code and the lines for stderr."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def own_kernel(folder: Path):
+    """Make `python3` this interpreter and this package, without bars or start-up files, bound to this run folder.
+
+    The kernel's own output goes to a file: it is noise when all is well, and the last words of a kernel that died.
+    """
+    with tempfile.TemporaryDirectory(prefix="distill-kernel-") as temporary:
+        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        environment = {
+            "IPYTHONDIR": temporary,  # no start-up files of the user
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "DISTILL_NOTEBOOK_RUN": str(folder),
+            "DISTILL_KERNEL_LOG": str(folder / "kernel.log"),
+        }
+        spec = {"display_name": "python3", "language": "python", "env": environment}
+        spec["argv"] = ["/bin/sh", "-c", 'exec "$@" >"$DISTILL_KERNEL_LOG" 2>&1', "sh", *launch]
+        spec["argv"].append("--HistoryManager.enabled=False")
+        folder_of_spec = Path(temporary, "kernels", "python3")
+        folder_of_spec.mkdir(parents=True)
+        (folder_of_spec / "kernel.json").write_text(json.dumps(spec))
+        # Searched first, so that no other kernelspec named python3 can win.
+        with mock.patch.dict(os.environ, JUPYTER_PATH=temporary):
+            yield
+
+
+def execute(plan: Plan, folder: Path) -> float:
+    """Run a notebook into folder/notebook.ipynb and return its wall time in seconds; RunFailed says how it failed."""
+    executed, stem = folder / "notebook.ipynb", plan.path.stem
+    for stale in (executed, folder / "results.json", folder / "progress.json"):
+        stale.unlink(missing_ok=True)
+    start = time.monotonic()
+    with own_kernel(folder), live_progress(stem, folder):
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+        from papermill.exceptions import PapermillExecutionError
+
+        logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised as well
+        try:
+            papermill.execute_notebook(
+                str(plan.path),
+                str(executed),
+                parameters=plan.changed,
+                kernel_name="python3",
+                progress_bar=False,
+                start_timeout=180,  # seconds; a loaded machine starts kernels slowly
+                cwd=str(plan.path.parent),
+            )
+        except PapermillExecutionError as error:
+            raise _raised(error, stem, executed) from error
+        except (DeadKernelError, RuntimeError) as error:
+            if not isinstance(error, DeadKernelError) and "Kernel" not in str(error):
+                raise
+            raise RunFailed(KERNEL_DIED, _last_words(stem, folder)) from error
+    if not (folder / "results.json").exists():
+        raise RunFailed(NO_RESULTS, f"{stem} ended without results.json: its last cell must call save_notebook_results")
+    return time.monotonic() - start
+
+
+def _raised(error, stem: str, executed: Path) -> RunFailed:
+    if error.ename == "InputError":
+        return RunFailed(BAD_INPUT, " ".join(error.evalue.split()))
+    # Without InputError's courtesy, show where it happened: the last frames, as they stand in the notebook.
+    tail = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-12:]
+    lines = [f"{stem}: code cell {_of(executed)} raised {error.ename}", *(f"  {line}" for line in tail)]
+    return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, f"executed so far: {os.path.relpath(executed)}"]))
+
+
+def _last_words(stem: str, folder: Path) -> str:
+    at = _of(folder / "notebook.ipynb")
+    lines = [f"{stem}: the kernel died in code cell {at}; most often memory ran out: lower the batch size"]
+    with contextlib.suppress(OSError):
+        log = (folder / "kernel.log").read_text(errors="replace").splitlines()
+        lines += [f"  {line}" for line in log if "TCP without encryption" not in line][-3:]  # ipykernel 7 always warns
+    return "\n".join(lines)
+
+
+def _of(executed: Path) -> str:
+    number, total = cell_position(executed) or (0, 0)
+    return f"{number} of {total}"
+
+
+# ------------------------------------------------------------------------------------------------------ live progress
+
+
+def cell_position(executed: Path) -> tuple[int, int] | None:
+    """Return the number of the code cell that runs (or ran last) and how many there are, from papermill's output file.
+
+    None while that file is missing or half written. Counted by start time: after a kernel's death papermill marks cells
+    that never ran as completed. The cell that papermill adds for parameters is not counted.
+    """
+    try:
+        cells = read_json(executed)["cells"]
+    except (OSError, ValueError):
+        return None
+    added = "injected-parameters"
+    code = [c["metadata"] for c in cells if c["cell_type"] == "code" and added not in c["metadata"].get("tags", [])]
+    return sum(bool(metadata.get("papermill", {}).get("start_time")) for metadata in code), len(code)
+
+
+def latest_progress(folder: Path, since: float) -> dict | None:
+    """Return what the kernel last reported (artifacts.report_progress), unless before `since` (epoch seconds)."""
+    with contextlib.suppress(OSError, ValueError):
+        progress = read_json(folder / "progress.json")
+        return progress if progress["time"] >= since else None
+    return None
+
+
+def status_line(stem: str, position: tuple[int, int] | None, progress: dict | None, elapsed: float) -> str:
+    """Write one line: notebook, cell, and from inside the cell stage, step, rate and time left."""
+    parts = [stem, f"cell {position[0]}/{position[1]}" if position else "starting"]
+    if progress is None:
+        parts.append(clock(elapsed))
+    else:
+        parts += [progress["stage"], f"{progress['unit']} {progress['step']}/{progress['total']}"]
+        parts += [f"{progress['rate']:.1f}/s"] if progress["rate"] else []
+        parts += [f"{clock(progress['seconds_left'])} left"] if progress["seconds_left"] is not None else []
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Format seconds as 00:22, 12:05 or 3:07:00."""
+    return str(timedelta(seconds=int(seconds))).removeprefix("0:")
+
+
+@contextlib.contextmanager
+def live_progress(stem: str, folder: Path, every: float = 10.0):
+    """Show status lines from a thread while the block runs.
+
+    On a terminal one line is rewritten each second. Elsewhere a line is printed every `every` seconds and when the
+    stage changes.
+    """
+    out, done, start = sys.stdout, threading.Event(), time.time()
+    terminal = out.isatty()
+
+    def watch() -> None:
+        position, cell_start, stage, printed = None, start, None, start
+        while not done.wait(1.0):
+            found = cell_position(folder / "notebook.ipynb") or position
+            if found != position:
+                position, cell_start = found, time.time() - 1.0
+            progress = latest_progress(folder, cell_start)
+            line = status_line(stem, position, progress, time.time() - start)
+            before, stage = stage, progress["stage"] if progress else stage
+            if terminal:
+                out.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            elif time.time() - printed >= every or stage != before:
+                out.write(line + "\n")
+                printed = time.time()
+            out.flush()
+        if terminal:
+            out.write("\r\x1b[K")
+            out.flush()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+
+
+def make_report(plan: Plan, reports: Path) -> Path:
+    """Run one notebook and write its page, its entry, the index and results.csv."""
+    settings = {"notebook": plan.path.stem, "parameters": plan.values}
+    folder = runs_dir() / f"reports-{plan.path.stem}-{plan.profile}-{config_hash(settings)}"
+    changed = ", ".join(f"{name} = {as_text(value)}" for name, value in plan.changed.items())
+    print(f"{plan.path.stem}  profile {plan.profile}{f' ({changed})' if changed else ''}", flush=True)
+    with lock(folder):
+        seconds = execute(plan, folder)
+        page, warnings = publish(plan, folder, seconds, reports)
+    for warning in warnings:
+        print(f"{plan.path.stem}  note: {warning}")
+    size = page.stat().st_size / 1000
+    print(f"{plan.path.stem}  wrote {os.path.relpath(page)} ({size:.0f} kB) in {pages.duration(seconds)}", flush=True)
+    return page
+
+
+def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Path, list[str]]:
+    """Make the page of an executed notebook from its run folder, then rebuild what gathers all pages."""
+    import nbformat
+
+    scrub = pages.scrubber(plan.path.parent)
+    notebook = nbformat.from_dict(pages.cleaned(nbformat.read(folder / "notebook.ipynb", as_version=4), scrub))
+    results = pages.cleaned(read_json(folder / "results.json"), scrub)
+    title, question = pages.title_and_question(notebook)
+    entry = {"headline": "", "rows": [], "provenance": {}, **results} | {
+        "notebook": plan.path.stem,
+        "title": title or plan.path.stem,
+        "question": question,
+        "profile": plan.profile,
+        "changed": pages.cleaned(plan.changed, scrub),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "wall_seconds": round(seconds, 1),
+    }
+    report = {
+        "title": entry["title"],
+        "root": "../" * plan.name.count("/"),
+        "folder": (reports / plan.name).parent,
+        "facts": page_facts(entry),
+    }
+    html, warnings = pages.export_page(notebook, report)
+    page = pages.write_page(reports, plan.name, html, entry)
+    pages.write_index(reports)
+    pages.write_csv(reports)
+    if reports.resolve() == REPORTS.resolve():
+        pages.update_readme()
+    return page, warnings
+
+
+def page_facts(entry: dict) -> list[tuple[str, str]]:
+    """Return the footer's lines: what was run, on what, when."""
+    made, commit = entry["provenance"], entry["provenance"].get("commit")
+    facts = {
+        "notebook": f"{entry['notebook']}.ipynb",
+        "profile": entry["profile"],
+        "parameters changed": ", ".join(f"{k} = {as_text(v)}" for k, v in entry["changed"].items()) or "none",
+        "commit": f"{commit} with uncommitted changes" if made.get("dirty") else commit,
+        "device": made.get("gpu"),
+        **{name: made.get(name) for name in ("processor", "threads", "platform", "python")},
+        "packages": ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items()),
+        "date": entry["date"],
+        "duration": pages.wall_time(entry),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def run_reports(plans: Sequence[Plan], reports: Path) -> int:
+    """Make every report in order; return the exit code of the first that failed, 0 when none did."""
+    code = OK
+    for plan in plans:
+        try:
+            make_report(plan, reports)
+        except (RunFailed, pages.PageError, InputError) as error:
+            print(error, file=sys.stderr, flush=True)
+            codes = {pages.PageError: PAGE_REFUSED, InputError: BAD_INPUT}
+            code = code or codes.get(type(error)) or error.code
+    return code

@@ -1,0 +1,409 @@
+"""Report pages: an executed notebook as one offline HTML file, the index, results.csv and the README's tables.
+
+Not here: running notebooks (batch.py) and drawing (figures.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from distill_utils.artifacts import REPOSITORY, read_json, runs_dir, write_atomic, write_json
+
+MAX_PAGE_BYTES = 2_000_000
+TEMPLATES = Path(__file__).resolve().parent
+HEADINGS = re.compile(r"^h[1-6]$")
+README_ROWS = 12
+FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
+RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
+
+
+class PageError(Exception):
+    """A page that must not be published, with the reason in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------- cleaning
+
+
+def scrubber(notebooks: Path) -> Callable[[str], str]:
+    """Return a function that takes this machine's folders out of a text."""
+    named = [(runs_dir(), "runs"), (notebooks, "notebooks"), (Path(sys.prefix), ".venv"), (REPOSITORY, ".")]
+    named.append((Path.home(), "~"))
+    places = {str(path): name for folder, name in named for path in (folder.absolute(), folder.resolve())}
+    places.pop("/", None)  # a home of "/" would match everything
+    rules = [(r"(?<!\w)/[^\s'\"<>:]*/ipykernel_\d+/\d+\.py", "cell"), (r"(?<!\w)/[^\s'\"<>:]*/(?=site-packages/)", "")]
+    # Longest path first: runs/ and notebooks/ may lie in the repository, and the repository in the home folder.
+    for path in sorted(places, key=len, reverse=True):
+        rules.append((rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", places[path]))
+
+    def scrub(text: str) -> str:
+        for pattern, name in rules:
+            text = re.sub(pattern, name, text)
+        return text
+
+    return scrub
+
+
+def cleaned(value, scrub: Callable[[str], str]):
+    """Scrub every string of nested lists and dictionaries, except pictures, and turn NaN and infinities into None."""
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, float):  # so that every JSON reader can parse what is saved beside the page
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: v if k in ("image/png", "image/jpeg") else cleaned(v, scrub) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item, scrub) for item in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------- one page
+
+
+def tex_to_mathml(tex: str, display: str = "inline") -> str:
+    """Convert TeX to MathML; what the converter does not know is shown as TeX in a code element."""
+    from html import escape
+
+    from latex2mathml.converter import convert
+
+    try:
+        mathml = convert(re.sub(r"\{aligned\}", "{split}", tex.strip()), display=display)
+    except Exception:  # the converter raises many kinds for broken TeX
+        mathml = "\\"
+    if "\\" in mathml or "<mi>&</mi>" in mathml:  # an unknown command or alignment mark was passed through
+        return f"<code>{escape(tex)}</code>"
+    return mathml
+
+
+def markdown_cell(source: str) -> str:
+    """Render the Markdown of a notebook cell: HTML allowed, $...$ becomes MathML."""
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def block_math(self, body):
+            return tex_to_mathml(body, "block")
+
+        def inline_math(self, body):
+            return tex_to_mathml(body)
+
+        def latex_environment(self, name, body):
+            return tex_to_mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+    return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
+
+
+def markdown_output(source: str) -> str:
+    """Render Markdown that code wrote: HTML is escaped and dollar signs stay, since model text may be in it."""
+    import mistune
+
+    return str(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(source))
+
+
+def title_and_question(notebook) -> tuple[str, str]:
+    """Return the first heading and the first block quote of a notebook (its question), as plain Markdown."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    heading = re.search(r"^# +(.+?)\s*#*$", text, re.MULTILINE)
+    quoted = re.search(r"(?:^>.*\n?)+", text, re.MULTILINE)
+    question = re.sub(r"^> ?", "", quoted.group(0), flags=re.MULTILINE).strip() if quoted else ""
+    return (re.sub(r"[*`]", "", heading.group(1)) if heading else ""), question
+
+
+def export_page(notebook, report: dict) -> tuple[str, list[str]]:
+    """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
+
+    `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder) and `facts` (name and value
+    pairs for the footer). Cell tags: hide-input folds the code, remove-input, remove-output and remove-cell leave
+    parts out.
+    """
+    from bs4 import BeautifulSoup
+    from nbconvert.exporters import HTMLExporter
+    from traitlets.config import Config
+
+    removed = {
+        "enabled": True,
+        "remove_cell_tags": {"remove-cell"},
+        "remove_input_tags": {"remove-input"},
+        "remove_all_outputs_tags": {"remove-output"},
+    }
+    exporter = HTMLExporter(
+        config=Config(TagRemovePreprocessor=removed, CoalesceStreamsPreprocessor={"enabled": True}),
+        template_name="templates",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        filters={"markdown_cell": markdown_cell, "markdown_output": markdown_output},
+    )
+    html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
+    soup = BeautifulSoup(html, "html.parser")
+    warnings = _drop_active_content(soup)
+    _number_headings(soup)
+    warnings += _describe_images(soup)
+    _frame_tables(soup)
+    _rewrite_links(soup, report)
+    _write_contents(soup)
+    return str(soup), warnings
+
+
+def _drop_active_content(soup) -> list[str]:
+    """Remove what runs or loads anything; the page's content policy forbids it too."""
+    warnings = []
+    # pandas writes a scoped style with each frame, and browsers apply it to the whole page
+    for tag in soup.select("script, link, iframe, object, embed, base, form, video, audio, style[scoped]"):
+        tag.decompose()
+    for tag in soup.select("[src], [srcset], [background]"):
+        if tag.name != "img" or not tag.get("src", "").startswith("data:"):
+            warnings.append(f"left out {tag.name} {tag.get('src', '')[:80]!r}: a page holds its pictures itself")
+            tag.decompose()
+    for tag in soup.find_all(True):
+        tag.attrs = {name: value for name, value in tag.attrs.items() if not name.startswith("on")}
+    for link in soup.select("a[href]"):
+        if urlsplit(link["href"]).scheme not in ("", "http", "https", "mailto"):
+            del link["href"]
+    return warnings
+
+
+def _number_headings(soup) -> None:
+    """Leave one h1 and give every heading an id of its own."""
+    for extra in soup.select("main h1")[1:]:
+        extra.name = "h2"
+    seen = Counter()
+    for heading in soup.main.find_all(HEADINGS):
+        name = re.sub(r"\s+", "-", heading.get_text().strip()) or "section"  # the ids JupyterLab gives
+        seen[name] += 1
+        heading["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+
+
+def _describe_images(soup) -> list[str]:
+    """Join pictures with their captions, and see that each has an alternative text."""
+    warnings = []
+    for caption in soup.select(".jp-OutputArea .figcaption"):
+        image = caption.find_previous("img")
+        area = caption.find_parent(class_="jp-OutputArea")
+        if image is None or area not in image.parents or image.find_parent("figure"):
+            continue
+        figure = image.parent.wrap(soup.new_tag("figure"))
+        image.parent.unwrap()
+        caption.name, caption.attrs = "figcaption", {}
+        figure.append(caption.extract())
+    for picture in soup.select("img, svg:not(svg svg)"):
+        name = "alt" if picture.name == "img" else "aria-label"
+        if picture.get(name):
+            continue
+        section = picture.find_previous(HEADINGS).get_text().strip()
+        caption = picture.find_parent("figure") and picture.find_parent("figure").find("figcaption")
+        picture[name] = caption.get_text().strip() if caption else f"Picture in the section {section}"
+        if picture.name == "svg":
+            picture["role"] = "img"
+        warnings.append(f"a picture in {section!r} has no alternative text: use figures.show(figure, alt, caption)")
+    return warnings
+
+
+def _frame_tables(soup) -> None:
+    """Let wide tables and long code scroll by keyboard too; an empty corner is no heading."""
+    for table in soup.find_all("table"):
+        table.attrs.pop("border", None)
+        for cell in table.select("thead th"):
+            if not cell.get_text(strip=True):
+                cell.name = "td"
+        if all(len(cell.get_text()) <= 32 for cell in table.select("th, td")):  # no line breaks inside short cells
+            table["class"] = [*table.get("class", []), "compact"]
+        label = table.caption.get_text(" ", strip=True) if table.caption else "table"
+        frame = {"class": "table", "tabindex": "0", "role": "region", "aria-label": label}
+        table.wrap(soup.new_tag("div", attrs=frame))
+    for block in soup.find_all("pre"):
+        lines = block.get_text().splitlines()
+        if len(lines) > 24 or any(len(line) > 88 for line in lines):
+            block["tabindex"] = "0"
+
+
+def _rewrite_links(soup, report: dict) -> None:
+    """Point links to notebooks at their pages, and links out of notebooks/ at the same place from the page."""
+    for link in soup.select("main a[href]"):
+        parts = urlsplit(link["href"])
+        if re.fullmatch(r"[^/]+\.ipynb", parts.path) and not parts.scheme:
+            page = parts.path.removesuffix("ipynb") + "html"
+            beside = (report["folder"] / page).exists()
+            link["href"] = parts._replace(path=page if beside else report["root"] + page).geturl()
+        elif parts.path.startswith("../"):
+            link["href"] = report["root"] + link["href"]
+
+
+def _write_contents(soup) -> None:
+    """Fill the contents list from the headings of Markdown cells and the footer."""
+    top = soup.new_tag("ul")
+    for heading in soup.select("main h2, main h3"):
+        if heading.find_parent(class_="jp-OutputArea"):
+            continue
+        link = soup.new_tag("a", href="#" + quote(heading["id"]))
+        link.string = heading.get_text().strip()
+        item = soup.new_tag("li")
+        item.append(link)
+        section = top.contents[-1] if top.contents and heading.name == "h3" else None
+        if section and not section.ul:
+            section.append(soup.new_tag("ul"))
+        (section.ul if section else top).append(item)
+    soup.find(id="contents").append(top)
+
+
+def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
+    """Write a page and, beside it, what the index and results.csv need; refuse a page above the limit."""
+    size = len(html.encode())
+    if size > MAX_PAGE_BYTES:
+        raise PageError(
+            f"{name}.html would be {size / 1e6:.1f} MB, the limit is {MAX_PAGE_BYTES / 1e6:.0f} MB: "
+            "print less, or draw figures with many marks as PNG (figures.show does)"
+        )
+    page = reports / f"{name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, html)
+    write_json(page.with_suffix(".json"), entry)
+    return page
+
+
+# ------------------------------------------------------------------------------------------------- index and tables
+
+
+def gather(reports: Path) -> list[dict]:
+    """Return the entry of every page in a reports folder and its sub-folders, top folder first."""
+    paths = [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]
+    return [
+        {"rows": [], **read_json(path), "report": path.relative_to(reports).with_suffix("").as_posix()}
+        for path in paths
+        if path.with_suffix(".html").exists()
+    ]
+
+
+def write_index(reports: Path) -> None:
+    """Write index.html: what each report answers, its headline, when and how it was made."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    sections: dict[str, list[dict]] = {}
+    for entry in gather(reports):
+        changed = ", ".join(f"{name} = {value}" for name, value in entry.get("changed", {}).items())
+        meta = [f"profile {entry.get('profile', '?')}", f"changed: {changed}" if changed else "", entry.get("date")]
+        meta.append(wall_time(entry))
+        folder, _, short = entry["report"].rpartition("/")
+        sections.setdefault(folder, []).append(
+            {
+                "short": short,
+                "title": entry.get("title") or short,
+                "href": f"{entry['report']}.html",
+                "question": Markup(markdown_cell(entry.get("question", ""))),
+                "headline": Markup(markdown_output(entry.get("headline", ""))),
+                "meta": " · ".join(filter(None, meta)),
+            }
+        )
+    folder = TEMPLATES / "templates"
+    template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("reports_index.html.j2")
+    page = template.render(sections=sections, css=Markup((folder / "page.css").read_text()))
+    write_atomic(reports / "index.html", page)
+
+
+def write_csv(reports: Path) -> None:
+    """Write results.csv: one line for every row of every report, lists and dictionaries as JSON."""
+    entries = gather(reports)
+    rows = [{**row, "report": e["report"], "profile": e.get("profile", "")} for e in entries for row in e["rows"]]
+    text = io.StringIO()
+    columns = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
+    write_atomic(reports / "results.csv", text.getvalue())
+
+
+def _csv_value(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def duration(seconds: float | None) -> str:
+    """Format seconds for readers: 8.4 s, 3 min 12 s, 2 h 05 min."""
+    if seconds is None:
+        return ""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def wall_time(entry: dict) -> str:
+    """Return how long a report took, and what the results that it reused had taken before."""
+    reused = entry.get("reused_seconds") or 0.0
+    wall = duration(entry.get("wall_seconds"))
+    return f"{wall}, reused results {duration(reused)}" if wall and reused >= 1 else wall
+
+
+def readme_table(reports: Path) -> str:
+    """Return the README's results: what the reports that train students found, and what `make reports` takes.
+
+    Each is shown by the start of its headline and by its `means` over seeds, or its rows; above `README_ROWS` of them
+    the reader is sent to the report.
+    """
+    blocks, timed = [], []
+    for entry in gather(reports):
+        link, wall = f"reports/{entry['report']}.html", wall_time(entry)
+        if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
+            parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
+            line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
+            timed.append(line)
+        rows = entry.get("means") or entry["rows"]
+        rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
+        grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
+        if any(row.get("student") for row in rows):
+            seeds = max(row.get("seeds", 1) for row in rows)
+            origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
+            origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
+            title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
+            blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
+            if len(rows) <= README_ROWS and not grid:
+                blocks.append(_markdown_table([_scores(row) for row in rows]))
+    if timed:
+        blocks.append(_markdown_table(timed))
+    return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
+
+
+def _scores(row: dict) -> dict[str, str]:
+    """Return one line of the README's table by heading, empty where the row has no such figure."""
+
+    def number(key: str, decimals: int) -> str:
+        return "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
+
+    interval = f" [{number('rouge2_low', 2)}, {number('rouge2_high', 2)}]" if number("rouge2_low", 2) else ""
+    return {
+        "method": row.get("method", ""),
+        "student": row.get("student") or "",
+        "parameters (M)": number("parameters_m", 1),
+        "ROUGE-1": number("rouge1", 2),
+        "ROUGE-2 [95 % interval]": number("rouge2", 2) + interval,
+        "ROUGE-L": number("rougeL", 2),
+        "latency (ms)": number("latency_ms", 1),
+        "ms/token": number("ms_per_token", 2),
+        "words": number("words", 1),
+    }
+
+
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Write rows of the same headings as a table; a column without any value is left out."""
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    rules = ["---" if heading in ("method", "student", "report", "of which") else "---:" for heading in headings]
+    lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update_readme(readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports") -> None:
+    """Write the results tables between the README's two markers, where it has them."""
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    before, start, rest = text.partition(RESULTS_START)
+    _, end, after = rest.partition(RESULTS_END)
+    if start and end:
+        write_atomic(readme, f"{before}{start}\n\n{readme_table(reports)}\n{end}{after}")

@@ -1,0 +1,107 @@
+"""Tables and samples of texts, as pages show them: captions, fixed decimals, everything escaped.
+
+Out of scope: figures (figures.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import pandas as pd
+
+from distill_utils.report.figures import HEADINGS, method_label
+
+DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
+LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
+
+
+def show_table(
+    frame: pd.DataFrame | pd.io.formats.style.Styler,
+    caption: str,
+    best_high: Sequence[str] = (),
+    best_low: Sequence[str] = (),
+    decimals: Mapping[str, int] | None = None,
+    best_among: Sequence[str] = (),
+) -> None:
+    """Display a table: first column as row heading, numbers right-aligned with fixed decimals, all text escaped.
+
+    The best value is bold in the columns of `best_high` (highest) and `best_low` (lowest), sought among all rows or
+    those whose heading is in `best_among` (the students). `decimals` overrides a column's usual number of decimals.
+    Names of results keys get readable headings. A Styler is shown as it is, with the caption.
+    """
+    from IPython.display import HTML, display
+
+    styler = frame
+    if isinstance(frame, pd.DataFrame):
+        styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
+    styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
+    # Same table, same bytes: the id is derived, not drawn.
+    styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
+    display(HTML(styler.to_html()))
+
+
+def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int], best_among):
+    for name in (*best_high, *best_low, *decimals):
+        if name not in frame.columns:
+            raise ValueError(f"no column {name!r}; columns are {list(frame.columns)}")
+    heading = escape(str(frame.columns[0]).replace("_", " "))  # pandas does not escape this one
+    table = frame.set_index(frame.columns[0])
+    # The name of the row headings goes where pandas writes the columns' name: one header row, no empty corner.
+    table = table.rename_axis(index=None, columns=heading)
+    if not table.index.is_unique or not table.columns.is_unique:
+        raise ValueError(f"the first column {heading!r} must be unique to serve as row heading")
+    digits = {}
+    for name in table.columns:
+        if pd.api.types.is_float_dtype(table[name]):
+            digits[name] = decimals.get(name, _usual_decimals(str(name)))
+    styler = table.style.format(escape="html", na_rep="–")
+    for name, count in digits.items():
+        styler = styler.format(f"{{:.{count}f}}", subset=[name], na_rep="–")
+    styler = styler.format_index(escape="html", axis=0)
+    styler = styler.format_index(lambda name: escape(HEADINGS.get(name, str(name).replace("_", " "))), axis=1)
+    text = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
+    if text:
+        left = [{"selector": "", "props": [("text-align", "left")]}]
+        styler = styler.set_table_styles({name: left for name in text}, overwrite=False)
+    competing = table.index.isin(list(best_among)) if best_among else [True] * len(table)
+    for names, extreme in ((best_high, "max"), (best_low, "min")):
+        for name in names:
+            # Ties as printed are all best: compare what the reader sees.
+            rounded = pd.to_numeric(table[name]).round(digits.get(name, 0)).where(competing)
+            best = rounded == getattr(rounded, extreme)()
+            styler = styler.apply(lambda _, best=best: ["font-weight: bold" if b else "" for b in best], subset=[name])
+    return styler
+
+
+def _usual_decimals(column: str) -> int:
+    name = column.lower().replace("-", "").replace(" ", "_")
+    return next((count for part, count in DECIMALS.items() if part in name), 2)
+
+
+def show_samples(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[str], caption: str = "", clip: int = 400
+) -> None:
+    """Display texts side by side, one row a document; escaped, clipped after `clip` characters.
+
+    Of up to four words that a broken model repeats without end the first are shown, and how often: "given … (×37)".
+    """
+    from IPython.display import HTML, display
+
+    head = "".join(f'<th scope="col">{escape(method_label(str(name)))}</th>' for name in columns)
+    body = ""
+    for row in rows:
+        texts = [LOOP.sub(_fold, str(row.get(name, ""))) for name in columns]
+        texts = [text if len(text) <= clip else text[:clip].rstrip() + " …" for text in texts]
+        body += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    # Jupyter right-aligns table cells by default.
+    style = "<style>table.samples td, table.samples th { text-align: left !important; vertical-align: top; }</style>"
+    table = f'<table class="samples">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    display(HTML(style + table))
+
+
+def _fold(loop: re.Match) -> str:
+    return f"{loop[1]} … (×{(len(loop[0]) + 1) // (len(loop[1]) + 1)})"

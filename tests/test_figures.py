@@ -1,0 +1,385 @@
+"""Figures and tables: what is shown carries its texts, is escaped, and keeps one colour a method."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import IPython.display
+import matplotlib
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from distill_utils.experiments.miniend import PATHS  # noqa: E402
+from distill_utils.report import figures, placement, tables, widgets  # noqa: E402
+
+ROWS = [
+    {
+        "method": "teacher",
+        "student": "6-6",
+        "ms_per_token": 2.6,
+        "rouge2": 10.5,
+        "rouge2_low": 9.6,
+        "rouge2_high": 11.4,
+    },
+    {"method": "lead words", "student": "", "rouge2": 4.1},
+    {"method": "object name", "student": "", "rouge2": 4.3, "ms_per_token": None},
+    *(
+        {
+            "method": method,
+            "student": student,
+            "ms_per_token": speed,
+            "rouge2": score,
+            "rouge2_low": score - 0.9,
+            "rouge2_high": score + 0.9,
+        }
+        for (student, speed, loss), (method, best) in itertools.product(
+            [("6-3", 1.6, 0.0), ("6-1", 0.93, 1.1)], [("sft", 8.9), ("kd", 9.0), ("pl", 9.1), ("pl_kl", 9.2)]
+        )
+        for score in [best - loss]
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def style():
+    figures.use_style()
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Collect what is displayed."""
+    outputs = []
+
+    def collect(value, metadata=None, raw=False):
+        outputs.append((value, metadata) if raw else value.data)
+
+    monkeypatch.setattr(IPython.display, "display", collect)
+    return outputs
+
+
+def test_show_gives_alt_and_escaped_caption_and_closes(shown):
+    ax = figures.plot_history({"kd": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+    assert figures.show(ax, "Falls & <stops>.", "One <b>run</b> & no more.") is None
+    (data, metadata), caption = shown
+    assert data["image/svg+xml"].lstrip().startswith("<?xml") and data["text/plain"] == "Falls & <stops>."
+    assert metadata["image/svg+xml"]["alt"] == "Falls & <stops>."
+    assert caption == '<div class="figcaption">One &lt;b&gt;run&lt;/b&gt; &amp; no more.</div>'
+    assert not plt.get_fignums()
+
+
+def test_show_is_reproducible_and_many_marks_become_png(shown):
+    for _ in range(2):
+        figures.show(figures.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
+    assert shown[0] == shown[2]
+    cloud = list(range(figures.MANY_MARKS + 1))
+    figures.show(figures.plot_coverage_density({"reference": (cloud, cloud)}), "a", "c")
+    data, metadata = shown[4]
+    assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
+
+
+@pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
+def test_show_refuses_silence(alt, caption):
+    with pytest.raises(ValueError, match="must both say something"):
+        figures.show(figures.new_axes(), alt, caption)
+
+
+def test_colours_are_one_a_method_and_distinct():
+    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
+    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(figures.METHOD_COLORS)
+    assert set(PATHS) <= {*figures.PATH_COLORS, "miniend"}
+    assert len({figures.method_color(path) for path in PATHS}) == len(PATHS)
+    assert figures.method_color("lead words") == figures.BASELINE_COLOR
+
+
+def test_table(shown):
+    frame = pd.DataFrame(
+        {
+            "system": ["teacher", "<b>SFT</b>", "KD"],
+            "rouge2": [10.0, 9.004, 9.001],
+            "latency_ms": [61.24, 20.0, float("nan")],
+            "note <i>": ["a", "<script>", "c"],
+        }
+    )
+    tables.show_table(
+        frame, "Best & <last>.", best_high=["rouge2"], best_low=["latency_ms"], best_among=["<b>SFT</b>", "KD"]
+    )
+    (html,) = shown
+    table = BeautifulSoup(html, "html.parser")
+    assert [cell.get_text() for cell in table.select("thead th")] == ["system", "ROUGE-2", "latency (ms)", "note <i>"]
+    assert len(table.select("thead tr")) == 1
+    cells = [[cell.get_text() for cell in line.find_all(["th", "td"])] for line in table.select("tbody tr")]
+    assert cells[0] == ["teacher", "10.00", "61.2", "a"]
+    assert cells[1] == ["<b>SFT</b>", "9.00", "20.0", "<script>"]
+    assert cells[2] == ["KD", "9.00", "–", "c"]
+    assert table.caption.get_text() == "Best & <last>." and not table.select("b, i, script")
+    bold = html[: html.index("font-weight: bold")].rsplit("}", 1)[-1]
+    # equal as printed are both best; the teacher does not compete
+    assert all(name in bold for name in ("row1_col0", "row2_col0", "row1_col1")) and "row0" not in bold
+
+
+def test_table_refuses_unknown_and_repeated_names():
+    frame = pd.DataFrame({"system": ["a", "a"], "rouge2": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="no column 'rouge1'"):
+        tables.show_table(frame, "c", best_high=["rouge1"])
+    with pytest.raises(ValueError, match="must be unique"):
+        tables.show_table(frame, "c")
+
+
+def test_samples_are_escaped_and_clipped(shown):
+    tables.show_samples([{"source": "<b>" + "x" * 500, "pl_kl": "$5"}], ["source", "pl_kl", "missing"], "Some & all")
+    table = BeautifulSoup(shown[0], "html.parser")
+    assert [cell.get_text() for cell in table.find_all("th")] == ["source", "PL+KL", "missing"]
+    texts = [cell.get_text() for cell in table.find_all("td")]
+    assert texts[0].startswith("<b>xxx") and len(texts[0]) == 402 and texts[1:] == ["$5", ""]
+
+
+def test_samples_fold_what_repeats_without_end(shown):
+    texts = ["Return the" + " given" * 37 + ".", "a b a b a b a b c", "no no no", "1 2 3 4 5 " * 4]
+    tables.show_samples([{str(i): text for i, text in enumerate(texts)}], [*map(str, range(4))])
+    found = [cell.get_text() for cell in BeautifulSoup(shown[0], "html.parser").find_all("td")]
+    assert found == ["Return the given … (×36) given.", "a b … (×4) c", *texts[2:]]
+
+
+def test_quality_speed_draws_every_row_and_no_labels_overlap():
+    ax = figures.plot_quality_speed(ROWS)
+    figure = ax.get_figure()
+    figure.draw_without_rendering()
+    labels = [text for text in ax.texts if text.get_text()]
+    names = {text.get_text() for text in labels}
+    assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
+    boxes = [text.get_window_extent() for text in labels]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if placement.overlap(*pair) > 1]
+    marks = [line for line in ax.lines if line.get_marker() in figures.MARKERS and len(line.get_xdata()) == 1]
+    assert len(marks) == 9
+    by_color = {line.get_color() for line in marks}
+    assert by_color == {figures.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    assert len(ax.containers) == 8  # error bars of the students; the teacher's interval is the band
+    assert len(ax.patches) == 1
+
+
+def test_quality_speed_copes_with_missing_values():
+    rows = [
+        {"method": "kd", "rouge2": float("nan"), "ms_per_token": 1.0},
+        {"method": "sft", "rouge2": 3.0, "ms_per_token": 1.0},
+    ]
+    assert {text.get_text() for text in figures.plot_quality_speed(rows).texts} == {"SFT"}
+    assert not figures.plot_quality_speed([]).texts
+
+
+def test_spread_keeps_order_and_distance():
+    random.seed(0)
+    values = sorted(random.random() for _ in range(20))
+    places = placement.spread(values, 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
+    assert sum(places) == pytest.approx(sum(values))
+    assert placement.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
+
+
+def test_neighbours_are_moved_apart_around_their_middle():
+    moved = placement.move_apart([1.0, None, 1.0, 3.0])
+    assert moved[1] is None and moved[3] == 3.0
+    assert moved[0] < 1.0 < moved[2] and moved[0] + moved[2] == pytest.approx(2.0)
+
+
+def test_history_names_lines_and_skips_missing_values():
+    history = [{"step": 1, "loss": 3.0}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    ax = figures.plot_history({"sft": history, "pl_kl 6-3": history, "empty": [{"step": 1}]})
+    assert [list(line.get_xdata()) for line in ax.lines] == [[1, 3], [1, 3]]
+    assert {text.get_text() for text in ax.texts} == {"SFT", "PL+KL 6-3"}
+    many = figures.plot_history({f"kd {n}": history for n in range(5)})
+    assert len(many.get_legend().get_texts()) == 5
+    assert not figures.plot_history({"kd": []}).lines
+
+
+def test_lengths_state_the_share_left_whole():
+    ax = figures.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
+    assert [text.get_text() for text in ax.texts] == ["80 (80 % whole)"]
+    assert max(ax.lines[0].get_xdata()) == 100
+
+
+def test_widgets_are_labelled_and_work(monkeypatch, shown):
+    made = []
+    monkeypatch.setattr(widgets, "interact", lambda function, **controls: made.append((function, controls)))
+    widgets.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
+    widgets.metric_picker([{**row, "words": 9.0} for row in ROWS])
+    assert all(control.description for _, controls in made for control in controls.values())
+    made[0][0](index=1)
+    assert "&lt;d&gt;" in shown[-1]
+    assert made[1][1]["x"].value == "ms_per_token" and "rouge2_low" not in made[1][1]["x"].options
+    with pytest.raises(ValueError, match="no rows"):
+        widgets.sample_browser([])
+
+
+def test_intervals_stand_in_groups_with_the_teacher_as_band():
+    rows = [
+        {"method": name, "rouge1": mean, "rouge1_low": mean - 1, "rouge1_high": mean + 1, "rouge2": mean / 2}
+        | {"rouge2_low": mean / 2 - 1, "rouge2_high": mean / 2 + 1}
+        for name, mean in (("lead_words", 18.0), ("teacher", 25.0))
+    ]
+    ax = figures.plot_intervals(rows, ("rouge1", "rouge2"))
+    assert [text.get_text() for text in ax.texts] == ["lead words", "teacher"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ROUGE-1", "ROUGE-2"]
+    means = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+    assert means == [18.0, 25.0, 9.0, 12.5]
+    bands = [sorted({x for x, _ in band.get_paths()[0].vertices}) for band in ax.collections]
+    assert bands == [[24.0, 26.0], [11.5, 13.5]]
+
+
+def decoding_rows(name: str, method: str, *points) -> list[dict]:
+    return [
+        {"name": name, "method": method, "setting": text, "latency_ms": ms, "rouge2": y, "rouge2_low": y - 1,
+         "rouge2_high": y + 1}
+        for text, ms, y in points
+    ]  # fmt: skip
+
+
+def test_decoding_settings_are_joined_by_time_one_line_a_model():
+    rows = decoding_rows("teacher", "teacher", ("4 beams", 80.0, 9.5), ("1 beam", 30.0, 9.0))
+    rows += decoding_rows("SFT 6-3", "sft", ("1 beam", 20.0, 8.0))
+    ax = figures.plot_trade_off(rows)
+    lines = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
+    assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
+    assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["teacher", "SFT 6-3"]
+
+
+def gap_rows(name, method, *points) -> list[dict]:
+    return [
+        {
+            "name": name,
+            "method": method,
+            "teacher_parameters": size,
+            "score": y,
+            "score_low": y - 1,
+            "score_high": y + 1,
+        }
+        for size, y in points
+    ]
+
+
+def test_capacity_gap_is_a_line_by_teacher_size_and_a_mark_for_the_assistant():
+    rows = gap_rows("direct", "miniend", (4e6, 20.0), (1e6, 19.0), (16e6, 18.0))
+    rows += gap_rows("by an assistant", "miniend", (16e6, 21.0))
+    teachers = [
+        {"name": "teacher", "method": "teacher", "teacher_parameters": n, "score": s} for n, s in ((4e6, 25), (1e6, 22))
+    ]
+    ax = figures.plot_capacity_gap([*rows, *teachers], "accuracy")
+    drawn = [line for line in ax.lines if line.get_marker() in ("*", *figures.MARKERS)]
+    assert [list(line.get_ydata()) for line in drawn] == [[22, 25], [19.0, 20.0, 18.0], [21.0]]
+    assert list(drawn[0].get_xdata()) == [1.0, 4.0]
+    direct, assisted = (list(line.get_xdata()) for line in drawn[1:])
+    assert direct == pytest.approx([1.0, 4.0, 16.0], rel=0.05) and assisted == pytest.approx([16.0], rel=0.05)
+    assert direct[-1] != assisted[0]  # of one teacher, side by side
+    assert len({line.get_color() for line in drawn}) == 2 and drawn[1].get_marker() != drawn[2].get_marker()
+    bars = [[segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()] for container in ax.containers]
+    assert bars == [[[18, 20], [19, 21], [17, 19]], [[20, 22]]]
+    assert {text.get_text() for text in ax.texts} == {"teacher", "direct", "by an assistant"}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "16"] and ax.get_xscale() == "log"
+    assert ax.get_ylabel() == "accuracy" and not ax.get_legend()
+    alone = figures.plot_capacity_gap(gap_rows("direct", "kd", (1e6, 3.0), (2e6, 4.0)))
+    assert list(alone.lines[0].get_xdata()) == [1.0, 2.0]
+
+
+def test_differences_without_zero_are_filled():
+    rows = [
+        {"name": name, "difference": mid, "low": mid - 1, "high": mid + 1}
+        for name, mid in (("kd hidden_weight=0 versus kd", -2.0), ("pl_gold versus pl", 0.5))
+    ]
+    ax = figures.plot_differences(rows)
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
+    assert [point.get_color() for point in points] == [figures.method_color("kd"), figures.method_color("pl_gold")]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["kd hidden_weight=0\nversus kd", "pl_gold\nversus pl"] and ax.get_ylim() == (1.5, -0.5)
+
+
+def test_thresholds_say_what_they_remove():
+    values = [0.0, 5.0, 10.0, 20.0]
+    table = pd.DataFrame({"measure": "reference_rouge2", "value": values, "low": 10.0, "high": math.inf})
+    table["removed"] = table["value"] < 10
+    figure = figures.plot_thresholds(table)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == "50 % removed" and ax.get_xlabel() == "reference ROUGE-2"
+    assert [line.get_xdata()[0] for line in ax.lines] == [10.0]
+    assert sum(patch.get_height() for patch in ax.patches) == len(values)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_maps_fill_the_kept_cells_and_number_them():
+    maps = {"published": [0, 2, 5], "last": [3, 4, 5], "1 · last": [5]}
+    ax = figures.plot_maps(maps, 6)
+    filled = [patch for patch in ax.patches if patch.get_facecolor() == matplotlib.colors.to_rgba("#0072b2")]
+    assert len(ax.patches) == 18 and len(filled) == 7
+    assert [text.get_text() for text in ax.texts] == ["0", "1", "2", "0", "1", "2", "0"]
+    assert [round(text.get_position()[0]) for text in ax.texts] == [0, 2, 5, 3, 4, 5, 5]
+    gaps = [b - a for a, b in itertools.pairwise(ax.get_yticks())]
+    assert gaps[1] > gaps[0]  # another size stands apart
+
+
+def test_layers_have_one_panel_a_stack_and_lines_only_with_intervals():
+    rows = [
+        {"stack": stack, "layer": i, "v": i, "w": i, "w_low": i - 1, "w_high": i + 2}
+        for stack, depth in (("encoder", 3), ("decoder", 2))
+        for i in range(depth)
+    ]
+    for key, containers in (("v", 1), ("w", 2)):
+        encoder, decoder = figures.plot_layers(rows, key, "change").axes
+        assert [encoder.get_title(loc="left"), decoder.get_title(loc="left")] == ["encoder", "decoder"]
+        assert [patch.get_height() for patch in encoder.patches] == [0, 1, 2] and len(decoder.patches) == 2
+        assert len(encoder.containers) == containers
+
+
+def test_heatmaps_carry_numbers_until_there_are_too_many():
+    small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1]).rename_axis(index="encoder", columns="decoder")
+    big = pd.DataFrame([[0.5] * 13] * 13)
+    one, other = figures.plot_heatmaps({"ROUGE-2": small, "big": big}, {"ROUGE-2": 1, "big": 2}, (0, 1)).axes
+    assert [text.get_text() for text in one.texts] == ["1.0", "0.2"] and not other.texts
+    assert (one.get_ylabel(), one.get_xlabel()) == ("encoder", "decoder")
+
+
+def test_pareto_front_holds_what_nothing_beats_in_both():
+    rows = [
+        {"n": n, "t": t, "rouge2": r} for n, t, r in [("a", 3, 9), ("b", 2, 7), ("c", 2, 8), ("d", 1, 2), ("e", 4, 9)]
+    ]
+    rows += [{"n": "rule", "rouge2": 20.0}, {"n": "odd", "t": float("nan"), "rouge2": 1.0}]
+    assert [row["n"] for row in figures.pareto_front(rows, "t")] == ["d", "c", "a"]
+    drawn = [
+        {**row, "name": row["n"], "setting": "1", "method": "sft", "rouge2_low": 0, "rouge2_high": 9}
+        for row in rows[:5]
+    ]
+    ax = figures.plot_trade_off(drawn, "t")
+    (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [2, 8, 9]
+    joined = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
+    assert len({line.get_color() for line in joined}) == 5  # of one method: told apart by colour
+
+
+def test_agreement_names_every_point():
+    rows = [
+        {"name": n, "x": x, "y": y, "y_low": y - 1, "y_high": y + 1} for n, x, y in [("first", 2, 5), ("last", 1, 7)]
+    ]
+    ax = figures.plot_agreement(rows, "x", "y", "loss", "ROUGE-2")
+    assert {text.get_text() for text in ax.texts} == {"first", "last"} and ax.get_xlabel() == "loss"
+
+
+def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
+    rows = [{"name": "a", "weights": 2.0, "logits": 1.0, "nothing": 0.0}, {"name": "b", "weights": 0.5, "nothing": 0.0}]
+    ax = figures.plot_stacked(rows, ["weights", "logits", "nothing"], "GB", limit=4.0, limit_label="device")
+    bars = [bar for bar in ax.patches if bar.get_width() > 0]
+    assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(0.0, 0.5), (0.0, 2.0), (2.0, 1.0)]
+    texts = [text.get_text().strip() for text in ax.texts]
+    assert texts == ["3", "0.5", "device"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["weights", "logits"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"] and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ax.get_xlim()[1] > 4.0

@@ -1,0 +1,331 @@
+"""Several processes that share a run: they give what one process gives, die, and go on in another number."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_batch, tiny_t5, tiny_tokenizer
+from torch import distributed as dist
+
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.distillation import objectives
+from distill_utils.experiments import launch, miniend
+from distill_utils.experiments.miniend import AgnosticRun
+from distill_utils.models import students
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.training import checkpoints, distributed, loop
+from distill_utils.training.loop import Training, read_history
+
+TRAINING = Training(
+    max_steps=5, batch_size=8, micro_batch_size=4, learning_rate=3e-3, weight_decay=0.01, max_grad_norm=0.5,
+    log_every=1, eval_every=2, precision="float32",
+)  # fmt: skip
+
+
+READING = {"cross_weight": 0.0, "num_relation_heads": 4}
+
+
+def take_part(rank: int, world: int, port: int, folder: str, work=launch.main) -> None:
+    """Be one process of a run, as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sys.argv = ["distributed", folder]
+    work()
+
+
+def take_gradients() -> None:
+    """Save the gradients of a batch that processes share, and what their common norm was found to be.
+
+    The decoder's last layer is left before its cross-attention, so nothing needs the end of the encoder's.
+    """
+    with launch.process_group():
+        student, teacher = tiny_t5(2, 1, seed=1), tiny_t5(seed=2)
+        launch.shard(student)
+        launch.shard(teacher, frozen=True)
+        batch = tiny_batch((9, 9, 9, 9), (6, 6, 6, 6))
+        for _ in range(2):
+            student.zero_grad()
+            loss = objectives.miniend(student, teacher, distributed.local_rows(batch), **READING)["loss"]
+            (loss / distributed.rank_and_world_size()[1]).backward()
+            distributed.reset_fsdp_state(student)
+            for model in (student, teacher):
+                layers = [*students.encoder_layers(model), *students.decoder_layers(model)]
+                assert all(hasattr(weight, "full_tensor") for layer in layers for weight in layer.parameters())
+        parameters = {name: weight for name, weight in student.named_parameters() if weight.grad is not None}
+        norm = distributed.clip_gradients(parameters.values(), 1e9)
+        found = distributed.gather({name: weight.grad for name, weight in parameters.items()})
+        if found:
+            save_file(found | {"norm": norm}, sys.argv[1])
+
+
+def start(processes, num_processes: int, *arguments) -> bool:
+    """Run processes that know of each other and return whether all went well."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    started = [
+        processes.Process(target=take_part, args=(rank, num_processes, port, *arguments))
+        for rank in range(num_processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return not any(process.exitcode for process in started)
+
+
+@pytest.fixture(scope="module")
+def rank_and_world_size():
+    """Start processes from a server that has the libraries loaded, so that a start costs little."""
+    context = multiprocessing.get_context("forkserver")
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["distill_utils.experiments.launch", "transformers.models.t5.modeling_t5"])
+    return context
+
+
+@pytest.fixture
+def forked(processes, monkeypatch):
+    """Let `distill` start its processes without torchrun, in a fraction of the time."""
+
+    def launch_here(folder: Path, num_processes: int) -> None:
+        if not start(processes, num_processes, str(folder)):
+            (folder / "processes" / "torchrun.log").touch()
+            raise launch._failure(folder / "processes")
+
+    monkeypatch.setattr(launch, "launch", launch_here)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    tokenizer = tiny_tokenizer(90)
+    tokenizer.add_tokens([f"<extra_id_{i}>" for i in range(6)], special_tokens=True)
+    save_model(tiny_t5(dropout_rate=0.0), tokenizer, folder / "teacher")
+    teacher, tokenizer = load_model(folder / "teacher")
+    generator = np.random.default_rng(0)
+    tokens, held_out = (generator.integers(5, 60, size=size).astype(np.uint16) for size in (2000, 100))
+    run = AgnosticRun(
+        path="miniend_logits", shape="2-2", teacher=str(folder / "teacher"), training=TRAINING, source_length=16,
+        num_relation_heads=4,
+    )  # fmt: skip
+    return run, teacher, tokenizer, tokens, held_out
+
+
+def distilled(monkeypatch, runs: Path, distill, *arguments, **options) -> tuple[dict, list[dict]]:
+    """Return the final weights and the history without its times."""
+    monkeypatch.setenv("DISTILL_RUNS", str(runs))
+    folder = distill(*arguments, **options)
+    times = ("seconds", "examples_per_second")
+    history = [{k: v for k, v in row.items() if k not in times} for row in read_history(folder)]
+    return load_model(folder / "student")[0].state_dict(), history
+
+
+def assert_same(found, expected) -> None:
+    """Compare weights and histories within the rounding of sums in another order."""
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+    assert found[0].keys() == expected[0].keys()
+    for name, weight in expected[0].items():
+        torch.testing.assert_close(found[0][name], weight, rtol=1e-3, atol=2e-4, msg=name)
+
+
+# ----------------------------------------------------------------------------------------------- as one process does it
+
+CASES = {  # changes of the run, processes, options
+    "two": ({}, 2, {"sharded": True}),
+    "four": ({"mix_start": 0.4, "mix_rate": 0.1}, 4, {"sharded": True}),
+    "four, whole": ({}, 4, {"sharded": False}),
+    "left early": ({"path": "miniend"}, 2, {"sharded": True}),
+    "left early, recomputed": ({"path": "miniend"}, 2, {"sharded": True, "recompute": True}),
+    "one layer, encoder alone": ({"path": "encoder", "shape": "1-1"}, 2, {"sharded": True, "recompute": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_run_in_any_number_of_processes(place, forked, monkeypatch, tmp_path, case):
+    run, *rest = place
+    changes, num_processes, options = CASES[case]
+    run = replace(run, **changes)
+    one = distilled(monkeypatch, tmp_path / "one", miniend.distill, run, *rest)
+    several = distilled(
+        monkeypatch, tmp_path / "several", launch.distill, run, *rest, num_processes=num_processes, **options
+    )
+    assert_same(several, one)
+    assert len(one[1]) == 5 and one[1][-1]["loss"] != one[1][0]["loss"]
+    (folder,) = (tmp_path / "several").iterdir()
+    assert folder.name == next((tmp_path / "one").iterdir()).name
+    assert read_json(folder / "results.json")["processes"] == num_processes
+    assert not list(folder.glob("processes/*.npy"))
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_gradients_and_their_norm_are_those_of_one_process(processes, tmp_path, num_processes):
+    student, teacher = tiny_t5(2, 1, seed=1), tiny_t5(seed=2)
+    objectives.miniend(student, teacher, tiny_batch((9, 9, 9, 9), (6, 6, 6, 6)), **READING)["loss"].backward()
+    expected = {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}
+    norm = torch.nn.utils.get_total_norm(expected.values())
+    assert start(processes, num_processes, str(tmp_path / "found"), take_gradients)
+    found = load_file(tmp_path / "found")
+    torch.testing.assert_close(found.pop("norm"), norm)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found.pop(name), gradient, rtol=1e-4, atol=1e-5 * float(norm), msg=name)
+    assert not any(gradient.any() for gradient in found.values())  # FSDP has zeros where one process has none
+
+
+def test_a_teacher_in_bf16_stays_so_in_parts(place, forked, monkeypatch, tmp_path):
+    run, _, *rest = place
+    run = replace(run, path="miniend")
+    teacher, _ = load_model(run.teacher, torch.bfloat16)
+    one = distilled(monkeypatch, tmp_path / "one", miniend.distill, run, teacher, *rest)
+    two = distilled(
+        monkeypatch, tmp_path / "two", launch.distill, run, teacher, *rest, num_processes=2, sharded=True
+    )
+    assert_same(two, one)
+    exact = distilled(monkeypatch, tmp_path / "exact", miniend.distill, run, *place[1:])
+    assert one[1] != exact[1]
+
+
+@pytest.mark.parametrize("world", range(1, 6))
+@pytest.mark.parametrize("num_rows", range(1, 9))
+def test_every_row_belongs_to_one_process(monkeypatch, world, num_rows):
+    batch = {
+        "input_ids": torch.arange(num_rows)[:, None], "labels": torch.arange(num_rows)[:, None],
+        "ids": [str(i) for i in range(num_rows)], "target_temperature": 2.0,
+    }  # fmt: skip
+    trained, sizes = [], []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "processes", lambda rank=rank: (rank, world))
+        own = distributed.local_rows(batch)
+        assert own["target_temperature"] == 2.0
+        sizes.append(len(own["ids"]))
+        assert [str(i) for i in own["input_ids"].flatten().tolist()] == own["ids"]
+        counted = own["labels"] != -100
+        trained += own["labels"][counted].tolist()
+    assert sorted(trained) == list(range(num_rows))
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_processes", "said"),
+    [
+        ({}, 3, "3 processes do not divide micro_batch_size 4: use a multiple of 3"),
+        ({"micro_batch_size": 0}, 5, "5 processes do not divide batch_size 8"),
+        ({}, -2, "num_processes -2 is too small"),
+        ({"learning_rate": 0.0}, 2, "learning_rate 0.0 is not positive"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_a_process_starts(place, monkeypatch, changes, num_processes, said):
+    run, *rest = place
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("started"))
+    run = replace(run, training=replace(run.training, **changes))
+    with pytest.raises(InputError, match=said):
+        launch.distill(run, *rest, num_processes=num_processes)
+
+
+def test_a_pytorch_without_the_backend_is_refused(place, monkeypatch):
+    run, *rest = place
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match=r"this PyTorch has no (gloo|nccl): install a build that has it"):
+        launch.distill(run, *rest, num_processes=2)
+
+
+def test_what_a_process_refuses_is_said_by_the_one_that_started_it(place, forked, monkeypatch, tmp_path):
+    run, *rest = place
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path))
+    run = replace(run, training=replace(run.training, optimizer="muon"))
+    with pytest.raises(InputError, match="optimizer muon needs whole matrices") as error:
+        launch.distill(run, *rest, num_processes=2, sharded=True)
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------- started, killed
+
+
+def processes_of(runs: Path) -> list[psutil.Process]:
+    """Return the processes that torchrun has started for a run, not torchrun itself."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            is_rank = "distill_utils.experiments.launch" in command and "--redirects=3" not in command
+            if is_rank and str(runs) in command[-1]:
+                found.append(process)
+    return found
+
+
+def kill_at_checkpoint(runs: Path, checkpoint: str, rank: int, killed: list[float]) -> None:
+    """Kill one process of the run as soon as a checkpoint is there."""
+    while not list(runs.glob(f"*/{checkpoint}")):
+        time.sleep(0.01)
+    for process in processes_of(runs):
+        if process.environ()["RANK"] == str(rank):
+            process.send_signal(signal.SIGKILL)
+            killed.append(time.monotonic())
+
+
+@pytest.mark.slow
+def test_a_run_with_a_killed_process_stops_and_goes_on_in_another_number(place, forked, monkeypatch, tmp_path, capsys):
+    run, *rest = place
+    run = replace(
+        run, training=replace(run.training, max_steps=24, micro_batch_size=0, checkpoint_every=4, eval_every=12)
+    )
+    straight = distilled(monkeypatch, tmp_path / "straight", miniend.distill, run, *rest)
+    launch_forked, runs, killed = launch.launch, tmp_path / "runs", []
+    monkeypatch.undo()
+    monkeypatch.setenv("DISTILL_RUNS", str(runs))
+    killer = threading.Thread(target=kill_at_checkpoint, args=(runs, "checkpoint-000004", 1, killed))
+    killer.start()
+    capsys.readouterr()
+    with pytest.raises(RuntimeError) as error:
+        launch.distill(run, *rest, num_processes=2, sharded=True)
+    assert time.monotonic() - killed[0] < 60
+    killer.join()
+    assert len(killed) == 1 and not processes_of(runs)
+    said = "process 1 was killed by signal 9, the others were stopped; the last checkpoint is kept"
+    assert str(error.value).startswith(said)
+    (folder,) = runs.iterdir()
+    assert f"building runs/{folder.name}" in capsys.readouterr().out
+    assert not (folder / "results.json").exists()
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert {path.name for path in checkpoint.iterdir()} == set(checkpoints.CHECKPOINT_FILES)
+    step = int(checkpoint.name.split("-")[1])
+    assert 4 <= step < 24
+
+    monkeypatch.setattr(launch, "launch", launch_forked)
+    for num_processes, sharded in ((1, None), (2, True)):
+        copied = tmp_path / f"resumed-{num_processes}"
+        shutil.copytree(runs, copied)
+        resumed = distilled(
+            monkeypatch, copied, launch.distill, run, *rest, num_processes=num_processes, sharded=sharded
+        )
+        assert_same(resumed, straight)
+
+    # One that another run has written is refused by name.
+    other = replace(run.training, learning_rate=0.1)
+    with pytest.raises(InputError, match=f"{checkpoint.name} was written with learning_rate 0.003, this run has 0.1"):
+        loop.fit(tiny_t5(2, 2), None, None, other, folder)
+    with pytest.raises(InputError, match=f"{checkpoint.name} is of another model, decoder.block.1.* has shape"):
+        loop.fit(tiny_t5(2, 1), None, None, run.training, folder)
+    (checkpoint / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match=f"{checkpoint.name} lacks optimizer.safetensors"):
+        loop.fit(tiny_t5(2, 2), None, None, run.training, folder)

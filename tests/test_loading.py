@@ -1,0 +1,527 @@
+"""Data by name or path, its refusals, tokenising, and streams that are functions of the step."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import BOS, EOS, PAD, WORDS, tiny_tokenizer
+from tokenizers import processors
+
+from distill_utils.artifacts import InputError
+from distill_utils.data import loading, pydocs
+from distill_utils.data.batches import batch_list, collate, length_batches, pair_stream, tokenize_pairs
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Keep run folders and the library's cache out of the user's."""
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(lines, encoding="utf-8")
+    return path
+
+
+def refusal(function, *arguments, **settings) -> str:
+    """Return the message of the InputError that a call must raise: one line."""
+    with pytest.raises(InputError) as error:
+        function(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz", "train.csv", "train.parquet"])
+def test_load_pairs_from_every_format(tmp_path, name):
+    write_rows(tmp_path / name, ROWS)
+    loaded = loading.load_pairs(str(tmp_path), "train")
+    assert loaded.column_names == ["id", "document", "summary"]
+    assert loaded.to_list() == ROWS
+    assert loading.load_pairs(str(tmp_path), "train", num=2).to_list() == ROWS[:2]
+
+
+@pytest.mark.parametrize("validation", ["validation.jsonl", "val.jsonl.gz", "valid.csv", "dev.parquet"])
+def test_load_pairs_from_a_folder(tmp_path, validation):
+    write_rows(tmp_path / "train.csv", ROWS)
+    write_rows(tmp_path / validation, ROWS[:3])
+    assert loading.load_pairs(str(tmp_path), "train").to_list() == ROWS
+    assert loading.load_pairs(str(tmp_path), "validation").to_list() == ROWS[:3]
+    message = refusal(loading.load_pairs, str(tmp_path), "test")
+    assert tmp_path.name in message and "test.jsonl.gz" in message
+
+
+def test_load_pairs_with_other_columns_and_without_ids(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [{"article": "A b.", "title": " C. ", "more": [1]}] * 2)
+    loaded = loading.load_pairs(str(tmp_path), "test", document_column="article", summary_column="title")
+    assert loaded.to_list() == [{"id": str(i), "document": "A b.", "summary": "C."} for i in range(2)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.parquet"])
+def test_empty_rows_are_dropped_and_counted(tmp_path, capsys, name):
+    rows = [dict(row) for row in ROWS]
+    rows[0]["document"], rows[2]["summary"], rows[3]["summary"] = "", "  ", None
+    write_rows(tmp_path / name, rows)
+    loaded = loading.load_pairs(str(tmp_path), "train", num=2)
+    assert loaded["id"][:] == ["row1", "row4"]  # the ids stay with their rows, and num counts usable ones
+    out = capsys.readouterr().out
+    assert "dropped 3 rows" in out and tmp_path.name in out
+    assert "2 usable rows, 3 were asked for" in refusal(loading.load_pairs, str(tmp_path), "train", num=3)
+
+
+def test_a_row_without_the_key_is_dropped(tmp_path, capsys):
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"document": "No summary here."}])
+    assert len(loading.load_pairs(str(tmp_path), "train")) == 5
+    assert "dropped 1 rows" in capsys.readouterr().out
+
+
+def corrupt(path: Path) -> None:
+    content = bytearray(gzip.compress(b'{"document": "a", "summary": "b"}\n'))
+    content[10] = 0xFF  # behind the header of ten bytes: a block of a type that does not exist
+    path.write_bytes(content)
+
+
+BAD_FILES = {
+    "empty.jsonl": (lambda path: path.touch(), ["empty.jsonl", "is empty"]),
+    "blank.jsonl": (lambda path: path.write_text("\n\n"), ["blank.jsonl", "no rows"]),
+    "empty.csv": (lambda path: path.touch(), ["empty.csv", "is empty"]),
+    "header.csv": (lambda path: path.write_text("document,summary\n"), ["header.csv"]),
+    "ragged.csv": (lambda path: path.write_text("document,summary\na,b\na,b,c,d\n"), ["ragged.csv", "line 3"]),
+    "text.parquet": (lambda path: path.write_text("no parquet"), ["text.parquet"]),
+    "rows.xlsx": (lambda path: path.write_text("x"), ["rows.xlsx", "ending", ".jsonl.gz", ".csv", ".parquet"]),
+    "broken.jsonl": (
+        lambda path: path.write_text('{"document": "a", "summary": "b"}\n\n{"document": "a", "summ\n'),
+        ["broken.jsonl line 3", "not JSON"],
+    ),
+    "list.jsonl": (lambda path: path.write_text('{"document": "a"}\n["a", "b"]\n'), ["list.jsonl line 2"]),
+    "latin.jsonl": (
+        lambda path: path.write_bytes('{"document": "é"}\n'.encode("latin-1")),
+        ["latin.jsonl line 1 ", "UTF-8", "byte 14 (0xe9)"],
+    ),
+    "plain.jsonl.gz": (lambda path: path.write_text('{"document": "a", "summary": "b"}\n'), ["plain.jsonl.gz"]),
+    "corrupt.jsonl.gz": (corrupt, ["corrupt.jsonl.gz"]),
+    "cut.jsonl.gz": (
+        lambda path: path.write_bytes(gzip.compress(b'{"document": "a", "summary": "b"}\n' * 99)[:-20]),
+        ["cut.jsonl.gz"],
+    ),
+    "nothing.jsonl": (
+        lambda path: path.write_text('{"document": "a", "summary": " "}\n{"document": null, "summary": "b"}\n'),
+        ["nothing.jsonl", "no row with a document and a summary"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused(tmp_path, name):
+    make, parts = BAD_FILES[name]
+    make(tmp_path / name)
+    message = refusal(loading.load_pairs, str(tmp_path / name), "train")
+    assert all(part in message for part in parts), message
+
+
+def test_missing_files_are_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path / "none", "./none", "~/none-at-all.csv", "none.parquet"):
+        assert "does not exist" in refusal(loading.load_pairs, str(path), "train")
+
+
+def test_one_file_is_cut_into_disjoint_splits(tmp_path):
+    rows = [{"id": f"r{i}", "document": f"Text number {i % 190}.", "summary": "S."} for i in range(200)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    splits = {split: loading.load_pairs(path, split) for split in loading.SPLITS}
+    assert sorted(i for loaded in splits.values() for i in loaded["id"]) == sorted(row["id"] for row in rows)
+    documents = {split: set(loaded["document"]) for split, loaded in splits.items()}
+    assert not documents["train"] & documents["test"] and not documents["train"] & documents["validation"]
+    assert 130 < len(splits["train"]) < 185 and min(map(len, splits.values())) > 5
+    (tmp_path / "one.jsonl").write_text('{"document": "a", "summary": "b"}')
+    used = [split for split in loading.SPLITS if loading._drawn_split("a") == split][0]
+    other = next(split for split in loading.SPLITS if split != used)
+    assert f"no row for {other}" in refusal(loading.load_pairs, str(tmp_path / "one.jsonl"), other)
+
+
+def test_missing_columns_are_refused_with_those_there(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"article": "a", "title": "b"}])
+    message = refusal(loading.load_pairs, str(path), "train")
+    assert "'document'" in message and "article, title" in message and "document_column" in message
+    message = refusal(loading.load_pairs, str(path), "train", document_column="article", summary_column="abstract")
+    assert "'abstract'" in message and "article, title" in message
+
+
+def test_impossible_requests_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_dataset", None)  # no network is asked
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    path = str(tmp_path)
+    assert "5 usable rows, 6 were asked for" in refusal(loading.load_pairs, path, "train", num=6)
+    assert "-1" in refusal(loading.load_pairs, path, "train", num=-1)
+    message = refusal(loading.load_pairs, path, "dev")
+    assert "'dev'" in message and "train, validation, test" in message
+    assert "'pydoc'" in refusal(loading.load_pairs, "pydoc", "train")
+    assert "'a/b/c'" in refusal(loading.load_pairs, "a/b/c", "train")
+    assert "'families'" in refusal(loading.load_classification, "families", "train")
+    assert "'dev'" in refusal(loading.load_classification, "family", "dev")
+    assert "'dev'" in refusal(loading.load_text, "pydocs", "dev")
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("Couldn't reach the server\nand a second line")
+
+    monkeypatch.setattr(loading, "load_dataset", fail)
+    message = refusal(loading.load_pairs, "EdinburghNLP/xsum", "test")
+    assert "'EdinburghNLP/xsum'" in message and "Couldn't reach the server" in message and "second" not in message
+
+
+def test_hub_columns_and_configurations(monkeypatch):
+    asked = []
+
+    def load(name, config, split, streaming):
+        assert not streaming
+        asked.append((name, config, split))
+        columns = ("article", "highlights") if "cnn" in name else ("document", "summary")
+        return Dataset.from_dict({columns[0]: ["A b."], columns[1]: ["C."], "id": ["x"]})
+
+    monkeypatch.setattr(loading, "load_dataset", load)
+    expected = [{"id": "x", "document": "A b.", "summary": "C."}]
+    assert loading.load_pairs("abisee/cnn_dailymail", "validation").to_list() == expected
+    assert loading.load_pairs("EdinburghNLP/xsum", "test").to_list() == expected
+    assert asked == [("abisee/cnn_dailymail", "3.0.0", "validation"), ("EdinburghNLP/xsum", None, "test")]
+
+
+@pytest.mark.parametrize("name", ["xsum", "cnn_dm"])
+def test_shared_data(name):
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip("the shared data sets are not here")
+    counts = re.findall(r"^\| (train|validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(counts) == 3
+    for split, rows in counts:
+        loaded = loading.load_pairs(str(folder), split)
+        assert len(loaded) == int(rows)
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            first = json.loads(next(file))
+        assert loaded[0] == {key: first[key].strip() for key in ("id", "document", "summary")}
+
+
+def test_the_corpus_is_built_once(monkeypatch):
+    calls = []
+
+    def build_corpus(progress):
+        calls.append(1)
+        progress("reading docstrings", 1, 1)
+        row = {"module": "one.m", "name": "f", "package": "one", "family": "numerics"}
+        pairs = {
+            split: [
+                row | {"id": f"{split}{i}", "document": f"function f() Text {i}.", "summary": f"Say {i}."}
+                for i in range(40)
+            ]
+            for split in pydocs.SPLITS
+        }
+        text = {split: [{"text": f"{split} text", "module": "one.m"}] for split in pydocs.SPLITS}
+        return {"pairs": pairs, "text": text, "removed": {"x": 2}, "fingerprint": "abc"}
+
+    monkeypatch.setattr(pydocs, "build_corpus", build_corpus)
+    train = loading.load_pairs("pydocs", "train")
+    assert sorted(train["id"]) == sorted(f"train{i}" for i in range(40))
+    assert list(train["id"]) != [f"train{i}" for i in range(40)]  # shuffled, so that the first rows are a fair sample
+    assert loading.load_pairs("pydocs", "train", num=7).to_list() == train.to_list()[:7]
+    assert loading.load_text("pydocs", "test") == ["test text"]
+    facts = loading.corpus_facts()
+    assert facts["fingerprint"] == "abc" and facts["removed"] == {"x": 2}
+    assert facts["pairs"] == dict.fromkeys(pydocs.SPLITS, 40) and facts["characters"]["test"] == len("test text")
+    for task, labels in (("belongs", {"yes", "no"}), ("family", {"numerics"})):
+        rows = loading.load_classification(task, "test", num=30)
+        assert len(rows) == 30 and set(rows["label"]) == labels and {"sentence1", "sentence2"} <= set(rows.column_names)
+    assert calls == [1]
+
+
+TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet", "train.txt"])
+def test_load_text_from_every_format(tmp_path, name):
+    if name.endswith(".txt"):  # two texts behind a byte order mark, with the line ends of another system, and blanks
+        content = "\ufeff\n" + "\n \n\n".join(TEXTS).replace("\n", "\r\n") + "\n\n"
+        (tmp_path / name).write_bytes(content.encode())
+    else:
+        write_rows(tmp_path / name, [{"text": text} for text in [*TEXTS, "", " \n"]])
+    assert loading.load_text(str(tmp_path)) == loading.load_text(str(tmp_path), "train") == TEXTS
+    assert loading.load_text(str(tmp_path), num=3) == TEXTS[:3]
+    assert "40 usable texts, 41 asked for" in refusal(loading.load_text, str(tmp_path), num=41)
+    assert "test.jsonl.gz" in refusal(loading.load_text, str(tmp_path), "test")
+
+
+def test_load_text_cuts_one_file_by_a_hash_of_the_text(tmp_path):
+    (tmp_path / "all.txt").write_text("\n\n".join(TEXTS * 2))
+    write_rows(tmp_path / "all.jsonl", [{"body": text} for text in TEXTS[::-1]])
+    splits = [loading.load_text(str(tmp_path / "all.txt"), split) for split in loading.SPLITS]
+    assert sorted(text for split in splits for text in split) == sorted(TEXTS * 2)
+    assert not set(splits[0]) & set(splits[1]) | set(splits[0]) & set(splits[2]) and min(map(len, splits)) > 0
+    for split, texts in zip(loading.SPLITS, splits, strict=True):  # whatever the order and the file
+        assert set(loading.load_text(str(tmp_path / "all.jsonl"), split, column="body")) == set(texts)
+    message = refusal(loading.load_text, str(tmp_path / "all.jsonl"))
+    assert "'text'" in message and "it has body" in message
+    (tmp_path / "one.txt").write_text("a")
+    assert any(
+        "0 usable texts" in refusal(loading.load_text, str(tmp_path / "one.txt"), s) for s in ("validation", "test")
+    )
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl", "bad.jsonl.gz"])
+def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path, name):
+    good = '{"text": "café"}\n'.encode() * 3000  # more than any buffer that a decoder reads at once
+    content = good + '{"text": "é"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    message = refusal(loading.load_text, str(tmp_path / name))
+    assert name in message and f"byte {len(good) + 10} (0xe9)" in message and "UTF-8" in message
+    assert ("line 3001" in message) == (name != "bad.txt")
+
+
+def test_text_that_is_missing_is_refused(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    assert "'empty.txt' is empty" in refusal(loading.load_text, str(tmp_path / "empty.txt"))
+    assert "0 usable texts" in refusal(loading.load_text, str(tmp_path / "blank.txt"))
+    assert "does not exist" in refusal(loading.load_text, str(tmp_path / "none.txt"))
+    assert "'train'" in refusal(loading.load_text, "train")
+    assert "it has text" in refusal(loading.load_pairs, str(tmp_path / "blank.txt"), "train")
+
+
+def test_hub_text_without_a_validation_split_is_drawn_by_hash(monkeypatch):
+    parts = {"train": Dataset.from_dict({"text": TEXTS})}
+    monkeypatch.setattr(loading, "load_dataset", lambda name, config, split, streaming: datasets.DatasetDict(parts))
+    splits = [loading.load_text("Skylion007/openwebtext", split) for split in loading.SPLITS]
+    assert sorted(text for split in splits for text in split) == sorted(TEXTS) and min(map(len, splits)) > 0
+    parts["test"] = Dataset.from_dict({"text": ["a"]})
+    assert loading.load_text("a/b", "train") == TEXTS and loading.load_text("a/b", "test") == ["a"]
+    assert "it has train, test" in refusal(loading.load_text, "a/b", "validation")
+
+
+def test_hub_text_is_fetched_only_as_far_as_it_is_needed(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        rows = [{"text": f"{i}: text {n}", "n": n} for n in range(1500)]
+        write_rows(folder / f"train-0000{i}-of-00003.parquet", rows)
+    load = datasets.load_dataset
+    monkeypatch.setattr(loading, "load_dataset", lambda name, config, **options: load(str(folder), **options))
+    whole = {split: loading.load_text("a/b", split) for split in loading.SPLITS}
+    assert sum(map(len, whole.values())) == 4500
+    (folder / "train-00002-of-00003.parquet").write_bytes(b"a shard that cannot be read")
+    for split, texts in whole.items():
+        num = sum(not text.startswith("2") for text in texts)  # all that the other two hold
+        assert loading.load_text("a/b", split, num=num) == texts[:num]
+    message = refusal(loading.load_text, "a/b", "train", num=3000)  # of 2400 or so
+    assert "a/b (train) cannot be loaded" in message
+    assert "it has text, n" in refusal(loading.load_text, "a/b", "train", column="body", num=5)
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_rows(folder / "train.jsonl", [{"body": text} for text in TEXTS])  # a stream that declares no columns
+    assert "it has body" in refusal(loading.load_text, "a/b", "train", num=5)
+    drawn = loading.load_text(str(folder / "train.jsonl"), "train", column="body")
+    assert loading.load_text("a/b", "train", column="body", num=5) == drawn[:5]
+
+
+def test_shared_text():
+    folder = SHARED / "corpus_en"
+    if not folder.exists():
+        pytest.skip("the shared data sets are not here")
+    rows = dict(re.findall(r"^\| (validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE))
+    for split in ("validation", "test"):
+        texts = loading.load_text(str(folder), split)
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            assert texts[0] == json.loads(next(file))["text"]
+        assert len(texts) == int(rows[split])
+
+
+def test_data_fingerprint_depends_on_every_text():
+    tables = [ROWS, ROWS[::-1], ROWS[:4], *([*ROWS[:4], ROWS[4] | {key: "other"}] for key in ROWS[0])]
+    assert len({loading.data_fingerprint(Dataset.from_list(rows)) for rows in tables}) == len(tables)
+    assert loading.data_fingerprint(Dataset.from_list(ROWS)) == loading.data_fingerprint(Dataset.from_list(ROWS))
+
+
+# --------------------------------------------------------------------------------------------------------- tokenising
+
+
+def bart_like():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer
+
+
+def t5_like():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    return tokenizer
+
+
+def ids_of(text: str) -> list[int]:
+    return [5 + WORDS.index(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(("make", "start"), [(bart_like, [BOS]), (t5_like, []), (tiny_tokenizer, [])])
+def test_labels_have_no_start_token_and_end_with_the_end_token(make, start):
+    documents = ["the list of a file", "read", "write the text to a file in time to read"]
+    summaries = ["a list", "the the the the the the the", "error"]
+    pairs = Dataset.from_dict({"id": ["a", "b", "c"], "document": documents, "summary": summaries})
+    rows = tokenize_pairs(pairs, make(), max_source_length=64, max_target_length=64, prefix="read ")
+    assert rows["id"][:] == ["a", "b", "c"]
+    assert list(rows["input_ids"]) == [[*start, *ids_of("read " + text), EOS] for text in documents]
+    assert list(rows["labels"]) == [[*ids_of(text), EOS] for text in summaries]
+    short = tokenize_pairs(pairs, make(), max_source_length=6, max_target_length=4)
+    assert all(len(ids) <= 6 and ids[-1] == EOS for ids in short["input_ids"])
+    assert all(len(ids) <= 4 and ids[-1] == EOS and BOS not in ids for ids in short["labels"])
+    assert len(short["input_ids"][2]) == 6 and len(short["labels"][1]) == 4 - len(start)
+
+
+def test_collate_pads():
+    rows = [
+        {"id": "x", "input_ids": [7, 8, 2], "labels": [9, 2]},
+        {"id": "y", "input_ids": [7, 2], "labels": [6, 5, 2]},
+    ]
+    batch = collate(rows, pad_token_id=1, pad_to_multiple=4)
+    assert batch["ids"] == ["x", "y"]
+    assert batch["input_ids"].tolist() == [[7, 8, 2, 1], [7, 2, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[9, 2, -100, -100], [6, 5, 2, -100]]
+    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "labels"))
+    assert collate(rows, pad_token_id=1)["labels"].shape == (2, 8)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"}
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_line_breaks_of_a_summary_become_what_the_tokenizer_has(special):
+    tokenizer = tiny_tokenizer()
+    if special:
+        tokenizer.add_tokens(["<n>"])
+    rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["the list \n of text"]})
+    (labels,) = tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
+    words = tokenizer.convert_ids_to_tokens(labels)
+    assert words[:-1] == (["the", "list", "<n>", "of", "text"] if special else ["the", "list", "of", "text"])
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+LENGTHS = np.random.default_rng(0).integers(5, 120, size=203).tolist()
+
+
+def padding(batches: list[list[int]]) -> int:
+    return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(203, 8), (200, 8), (3, 8), (1, 4)])
+def test_length_batches_hold_every_row(count, batch_size):
+    batches = length_batches(LENGTHS[:count], batch_size, seed=1, epoch=0)
+    assert all(len(batch) == batch_size for batch in batches)
+    assert len(batches) == -(-count // batch_size)
+    times = Counter(row for batch in batches for row in batch)
+    assert set(times) == set(range(count))
+    most = 1 if count % batch_size == 0 else -(-batch_size // count) + (count > batch_size)
+    assert max(times.values()) <= most
+    assert sum(times.values()) - count == -count % batch_size  # as few as fill the last batch
+
+
+def test_length_batches_are_a_function_of_their_arguments():
+    np.random.seed(0)
+    first = length_batches(LENGTHS, 8, seed=1, epoch=0)
+    np.random.seed(1)
+    assert length_batches(LENGTHS, 8, seed=1, epoch=0) == first
+    assert length_batches(LENGTHS, 8, seed=1, epoch=1) != first
+    assert length_batches(LENGTHS, 8, seed=2, epoch=0) != first
+
+
+def test_length_batches_save_padding_without_sorting_the_epoch():
+    batches = length_batches(LENGTHS, 8, seed=1, epoch=0)
+    order = random.Random(0).sample(range(200), 200)
+    chance = padding([order[i : i + 8] for i in range(0, 200, 8)])
+    assert padding(batches) < 0.25 * chance
+    longest = [max(LENGTHS[i] for i in batch) for batch in batches]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def make_rows(count: int = 21) -> Dataset:
+    generator = np.random.default_rng(3)
+    rows = {"id": [f"row{i}" for i in range(count)], "input_ids": [], "labels": []}
+    for key, most in (("input_ids", 20), ("labels", 9)):
+        rows[key] = [generator.integers(5, 90, size=n).tolist() for n in generator.integers(1, most, size=count)]
+    return Dataset.from_dict(rows)
+
+
+def unpadded(micro_batches: list[dict]) -> list[tuple]:
+    return [
+        (name, source[mask.bool()].tolist(), labels[labels != -100].tolist())
+        for batch in micro_batches
+        for name, source, mask, labels in zip(
+            batch["ids"], batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        )
+    ]
+
+
+def test_pair_stream_is_a_function_of_step_and_seed():
+    rows = make_rows()
+    in_order = pair_stream(rows, PAD, 4, seed=5)
+    expected = [unpadded(in_order(step)) for step in range(14)]  # two epochs and more: six steps each
+    fresh = pair_stream(rows, PAD, 4, seed=5)
+    for step in (13, 0, 7, 7, 5, 6, 12, 1):
+        assert unpadded(fresh(step)) == expected[step]
+    originals = {row["id"]: (row["id"], row["input_ids"], row["labels"]) for row in rows}
+    for epoch in (expected[:6], expected[6:12]):
+        seen = [row for step in epoch for row in step]
+        assert {row[0] for row in seen} == set(originals) and len(seen) == 24
+        assert all(row == originals[row[0]] for row in seen)
+    assert expected[:6] != expected[6:12]
+    assert [unpadded(pair_stream(rows, PAD, 4, seed=6)(step)) for step in range(6)] != expected[:6]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_concatenate_to_the_batch(micro_batch_size):
+    rows = make_rows()
+    whole, parts = (pair_stream(rows, PAD, 4, 5, micro_batch_size=size) for size in (0, micro_batch_size))
+    for step in range(8):
+        assert len(whole(step)) == 1
+        micro_batches = parts(step)
+        assert [len(batch["ids"]) for batch in micro_batches] == [micro_batch_size] * (4 // micro_batch_size)
+        assert unpadded(micro_batches) == unpadded(whole(step))
+
+
+def test_pair_stream_refuses_no_rows():
+    assert "no training rows" in refusal(pair_stream, make_rows(1).select([]), PAD, 4, 0)
+
+
+def test_batch_list_holds_every_row_once_in_order_of_length():
+    rows = make_rows()
+    batches = batch_list(rows, PAD, 4)
+    found = unpadded(batches)
+    assert sorted(found) == sorted((row["id"], row["input_ids"], row["labels"]) for row in rows)
+    lengths = [len(row[1]) for row in found]
+    assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]

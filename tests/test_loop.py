@@ -1,0 +1,554 @@
+"""The training loop: arithmetic, refusals, and real processes that are killed and started again."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_bart, tiny_batch, tiny_t5
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from distill_utils import artifacts
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.device import device
+from distill_utils.distillation import objectives
+from distill_utils.models.hooks import projections
+from distill_utils.training import checkpoints, loop
+from distill_utils.training.loop import Training, fit
+
+
+def loss_fn(model, batch):
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    return {"loss": model(**inputs).loss}
+
+
+def batches(step):
+    return [tiny_batch(seed=step, padding=2) | {"ids": [f"row{3 * step + i}" for i in range(3)]}]
+
+
+def same_batches(step):
+    return batches(0)
+
+
+def settings(**changes):
+    return Training(
+        **{"max_steps": 6, "batch_size": 3, "learning_rate": 1e-3, "log_every": 1, "precision": "float32"} | changes
+    )
+
+
+def weights_of(model):
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_loss_falls(tmp_path):
+    model = tiny_bart(1, 1, dropout=0.0)
+    history = fit(model, loss_fn, same_batches, settings(max_steps=60, learning_rate=1e-2, log_every=20), tmp_path)
+    assert [row["step"] for row in history] == [20, 40, 60]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert not model.training
+    # three sources of 9, 5 and 7 tokens in 3 x 11 cells, three targets of 4, 6 and 3 in 3 x 8
+    assert history[0]["padding"] == pytest.approx(1 - (21 + 13) / (33 + 24), abs=1e-4)
+    assert all(row["examples_per_second"] > 0 for row in history)
+
+
+def gradients_of_first_step(model, micro_batches, folder, **changes):
+    """Return what the optimizer is given in the first step of `fit`, by parameter name."""
+    seen = []
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def look(optimizer, *_):
+        if not seen:
+            (group,) = optimizer.param_groups
+            seen.append({names[p]: p.grad.detach().cpu().clone() for p in group["params"]})
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        history = fit(model, loss_fn, lambda step: micro_batches, settings(**changes), folder)
+    finally:
+        hook.remove()
+    return seen[0], history
+
+
+def cut(batch, rows):
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    batch = tiny_batch((9, 5, 7, 4, 6, 8), (2, 2, 9, 9, 3, 12)) | {"ids": list("abcdef")}
+    parts = [cut(batch, slice(i, i + 2)) for i in (0, 2, 4)]
+    model = tiny_bart(2, 2, dropout=0.0)
+    loss = loss_fn(model, batch)["loss"]
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    model.zero_grad()
+    unweighted = sum(loss_fn(model, part)["loss"] for part in parts) / 3
+    assert abs(unweighted.item() - loss.item()) > 0.01  # the tokens of the parts do differ
+    changes = {"batch_size": 6, "max_steps": 1, "max_grad_norm": 1e9}
+    for name, micro_batches in (("whole", [batch]), ("parts", parts)):
+        found, history = gradients_of_first_step(
+            tiny_bart(2, 2, dropout=0.0), micro_batches, tmp_path / name, **changes, micro_batch_size=0
+        )
+        assert history[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert (found[key] - gradient).abs().max() <= 1e-6 * scale, key
+
+
+def test_gradients_are_clipped(tmp_path):
+    changes = {"max_steps": 1, "max_grad_norm": 0.25}
+    found, _ = gradients_of_first_step(tiny_bart(1, 1), batches(0), tmp_path, **changes)
+    norm = math.sqrt(sum(float(gradient.double().pow(2).sum()) for gradient in found.values()))
+    assert norm == pytest.approx(0.25, rel=1e-3)
+
+
+def test_learning_rate_by_hand():
+    warm = Training(max_steps=10, learning_rate=1.0, warmup_steps=4)
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert [loop.learning_rate_at(step, warm) for step in range(10)] == pytest.approx(expected)
+    cold = Training(max_steps=4, learning_rate=2.0)
+    assert [loop.learning_rate_at(step, cold) for step in range(4)] == pytest.approx([2, 1.5, 1, 0.5])
+    short = Training(max_steps=2, learning_rate=1.0, warmup_steps=4)
+    assert [loop.learning_rate_at(step, short) for step in range(2)] == pytest.approx([0.25, 0.5])
+
+
+def test_the_schedule_is_what_the_optimizer_gets(tmp_path):
+    """AdamW's first step is the learning rate times the sign of the gradient: moments of one value cancel."""
+    model = tiny_bart(1, 1)
+    before = weights_of(model)
+    found, history = gradients_of_first_step(
+        model, batches(0), tmp_path, max_steps=1, warmup_steps=4, learning_rate=0.1, max_grad_norm=1e9
+    )
+    assert history[0]["lr"] == pytest.approx(0.025)
+    for name, weight in weights_of(model).items():
+        large = found[name].abs() > 1e-3
+        moved = before[name] - weight
+        torch.testing.assert_close(moved[large], 0.025 * found[name].sign()[large], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+@pytest.mark.parametrize("left_early", [True, False])
+def test_recomputed_activations_give_the_same_gradients(make, left_early):
+    """Also where the objective reads attention in the middle of a layer and leaves the pass there."""
+    weights = {} if left_early else {"ce_weight": 0.5, "kl_weight": 0.5, "hidden_weight": 1.0}
+    found = []
+    for recompute in (False, True):
+        student, teacher, runs = make(2, 2, seed=1).train(), make(3, 3, seed=2), []
+        if recompute:
+            loop.recompute_activations(student)
+        projections(student, "encoder_self", 0)[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        torch.manual_seed(0)  # dropout is on
+        for step in range(2):
+            loss = objectives.miniend(student, teacher, tiny_batch(seed=step), num_relation_heads=4, **weights)["loss"]
+            before = len(runs)
+            loss.backward()
+            assert (len(runs) > before) == recompute
+        found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert equal(*found) and any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
+
+
+# ------------------------------------------------------------------------------------------------- frozen parts, modes
+
+
+def test_a_frozen_encoder_stays_the_teachers(tmp_path):
+    model = tiny_bart(2, 2, dropout=0.5)
+    for parameter in model.model.encoder.parameters():  # the shared embeddings are among them
+        parameter.requires_grad_(False)
+    before = weights_of(model)
+    outputs = []
+
+    def frozen_loss(model, batch):
+        assert not any(module.training for module in model.model.encoder.modules())
+        assert model.model.decoder.training and all(layer.training for layer in model.model.decoder.layers)
+        with torch.no_grad():
+            outputs.append(model.model.encoder(input_ids=batch["input_ids"]).last_hidden_state)
+        return loss_fn(model, batch)
+
+    def evaluate(model):
+        assert not any(module.training for module in model.modules())
+        return {"validation_loss": 1.0}
+
+    history = fit(model, frozen_loss, same_batches, settings(eval_every=2), tmp_path, evaluate)
+    assert [row["step"] for row in history if "validation_loss" in row] == [2, 4, 6]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    after = weights_of(model)
+    encoder = [name for name in before if ".encoder." in name or "shared" in name]
+    assert encoder and all(torch.equal(before[name], after[name]) for name in encoder)
+    assert any(not torch.equal(before[name], after[name]) for name in before if ".decoder." in name)
+
+
+def test_evaluation_changes_nothing(tmp_path, capsys):
+    def evaluate(model):
+        assert not torch.is_grad_enabled()
+        torch.manual_seed(99)  # as generation with sampling would
+        return {"validation_loss": torch.rand(1).item()}
+
+    first, second = tiny_bart(1, 1, dropout=0.3), tiny_bart(1, 1, dropout=0.3)
+    plain = fit(first, loss_fn, batches, settings(), tmp_path / "plain")
+    evaluated = fit(second, loss_fn, batches, settings(eval_every=1), tmp_path / "evaluated", evaluate, stage="naming")
+    assert equal(weights_of(first), weights_of(second))
+    assert [row["loss"] for row in plain] == [row["loss"] for row in evaluated]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(line.startswith("naming  step") and "validation_loss" in line for line in lines)
+
+
+def test_dropout_and_seed_matter(tmp_path):
+    results = []
+    for number, seed in enumerate((0, 0, 1)):
+        model = tiny_bart(1, 1, dropout=0.3)
+        fit(model, loss_fn, batches, settings(seed=seed), tmp_path / str(number))
+        results.append(weights_of(model))
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"max_steps": 0}, ["max_steps 0"]),
+        ({"batch_size": 0}, ["batch_size 0"]),
+        ({"log_every": 0}, ["log_every 0"]),
+        ({"micro_batch_size": 2}, ["micro_batch_size 2", "batch_size 3"]),
+        ({"micro_batch_size": 6}, ["micro_batch_size 6"]),
+        ({"micro_batch_size": -1}, ["micro_batch_size -1"]),
+        ({"learning_rate": 0.0}, ["learning_rate 0.0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate nan"]),
+        ({"warmup_steps": -1}, ["warmup_steps -1"]),
+        ({"checkpoint_every": -5}, ["checkpoint_every -5"]),
+        ({"max_grad_norm": 0.0}, ["max_grad_norm 0.0"]),
+        ({"precision": "half"}, ["'half'", "float32"]),
+        ({"optimizer": "sgd"}, ["'sgd'", "muon"]),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_computed(tmp_path, changes, parts):
+    with pytest.raises(InputError) as error:
+        fit(None, None, None, settings(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_model_is_refused(tmp_path):
+    model = tiny_bart(1, 1).requires_grad_(False)
+    with pytest.raises(InputError, match="frozen"):
+        fit(model, loss_fn, batches, settings(), tmp_path)
+
+
+def naive_orthogonal(gradient):
+    """Muon's five Newton-Schulz steps in float64, as Jordan et al. (2024) write them."""
+    x = gradient.double()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if gradient.shape[0] > gradient.shape[1] else x
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_moves_the_inner_matrices_and_adamw_the_rest(tmp_path, tied):
+    model = tiny_bart(1, 1, dropout=0.0)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    before = weights_of(model)
+    loss_fn(model, batches(0)[0])["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    changes = {"max_steps": 1, "optimizer": "muon", "learning_rate": 1e-3, "max_grad_norm": 1e9}
+    fit(model, loss_fn, batches, settings(**changes), tmp_path)
+    inner = 0
+    for name, weight in weights_of(model).items():
+        moved = weight - before[name]
+        if weight.ndim == 2 and "embed" not in name and "shared" not in name and "lm_head" not in name:
+            inner += 1
+            if gradients[name].norm() > 1e-4:
+                expected = -2e-3 * 0.2 * max(weight.shape) ** 0.5 * naive_orthogonal(gradients[name])
+                # It orthogonalises in bf16, hence the tolerance.
+                cosine = torch.nn.functional.cosine_similarity(moved.double().flatten(), expected.flatten(), dim=0)
+                assert cosine > 0.97 and moved.norm() == pytest.approx(float(expected.norm()), rel=0.05), name
+        else:  # AdamW's first step: the learning rate times the gradient's sign
+            assert moved.abs().max() <= 1.001e-3, name
+    assert inner == 4 + 2 + 8 + 2  # projections of three attentions, two feed-forward blocks
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_with_the_state_of_either_optimizer(tmp_path, optimizer):
+    run = settings(max_steps=7, checkpoint_every=3, optimizer=optimizer)
+
+    def stopping_loss(model, batch):
+        if "row15" in batch["ids"]:
+            raise KeyboardInterrupt
+        return loss_fn(model, batch)
+
+    ends = []
+    for name, interrupted in (("stopped", True), ("straight", False)):
+        model = tiny_bart(1, 1, dropout=0.2)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, stopping_loss, batches, run, tmp_path / name)
+            model = tiny_bart(1, 1, dropout=0.2)
+        fit(model, loss_fn, batches, run, tmp_path / name)
+        ends.append(weights_of(model))
+    for name, weight in ends[1].items():
+        torch.testing.assert_close(ends[0][name], weight, rtol=0, atol=0 if device().type == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinity", "gradient"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, kind):
+    def breaking_loss(model, batch):
+        losses = loss_fn(model, batch)
+        if "row21" in batch["ids"]:  # step 7
+            if kind == "gradient":  # the root's slope at zero is infinite while its value is not
+                return {"loss": losses["loss"] + (model.model.shared.weight.sum() * 0).sqrt()}
+            return {"loss": losses["loss"] * (math.nan if kind == "nan" else math.inf)}
+        return losses
+
+    run = settings(max_steps=9, checkpoint_every=5)
+    model = tiny_bart(1, 1, dropout=0.2)
+    with pytest.raises(InputError) as error:
+        fit(model, breaking_loss, batches, run, tmp_path / "broken", stage="student 6-3")
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in ("student 6-3", "step 7", "row21, row22, row23", "learning_rate"))
+    assert [path.name for path in (tmp_path / "broken").glob("*checkpoint*")] == ["checkpoint-000005"]
+    assert all(torch.isfinite(weight).all() for weight in weights_of(model).values())
+    # After the mend the run goes on from there and ends like one that never broke.
+    mended, straight = tiny_bart(1, 1, dropout=0.2), tiny_bart(1, 1, dropout=0.2)
+    fit(mended, loss_fn, batches, run, tmp_path / "broken")
+    fit(straight, loss_fn, batches, run, tmp_path / "straight")
+    if device().type == "cpu":
+        assert equal(weights_of(mended), weights_of(straight))
+    for name, weight in weights_of(straight).items():  # on a GPU atomic additions may differ in the last bits
+        torch.testing.assert_close(weights_of(mended)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+def test_history_round_trip(tmp_path):
+    history = [
+        {"step": 10, "loss": 2.0000000000000004, "lr": 1e-05},
+        {"step": 20, "loss": 0.1, "lr": 3e-4, "validation_loss": 1.5},
+    ]
+    loop.write_history(tmp_path, history)
+    assert loop.read_history(tmp_path) == history
+    assert (tmp_path / "history.csv").read_text().splitlines()[0] == "step,loss,lr,validation_loss"
+
+
+def test_fit_writes_its_history(tmp_path):
+    history = fit(tiny_bart(1, 1), loss_fn, batches, settings(max_steps=5, log_every=2), tmp_path)
+    assert loop.read_history(tmp_path) == history
+    assert [row["step"] for row in history] == [2, 4, 5]
+    assert read_json(tmp_path / "progress.json")["step"] == 5
+
+
+def test_history_rows_are_means_over_their_steps(tmp_path):
+    every = fit(tiny_bart(1, 1), loss_fn, batches, settings(), tmp_path / "every")
+    thirds = fit(tiny_bart(1, 1), loss_fn, batches, settings(log_every=3), tmp_path / "thirds")
+    losses = [row["loss"] for row in every]
+    assert [row["loss"] for row in thirds] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+
+
+# ---------------------------------------------------------------------------------------------------- killed processes
+
+RUN = settings(max_steps=23, warmup_steps=3, weight_decay=0.01, checkpoint_every=5, eval_every=4, log_every=3, seed=9)
+MODULES = ("bart", "mbart", "pegasus", "marian", "t5")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def plant(moment: str) -> None:
+    """Let this process be killed at a moment of its first checkpoint, or right before its results."""
+    if moment == "weights":  # half of a file
+
+        def half(tensors, path):
+            save_file(tensors, path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+        checkpoints.save_file = half
+    elif moment == "state":  # all tensors, no state
+        checkpoints.write_json = lambda *_: die()
+    elif moment == "rename":  # all files, under the temporary name
+        replace = os.replace
+        os.replace = lambda source, target: (
+            die() if Path(target).name.startswith("checkpoint-") else replace(source, target)
+        )
+    elif moment == "cleanup":  # the new checkpoint beside the old one
+        remove = shutil.rmtree
+        shutil.rmtree = lambda path, **more: (
+            die() if Path(path).name.startswith("checkpoint-") else remove(path, **more)
+        )
+    elif moment == "history":  # the checkpoint is done, its history is not
+        loop.write_history = lambda *_: die()
+    elif moment == "results":
+        write = artifacts.write_json
+        artifacts.write_json = lambda path, value: die() if path.name == "results.json" else write(path, value)
+    elif moment.startswith("update"):  # gradients are there, weights are old
+        counter = iter(range(10**6))
+        last = int(moment.removeprefix("update"))
+        register_optimizer_step_pre_hook(lambda *_: die() if next(counter) == last else None)
+
+
+def train(runs: str, moment: str, pipe=None) -> None:
+    """Train the artifact "run" to its end in this process; tell every step through the pipe, wait at the one named."""
+    os.environ |= {"DISTILL_RUNS": runs, "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    plant(moment)
+
+    def told_batches(step):
+        if pipe is not None:
+            pipe.send(step)
+        if moment == f"step{step}":
+            die()
+        if moment == f"hold{step}":
+            pipe.recv()
+        return [cut(batches(step)[0], slice(0, 1)), cut(batches(step)[0], slice(1, 3))]
+
+    def evaluate(model):
+        return {"validation_loss": loss_fn(model, batches(1000)[0])["loss"].item()}
+
+    def build(folder):
+        model = tiny_bart(1, 2, seed=4, dropout=0.2)
+        history = fit(model, loss_fn, told_batches, RUN, folder, evaluate)
+        save_file({name: weight.clone() for name, weight in model.state_dict().items()}, folder / "final.safetensors")
+        return {"history": history}
+
+    try:
+        artifacts.artifact("run", {}, build)
+    except InputError as error:
+        pipe.send(str(error))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Start real processes from a server that has the libraries loaded, so that a start costs little."""
+    context = multiprocessing.get_context("forkserver")
+    preload = [f"transformers.models.{name}.modeling_{name}" for name in MODULES]
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["torch", "pytest", "distill_utils.training.loop", *preload])
+    return context
+
+
+def live(processes, runs: Path, moment: str = "", pipe=None):
+    process = processes.Process(target=train, args=(str(runs), moment, pipe))
+    process.start()
+    return process
+
+
+def finished(runs: Path) -> tuple[dict, list[dict]]:
+    """Return the final weights and the history without its times."""
+    (folder,) = runs.iterdir()
+    history = read_json(folder / "results.json")["history"]
+    timeless = [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_second")} for row in history]
+    assert [row["step"] for row in loop.read_history(folder)] == [row["step"] for row in history]
+    return load_file(folder / "final.safetensors"), timeless
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    process = live(processes, runs)
+    process.join()
+    assert process.exitcode == 0
+    weights, history = finished(runs)
+    assert [row["step"] for row in history] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20, 21, 23]
+    start = tiny_bart(1, 2, seed=4).state_dict()
+    assert not any(torch.equal(weights[name], start[name]) for name in weights if name.endswith("q_proj.weight"))
+    return weights, history
+
+
+# moment of death, and the checkpoints that must lie there afterwards: proof that it came when it was meant to
+LIVES = [
+    ("step3", []),
+    ("weights", []),
+    ("state", []),
+    ("rename", []),
+    ("update2", []),
+    ("history", [5]),
+    ("cleanup", [5, 10]),
+    ("update4", [5, 10]),
+    ("weights", [5, 10]),
+    ("step13", [5, 10]),
+    ("rename", [5, 10]),
+    ("state", [5, 10]),
+    ("results", [20]),
+    ("step22", [20]),
+]
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_like_one_that_was_not(processes, uninterrupted, tmp_path):
+    for moment, kept in LIVES:
+        process = live(processes, tmp_path, moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+        (folder,) = tmp_path.iterdir()
+        assert not (folder / "results.json").exists()
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{n:06d}" for n in kept]
+    process = live(processes, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    weights, history = finished(tmp_path)
+    assert equal(weights, uninterrupted[0])
+    assert history == uninterrupted[1]
+    assert not list(folder.glob(".*.tmp"))  # what killed processes left of checkpoints is gone
+
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(processes, uninterrupted, tmp_path):
+    generator = random.Random(1)
+    for _ in range(4):
+        here, there = processes.Pipe()
+        process = live(processes, tmp_path, pipe=there)
+        there.close()
+        wanted = generator.randint(4, 12)
+        try:
+            for _ in range(wanted):
+                here.recv()
+        except EOFError:  # it had fewer steps left, and is done
+            break
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was faster than the signal
+            break
+    process = live(processes, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    weights, history = finished(tmp_path)
+    assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
+
+
+def test_two_processes_never_share_a_run(processes, uninterrupted, tmp_path):
+    here, there = processes.Pipe()
+    first = live(processes, tmp_path, "hold7", there)
+    there.close()
+    while here.recv() != 7:
+        pass
+    second_here, second_there = processes.Pipe()
+    second = live(processes, tmp_path, "", second_there)
+    second_there.close()
+    message = second_here.recv()
+    second.join()
+    assert isinstance(message, str) and f"in use by process {first.pid}" in message
+    here.send("go on")
+    first.join()
+    assert first.exitcode == 0
+    weights, history = finished(tmp_path)
+    assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]

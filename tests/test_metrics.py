@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from rouge_score import rouge_scorer
+from test_generation import make_documents
+from tiny_models import EOS, tiny_bart, tiny_tokenizer
+
+from distill_utils.evaluation import metrics, speed, statistics
+
+# -------------------------------------------------------------------------------------------------------------- ROUGE
+
+
+def test_rouge_by_hand_and_in_the_right_order():
+    # 2 of 4 prediction words stand in the reference of 2: precision 1/2, recall 1, F1 2/3; bigrams 1/3 and 1: F1 1/2.
+    scores = metrics.rouge_scores(["red list of names", "", "runs"], ["red list", "red list", "running"])
+    assert scores["rouge1"] == pytest.approx([200 / 3, 0, 100])  # the stemmer makes run of both
+    assert scores["rouge2"] == pytest.approx([50, 0, 0])
+    assert scores["rougeL"] == pytest.approx([200 / 3, 0, 100])
+    assert all(values.shape == (3,) for values in scores.values())
+    found = rouge_scorer.RougeScorer(["rouge1"]).score("red list", "red list of names")["rouge1"]
+    assert (found.precision, found.recall) == (0.5, 1.0)  # order of the library: target, prediction
+
+
+def test_rouge_lsum_takes_sentences_apart():
+    reference, prediction = "The cat sat. The dog ran.", "The dog ran. The cat sat."
+    scores = metrics.rouge_scores([prediction], [reference])
+    assert scores["rougeL"][0] == pytest.approx(50)  # the longest common run of words is one sentence of two
+    assert scores["rougeLsum"][0] == pytest.approx(100)
+    lines = metrics.rouge_scores([prediction.replace(". ", ".\n")], [reference.replace(". ", ".\n")])
+    assert lines["rougeLsum"][0] == pytest.approx(100)
+
+
+def test_rouge_equals_rouge_score_itself():
+    generator = np.random.default_rng(0)
+    vocabulary = ["running", "runs", "list", "lists", "of", "names.", "The", "value"]
+    texts = [" ".join(generator.choice(vocabulary, generator.integers(1, 14))) for _ in range(60)]
+    scores = metrics.rouge_scores(texts[:30], texts[30:])
+    scorer = rouge_scorer.RougeScorer(list(metrics.METRICS), use_stemmer=True)
+    for i in range(30):
+        expected = scorer.score(*map(metrics.split_sentences, (texts[30 + i], texts[i])))
+        for metric in metrics.METRICS:
+            assert scores[metric][i] == pytest.approx(100 * expected[metric].fmeasure)
+
+
+def test_rouge_takes_the_best_of_several_references():
+    scores = metrics.rouge_scores(["red list"], [["blue", "red list", "red"]])
+    assert scores["rouge1"][0] == pytest.approx(100) and scores["rouge2"][0] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("predictions, references", [(["a"], ["a", "b"]), ([], [])])
+def test_rouge_refuses_lists_that_do_not_fit(predictions, references):
+    with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
+        metrics.rouge_scores(predictions, references)
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_bootstrap_interval_against_scipy_and_normal_theory():
+    values = np.random.default_rng(1).gamma(2.0, 10.0, size=400)
+    mean, low, high = statistics.bootstrap_interval(values, num_samples=20_000)
+    settings = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(2)}
+    expected = scipy.stats.bootstrap((values,), np.mean, **settings).confidence_interval
+    error = values.std() / len(values) ** 0.5
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.06 * error)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+    assert statistics.bootstrap_interval(values, seed=3) == statistics.bootstrap_interval(values, seed=3)
+    narrow = statistics.bootstrap_interval(values, confidence=0.5)
+    assert low < narrow[1] < mean < narrow[2] < high
+
+
+def test_bootstrap_in_several_parts_is_still_a_bootstrap():
+    values = np.random.default_rng(1).normal(size=50_000)  # 80 draws at a time
+    mean, low, high = statistics.bootstrap_interval(values, num_samples=300)
+    assert high - low == pytest.approx(2 * 1.96 / 50_000**0.5, rel=0.2) and low < mean < high
+
+
+def test_paired_test_sign_and_p_value():
+    generator = np.random.default_rng(0)
+    baseline = generator.normal(30, 15, size=200)
+    for shift in (0.15, 0.0, -0.15):
+        values = baseline + generator.normal(shift, 1.0, size=200)
+        found = statistics.paired_test(values, baseline, num_samples=20_000)
+        expected = scipy.stats.ttest_rel(values, baseline)
+        assert found["difference"] == pytest.approx((values - baseline).mean())
+        assert found["low"] < found["difference"] < found["high"]
+        assert found["p_value"] == pytest.approx(expected.pvalue, abs=0.02)
+        assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.01)
+    better = statistics.paired_test(baseline + 1, baseline)
+    assert better["low"] == pytest.approx(1) and better["p_value"] == pytest.approx(2 / 1001)
+    assert statistics.paired_test(baseline, baseline)["p_value"] == 1
+    with pytest.raises(ValueError, match="same documents"):
+        statistics.paired_test(baseline, baseline[:10])
+
+
+def test_lead_words():
+    assert metrics.lead_words(["one  two\nthree", "one", ""], 2) == ["one two", "one", ""]
+
+
+# --------------------------------------------------------------------------------------------------- text diagnostics
+
+
+def test_fragments_coverage_and_density_by_hand():
+    source = "the reader opens a file and the reader returns rows".split()
+    # "the reader returns" (3; not the first "the reader"), "new" (none), "a file" (2), "rows" (1)
+    summary = "the reader returns new a file rows".split()
+    assert metrics.fragment_lengths(source, summary) == [3, 2, 1]
+    found = metrics.text_diagnostics([" ".join(source)], [" ".join(summary)])
+    assert found["coverage"] == pytest.approx(6 / 7)
+    assert found["density"] == pytest.approx((9 + 4 + 1) / 7)
+    # novel: "new"; bigrams "returns new", "new a", "file rows" of 6; trigrams all but the first of 5
+    assert found["novel_1gram"] == pytest.approx(1 / 7)
+    assert found["novel_2gram"] == pytest.approx(3 / 6)
+    assert found["novel_3gram"] == pytest.approx(4 / 5)
+    assert (found["words"], found["empty"], found["repeating"]) == (7, 0, 0)
+
+
+def test_diagnostics_numbers_names_empty_and_repeating():
+    document = "Read up to 1,000 rows with numpy.ndarray from MySQL. Uses read_rows and 2.5 seconds. In Paris."
+    found = metrics.text_diagnostics(
+        [document] * 4,
+        [
+            "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
+            "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
+            "",
+            "rows rows rows rows of",
+        ],
+    )
+    assert found["numbers_supported"] == pytest.approx(2 / 3)  # 1,000 and 2.5, not 25
+    assert found["names_supported"] == pytest.approx(3 / 4)  # numpy.ndarray, read_rows, Paris, not PostgreSQL
+    assert (found["empty"], found["repeating"]) == (0.25, 0.25)
+
+
+def test_diagnostics_hold_no_nan():
+    for predictions in ([""], ["plain words"]):
+        found = metrics.text_diagnostics(["some text"], predictions)
+        json.dumps(found, allow_nan=False)
+        assert found["numbers_supported"] is None and found["names_supported"] is None
+    assert metrics.text_diagnostics(["some text"], [""])["coverage"] is None
+
+
+def test_evaluate_summaries_gives_one_flat_row():
+    documents = ["read the file", "write the list", "copy the tree"]
+    references = ["reads a file", "writes a list", "copies a tree"]
+    _, baseline = metrics.evaluate_summaries(documents, ["file", "list", "x"], references)
+    row, scores = metrics.evaluate_summaries(documents, references, references, baseline_scores=baseline)
+    assert row["num_documents"] == 3
+    assert (row["rouge2"], row["rouge2_low"], row["rouge2_high"]) == pytest.approx((100, 100, 100))
+    assert row["rouge1_difference"] == pytest.approx((scores["rouge1"] - baseline["rouge1"]).mean())
+    assert {"rougeLsum_p_value", "rougeL_difference_low", "coverage", "words"} <= row.keys()
+    json.dumps(row, allow_nan=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_functions_take_turns_when_timed(monkeypatch):
+    order, clock = [], [0.0]
+
+    def run(name, cost, documents):
+        order.append((name, *documents))
+        # The second round falls into a busy moment: it must not count.
+        clock[0] += cost * (10 if len(order) > 2 + 4 else 1)
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    timed = {"a": partial(run, "a", 0.5), "b": partial(run, "b", 0.25)}
+    found = speed.interleaved_latency_ms(timed, ["x", "y"], torch.device("cpu"), repeats=2)
+    assert found == {"a": pytest.approx(500.0), "b": pytest.approx(250.0)}
+    speed.interleaved_latency_ms(timed, ["x"], torch.device("cpu"), repeats=5, max_seconds=0.0)
+    order, again = order[: 2 + 8], order[2 + 8 :]
+    assert again == [("a", "x"), ("b", "x")] * 2  # a warm-up and one turn, whatever the limit
+    turn = [("a", "x"), ("b", "x")]
+    assert order == [*turn, *[*turn, ("a", "y"), ("b", "y")] * 2]
+
+
+def test_measure_speed_counts_tokens_exactly(monkeypatch):
+    model, tokenizer = tiny_bart(), tiny_tokenizer()
+    model.final_logits_bias[0, EOS] = 20.0  # would end at once
+    lengths, real = [], model.generate
+
+    def generate(**arguments):
+        ids = real(**arguments)
+        lengths.append((len(ids), ids.shape[1] - 1))
+        return ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    settings = {"max_source_length": 16, "num_new_tokens": 7, "repeats": 2, "batch_size": 3}
+    found = speed.measure_speed(model, tokenizer, make_documents(5), **settings)
+    assert lengths.count((1, 7)) == 1 + 2 * 5  # forced to exactly that many, and one warm-up
+    assert sum(size > 1 for size, _ in lengths) == 2 * (1 + 2)  # batches of 3 and 2, warm-up and two repeats
+    assert found.pop("peak_memory_gb") is None
+    assert set(found) == {"latency_ms", "throughput", "ms_per_token", "encoder_ms"}
+    assert all(np.isfinite(value) and value > 0 for value in found.values())

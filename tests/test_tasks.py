@@ -1,0 +1,414 @@
+"""Text-to-text understanding: formats and labels, predictions against plain losses, metrics against hand counts."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from scipy import stats
+from test_loading import bart_like, refusal, t5_like
+from tiny_models import WORDS, tiny_bart, tiny_mbart, tiny_t5, tiny_t5_v1_1
+
+from distill_utils.data import loading
+from distill_utils.data.batches import pair_stream, tokenize_pairs
+from distill_utils.evaluation import tasks
+from distill_utils.evaluation.tasks import (
+    TASKS,
+    Task,
+    label_scores,
+    load_task,
+    majority,
+    predict_labels,
+    scores,
+    to_text,
+)
+from distill_utils.training.loop import Training, fit
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """A metric that is undefined, or a class never predicted, must not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def write_folder(folder: Path, **splits) -> str:
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+FORMATS = [
+    ("sst2", {"sentence": "it works .", "label": 1}, "sst2 sentence: it works .", "positive"),
+    ("cola", {"sentence": "He go.", "label": 0}, "cola sentence: He go.", "unacceptable"),
+    ("mrpc", {"sentence1": "A.", "sentence2": "B.", "label": 0}, "mrpc sentence1: A. sentence2: B.", "not_equivalent"),
+    ("rte", {"sentence1": "A.", "sentence2": "B.", "label": 1}, "rte sentence1: A. sentence2: B.", "not_entailment"),
+    ("qqp", {"question1": "A?", "question2": "B?", "label": 1}, "qqp question1: A? question2: B?", "duplicate"),
+    ("qnli", {"question": "A?", "sentence": "B.", "label": 0}, "qnli question: A? sentence: B.", "entailment"),
+    ("mnli", {"premise": "A.", "hypothesis": "B.", "label": 2}, "mnli hypothesis: B. premise: A.", "contradiction"),
+    (
+        "mnli_mismatched",
+        {"premise": "A.", "hypothesis": "B.", "label": 1},
+        "mnli hypothesis: B. premise: A.",
+        "neutral",
+    ),
+    ("stsb", {"sentence1": "A.", "sentence2": "B.", "label": 4.75}, "stsb sentence1: A. sentence2: B.", "4.8"),
+    ("belongs", {"sentence1": "A.", "sentence2": "f()", "label": "no"}, "belongs sentence1: A. sentence2: f()", "no"),
+    ("family", {"sentence1": "A.", "sentence2": "", "label": "tables"}, "family sentence: A.", "tables"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "document", "summary"), FORMATS, ids=[case[0] for case in FORMATS])
+def test_formats(task, row, document, summary, tmp_path):
+    label = 4.75 if task == "stsb" else summary
+    expected = {"document": document, "summary": summary, "label": label}
+    assert to_text(task, Dataset.from_list([row])).to_list() == [{"id": "0"} | expected]
+    # A local file in the plain columns, with the label as the word; its row ids are kept.
+    names = [name for name in row if name != "label"]
+    plain = {"id": "x7", "sentence1": row[names[0]], "sentence2": row[names[1]] if len(names) > 1 else None}
+    path = write_folder(tmp_path, train=[plain | {"label": label}], dev=[row])
+    assert load_task(task, "train", path).to_list() == [{"id": "x7"} | expected]
+    assert load_task(task, "validation", path).to_list() == [{"id": "0"} | expected]
+
+
+def test_every_task_is_covered():
+    assert {case[0] for case in FORMATS} == set(TASKS)
+    for task, known in TASKS.items():
+        assert set(known.metrics) <= set(tasks.METRICS) and len(set(known.labels)) == len(known.labels), task
+    assert TASKS["stsb"].labels[:3] == ("0.0", "0.2", "0.4") and TASKS["stsb"].labels[-1] == "5.0"
+
+
+def test_similarities_are_rounded_for_the_model_alone():
+    values = [0, 0.1, "0.333", 2.5, 4.89, 4.9, 5]
+    rows = Dataset.from_dict({"sentence1": ["a"] * 7, "sentence2": ["b"] * 7, "label": [float(v) for v in values]})
+    rows = to_text("stsb", rows)
+    assert rows["label"][:] == [0, 0.1, 0.333, 2.5, 4.89, 4.9, 5]
+    assert rows["summary"][:] == ["0.0", "0.0", "0.4", "2.4", "4.8", "4.8", "5.0"]  # halves to the even fifth, as in T5
+    assert set(rows["summary"]) <= set(TASKS["stsb"].labels)
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, "equivalent"), ("0", "not_equivalent"), (1.0, "equivalent")])
+def test_labels_as_words_or_numbers(written, read):
+    rows = Dataset.from_list([{"sentence1": "a", "sentence2": "b", "label": written}])
+    assert to_text("mrpc", rows)["label"][:] == [read]
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "known"),
+    [
+        ("rte", 2, "0 or 'entailment', 1 or 'not_entailment'"),
+        ("rte", -1, "0 or 'entailment'"),
+        ("rte", 0.5, "0 or 'entailment'"),
+        ("rte", "Entailment", "0 or 'entailment'"),
+        ("rte", None, "0 or 'entailment'"),
+        ("mnli", "nan", "2 or 'contradiction'"),
+        ("stsb", 5.1, "0 to 5"),
+        ("stsb", "nan", "0 to 5"),
+        ("stsb", "high", "0 to 5"),
+    ],
+)
+def test_labels_outside_of_the_set_are_refused(task, label, known):
+    row = {"id": "r9", "sentence1": "a", "sentence2": "b", "label": label}
+    message = refusal(to_text, task, Dataset.from_list([row]))
+    assert f"{label!r}" in message and "r9" in message and f"'{task}'" in message and known in message
+
+
+def test_impossible_requests_are_refused(tmp_path):
+    row = {"sentence1": "a", "sentence2": "b", "label": 0}
+    path = write_folder(tmp_path / "rte", train=[row] * 3, test=[{"sentence1": "a", "label": 0}], dev=[{"sentence": 1}])
+    for function in (
+        lambda task: load_task(task, "train"),
+        lambda task: scores(task, [0], [0]),
+        lambda task: predict_labels(None, None, None, task, 8),
+    ):
+        message = refusal(function, "wnli")
+        assert "'wnli'" in message and "belongs, family, sst2, mrpc" in message
+    assert "'dev'" in refusal(load_task, "rte", "dev", path)
+    assert "3 rows, 4 were asked for" in refusal(load_task, "rte", "train", path, num=4)
+    assert len(load_task("rte", "train", path, num=2)) == 2
+    message = refusal(load_task, "rte", "test", path)
+    assert "'sentence2'" in message and "sentence1, label" in message
+    assert "'label'" in refusal(load_task, "sst2", "validation", path)
+    message = refusal(load_task, "mnli", "train", write_folder(tmp_path / "mnli", train=[{"premise": "a", "label": 0}]))
+    assert "'sentence2'" in message and "premise, hypothesis" in message
+    assert "'train.jsonl' is a file" in refusal(load_task, "rte", "test", f"{path}/train.jsonl")
+    assert "does not exist" in refusal(load_task, "rte", "test", f"{path}/nowhere")
+
+
+def test_hub_splits(monkeypatch):
+    """The hub's labelled parts: train is divided by the first text, test is its validation part."""
+    asked = []
+    columns = {
+        "premise": [f"premise {i // 3}" for i in range(300)],
+        "hypothesis": ["b"] * 300,
+        "label": [0, 1, 2] * 100,
+    }
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return Dataset.from_dict(columns | {"idx": list(range(300))})
+
+    monkeypatch.setattr(tasks, "load_dataset", load)
+    train, validation, test = (load_task("mnli", split) for split in ("train", "validation", "test"))
+    load_task("mnli_mismatched", "test")
+    assert asked == [("nyu-mll/glue", "mnli", part)
+                     for part in ("train", "train", "validation_matched", "validation_mismatched")]  # fmt: skip
+    assert sorted(test["id"]) == sorted(f"validation_matched-{i}" for i in range(300))
+    assert sorted([*train["id"], *validation["id"]]) == sorted(f"train-{i}" for i in range(300))
+    assert not set(train["document"]) & set(validation["document"]) and 10 <= len(validation) <= 60
+    assert train["id"][:] != sorted(train["id"], key=lambda name: int(name[6:]))
+    assert load_task("mnli", "train", num=20).to_list() == train.to_list()[:20]
+    assert {row["id"]: row["label"] for row in train}.items() <= {
+        f"train-{i}": TASKS["mnli"].labels[i % 3] for i in range(300)
+    }.items()
+
+    def fail(*_, **__):
+        raise ConnectionError("Couldn't reach the server\nand a second line")
+
+    monkeypatch.setattr(tasks, "load_dataset", fail)
+    message = refusal(load_task, "qqp", "test")
+    assert "'qqp'" in message and "Couldn't reach the server" in message and "second" not in message
+
+
+def test_embedded_tasks(monkeypatch):
+    families = ("numerics", "deep learning")
+    pairs = [
+        {"id": f"m.f{i}", "module": "m", "package": "m", "family": families[i % 2], "summary": f"Say {i}.",
+         "document": f"function f{i}() Text {i}."}
+        for i in range(40)
+    ]  # fmt: skip
+    monkeypatch.setattr(loading, "_corpus_table", lambda kind, split: Dataset.from_list(pairs))
+    rows = load_task("belongs", "train")
+    texts = {row["id"]: row for row in pairs}
+    for row in rows:
+        text, own = row["document"], texts[row["id"]]
+        assert text.startswith("belongs sentence1: Say ") and text.endswith(f"sentence2: {own['document']}")
+        assert row["label"] == row["summary"] == ("yes" if f"sentence1: {own['summary']} " in text else "no")
+    assert set(rows["label"]) == {"yes", "no"}
+    rows = load_task("family", "test", num=30)
+    assert len(rows) == 30 and set(rows["label"]) == set(families)
+    assert all(re.fullmatch(r"family sentence: Say \d+\. Text \d+\.", text) for text in rows["document"])
+
+
+SIZES = {"cola": 2, "mrpc": 2, "qnli": 2, "rte": 2, "sst2": 2, "stsb": None}
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_shared_data(task):
+    folder = SHARED / task
+    if not folder.exists():
+        pytest.skip("the shared data sets are not here")
+    counts = re.findall(r"^\| (train|validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(counts) == 3
+    for split, count in counts:
+        rows = load_task(task, split, str(folder))
+        assert len(rows) == int(count) == len(set(rows["id"]))
+        assert set(rows["summary"]) <= set(TASKS[task].labels)
+        if task != "stsb":
+            assert set(rows["label"]) == set(TASKS[task].labels) and rows["label"][:] == rows["summary"][:]
+        first = (
+            f"{task} {'question' if task == 'qnli' else 'sentence1' if len(TASKS[task].columns) == 2 else 'sentence'}: "
+        )
+        assert all(text.startswith(first) for text in rows["document"])
+
+
+# --------------------------------------------------------------------------------------------------------- predictions
+
+# Of unequal lengths, all known to the tiny tokenizer; every tiny model of seed 2 prefers several of them.
+LABELS = ("read", "write the file", "list of", "error", "list", "of", "time", "a", "in", "object", "write", "the")
+
+
+@pytest.fixture
+def tiny_task(monkeypatch):
+    monkeypatch.setitem(TASKS, "tiny", Task(("sentence",), LABELS))
+
+
+def naive_scores(model, tokenizer, document: str) -> list[float]:
+    """One row, one label, Hugging Face's own mean loss, made a sum."""
+    found = []
+    for label in LABELS:
+        ids = tokenizer(document, return_tensors="pt")
+        labels = torch.tensor([[5 + WORDS.index(word) for word in label.split()] + [tokenizer.eos_token_id]])
+        loss = model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], labels=labels).loss
+        found.append(-loss.item() * labels.numel())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "make_tokenizer"),
+    [(tiny_bart, bart_like), (tiny_t5, t5_like), (tiny_t5_v1_1, t5_like), (tiny_mbart, t5_like)],
+)
+def test_predictions_are_the_likeliest_labels(make, make_tokenizer, tiny_task):
+    model, tokenizer = make(seed=2), make_tokenizer()
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(1, 12))) for _ in range(8)]
+    rows = Dataset.from_dict({"document": documents})
+    with torch.no_grad():
+        expected = np.array([naive_scores(model, tokenizer, text) for text in documents])
+    done = []
+    model.train()  # dropout must be off for the predictions, and on again after them
+    found = predict_labels(model, tokenizer, rows, "tiny", 32, batch_size=3, progress=lambda *step: done.append(step))
+    assert model.training and done == [(3, 8), (6, 8), (8, 8)]
+    assert found == [LABELS[i] for i in expected.argmax(1)] and len(set(found)) > 1
+
+    model.eval()
+    encoded = tokenizer(documents, padding=True, return_tensors="pt")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    table = Dataset.from_dict({"id": LABELS, "document": LABELS, "summary": LABELS})
+    candidates = tokenize_pairs(table, tokenizer, 32, 32)["labels"]
+    with torch.no_grad():
+        values = label_scores(model, inputs, candidates).numpy()
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
+    rows = Dataset.from_dict({"document": ["the file"]})
+    message = refusal(predict_labels, tiny_t5(), t5_like(), rows, "rte", 32)
+    assert "'rte'" in message and "entailment, not_entailment" in message
+
+
+def test_sources_beyond_the_positions_are_refused(tiny_task):
+    rows = Dataset.from_dict({"document": ["the file"]})
+    assert "65" in refusal(predict_labels, tiny_bart(), bart_like(), rows, "tiny", 65)
+
+
+def test_a_planted_rule_is_learned(tiny_task, tmp_path):
+    """From rows to scores by the functions that fine-tuning uses: the label is told by the first word."""
+    generator = random.Random(0)
+    rule = dict(zip(WORDS[-4:], LABELS[:4], strict=True))
+
+    def rows(num):
+        words = [(generator.choice(list(rule)), generator.choices(WORDS[:16], k=4)) for _ in range(num)]
+        columns = {"sentence1": [" ".join([first, *rest]) for first, rest in words]}
+        return to_text("tiny", Dataset.from_dict(columns | {"label": [rule[first] for first, _ in words]}))
+
+    model, tokenizer = tiny_t5(1, 1, dropout_rate=0.0), t5_like()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.3)
+    tokenized = tokenize_pairs(rows(200), tokenizer, 32, 8)
+    batches = pair_stream(tokenized, tokenizer.pad_token_id, 32, seed=0)
+
+    def loss_fn(model, batch):
+        return {"loss": model(**{name: value for name, value in batch.items() if name != "ids"}).loss}
+
+    test = rows(60)
+    settings = Training(max_steps=120, batch_size=32, learning_rate=2e-2, warmup_steps=5, log_every=60)
+    fit(model, loss_fn, batches, settings, tmp_path)
+    after = scores("tiny", predict_labels(model, tokenizer, test, "tiny", 32), test["label"])
+    assert after["score"] > 90 > 60 > majority("tiny", rows(200)["label"], test["label"])["score"]
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def of_counts(tp: int, fp: int, fn: int, tn: int, no: str, yes: str) -> tuple[list[str], list[str]]:
+    """Return predictions and labels with the given counts."""
+    predictions = [yes] * tp + [yes] * fp + [no] * fn + [no] * tn
+    return predictions, [yes] * tp + [no] * fp + [yes] * fn + [no] * tn
+
+
+def test_metrics_by_hand():
+    predictions, labels = of_counts(6, 2, 3, 9, "not_equivalent", "equivalent")
+    row = scores("mrpc", predictions, labels)
+    assert row["num_documents"] == 20
+    assert row["accuracy"] == pytest.approx(75) and row["f1"] == pytest.approx(100 * 12 / 17)
+    assert row["score"] == pytest.approx((75 + 1200 / 17) / 2)
+    row = scores("cola", *of_counts(6, 2, 3, 9, "unacceptable", "acceptable"))
+    assert row["score"] == row["matthews"] == pytest.approx(100 * (6 * 9 - 2 * 3) / (8 * 9 * 11 * 12) ** 0.5)
+    row = scores("rte", *of_counts(1, 0, 1, 2, "entailment", "not_entailment"))
+    assert row["score"] == row["accuracy"] == 75 and set(row) == {
+        "num_documents", "accuracy", "score", "score_low", "score_high"
+    }  # fmt: skip
+    # ranks 1, 2, 3, 4 against 1, 3, 2, 4: Spearman 1 - 6 * 2 / 60
+    row = scores("stsb", ["0.0", "2.0", "1.0", "5.0"], [0.5, 1.0, 1.5, 3.0])
+    assert row["spearman"] == pytest.approx(80)
+    assert row["pearson"] == pytest.approx(100 * 6.5 / (14 * 3.5) ** 0.5)
+    assert row["score"] == pytest.approx((row["spearman"] + row["pearson"]) / 2)
+
+
+def test_perfect_and_constant_predictions():
+    for task in TASKS:
+        labels = [*TASKS[task].labels, *TASKS[task].labels]
+        assert scores(task, labels, labels, num_samples=20)["score"] == pytest.approx(100)
+        for constant in (TASKS[task].labels[0], TASKS[task].labels[-1]):
+            row = scores(task, [constant] * len(labels), labels, num_samples=20)
+            assert all(np.isfinite(value) for value in row.values()) and row["score"] < 70
+            if task in ("cola", "stsb"):
+                assert row["score"] == row["score_low"] == row["score_high"] == 0
+            scores(task, [constant], [constant], num_samples=5)  # one row, one class
+
+
+@pytest.mark.parametrize("name", tasks.METRICS)
+def test_the_bootstrap_uses_the_same_metrics(name):
+    generator = np.random.default_rng(2)
+    for most in (1, 2, 2, 2, 6):  # most = 1: all equal
+        if most == 6 and name in ("f1", "matthews"):
+            continue
+        labels, guesses = generator.integers(0, most, size=(2, 30))
+        quick = tasks._quick_metric(name, labels, guesses)
+        assert 100 * quick == pytest.approx(tasks._metric(name, labels, guesses), abs=1e-9)
+
+
+def test_majority_is_that_of_training():
+    train, labels = ["yes"] * 3 + ["no"] * 2, ["no", "no", "no", "yes"]
+    assert majority("belongs", train, labels)["score"] == 25
+    assert majority("stsb", [1.0, 1.0, 2.0], [0.0, 3.2, 5.0])["score"] == 0
+    row = majority("mrpc", ["not_equivalent"], ["equivalent", "not_equivalent"])
+    assert row["accuracy"] == 50 and row["f1"] == 0
+
+
+@pytest.mark.parametrize("task", ["qnli", "mrpc", "cola", "stsb"])
+def test_intervals_cover_the_truth(task):
+    """Over many samples of one population, about 95 % of the intervals hold its score; a wide band for the chance."""
+    generator = np.random.default_rng(0)
+    words = TASKS[task].labels
+
+    def sample(num):
+        if task == "stsb":
+            truth = generator.uniform(1, 4, num)
+            return [f"{v:.1f}" for v in np.clip(truth + generator.normal(0, 0.5, num), 0, 5)], truth
+        truth = generator.integers(0, 2, num)
+        guess = np.where(generator.random(num) < 0.8, truth, 1 - truth)
+        return [words[i] for i in guess], [words[i] for i in truth]
+
+    population = scores(task, *sample(20_000), num_samples=2)["score"]
+    hits = 0
+    for _ in range(15):
+        row = scores(task, *sample(150), num_samples=60)
+        assert row["score_low"] <= row["score"] <= row["score_high"]
+        hits += row["score_low"] <= population <= row["score_high"]
+    assert hits >= 11
+    again = sample(50)
+    assert scores(task, *again, seed=3, num_samples=30) == scores(task, *again, seed=3, num_samples=30)
+
+
+def test_correlations_are_those_of_all_documents():
+    generator = np.random.default_rng(1)
+    labels = generator.uniform(0, 5, 80)
+    guesses = [f"{value:.1f}" for value in np.clip(labels + generator.normal(0, 1, 80), 0, 5)]
+    row = scores("stsb", guesses, labels, num_samples=10)
+    numbers = np.array(guesses, dtype=float)
+    assert row["pearson"] == pytest.approx(100 * np.corrcoef(labels, numbers)[0, 1])
+    ranks = np.corrcoef(stats.rankdata(labels), stats.rankdata(numbers))[0, 1]
+    assert row["spearman"] == pytest.approx(100 * ranks)
+
+
+def test_impossible_scores_are_refused():
+    assert "1 predictions for 2 labels" in refusal(scores, "rte", [0], [0, 1])
+    assert "0 predictions for 0 labels" in refusal(scores, "rte", [], [])
+    message = refusal(scores, "rte", ["entailment", "maybe"], ["entailment", "entailment"])
+    assert "'maybe'" in message and "row 1" in message
