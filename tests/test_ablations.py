@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_bart
 
 from distill_utils.artifacts import InputError
-from distill_utils.evaluation import statistics
+from distill_utils.evaluation import scoring, statistics
 from distill_utils.evaluation.statistics import paired_test
 from distill_utils.experiments import ablations, runs
 from distill_utils.experiments.recommendation import documents_needed, recommend, signal_rows
@@ -91,7 +91,7 @@ def tested(tmp_path):
 def test_what_a_change_did(tested):
     row = ablations.ablation_row(BASE, "kd versus sft", tested, [0, 1])
     ours = [
-        np.mean([runs.read_scores(tested[f"{method}-6-3-s{seed}"])["rouge2"] for seed in (0, 1)], axis=0)
+        np.mean([scoring.read_scores(tested[f"{method}-6-3-s{seed}"])["rouge2"] for seed in (0, 1)], axis=0)
         for method in ("kd", "sft")
     ]
     assert row["difference"] == pytest.approx(np.mean(ours[0] - ours[1])) and 2.5 < row["low"] < row["high"] < 3.5

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, t
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import pair_stream, tokenize_pairs
 from distill_utils.distillation import losses, objectives
-from distill_utils.evaluation import generation
+from distill_utils.evaluation import generation, scoring
 from distill_utils.experiments import checks, runs
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
@@ -75,7 +75,7 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
         assert frozen and not moved & frozen
         assert own_tokenizer.get_vocab() == tokenizer.get_vocab()
     options = {"max_source_length": run.max_source_length, "prefix": prefix, "num_speed": 1, "num_beams": 1}
-    tested = runs.evaluate_model(run.name, student, own_tokenizer, folder.name, validation, **options)
+    tested = scoring.evaluate_model(run.name, student, own_tokenizer, folder.name, validation, **options)
     row = read_json(tested / "results.json")
     assert all(math.isfinite(row[name]) for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "ms_per_token"))
     for name, weight in teacher.state_dict().items():
@@ -167,7 +167,7 @@ def test_hidden_loss_does_not_see_the_size_of_the_states():
 
 def test_float16_is_never_used(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="precision 'float16' is unknown: use auto or float32"):
-        loop.check(replace(TRAINING, precision="float16"))
+        loop.check_training(replace(TRAINING, precision="float16"))
     save_model(tiny_pegasus(1, 1).half(), tiny_tokenizer(), tmp_path / "half")
     model, _ = load_model(tmp_path / "half")
     assert model.dtype == torch.float32  # what a checkpoint is stored in does not decide

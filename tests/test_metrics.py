@@ -11,7 +11,7 @@ from rouge_score import rouge_scorer
 from test_generation import make_documents
 from tiny_models import EOS, tiny_bart, tiny_tokenizer
 
-from distill_utils.evaluation import metrics, speed, statistics
+from distill_utils.evaluation import metrics, scoring, statistics
 
 # -------------------------------------------------------------------------------------------------------------- ROUGE
 
@@ -171,9 +171,9 @@ def test_functions_take_turns_when_timed(monkeypatch):
 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
     timed = {"a": partial(run, "a", 0.5), "b": partial(run, "b", 0.25)}
-    found = speed.interleaved_latency_ms(timed, ["x", "y"], torch.device("cpu"), repeats=2)
+    found = scoring.interleaved_latency_ms(timed, ["x", "y"], torch.device("cpu"), repeats=2)
     assert found == {"a": pytest.approx(500.0), "b": pytest.approx(250.0)}
-    speed.interleaved_latency_ms(timed, ["x"], torch.device("cpu"), repeats=5, max_seconds=0.0)
+    scoring.interleaved_latency_ms(timed, ["x"], torch.device("cpu"), repeats=5, max_seconds=0.0)
     order, again = order[: 2 + 8], order[2 + 8 :]
     assert again == [("a", "x"), ("b", "x")] * 2  # a warm-up and one turn, whatever the limit
     turn = [("a", "x"), ("b", "x")]
@@ -192,7 +192,7 @@ def test_measure_speed_counts_tokens_exactly(monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     settings = {"max_source_length": 16, "num_new_tokens": 7, "repeats": 2, "batch_size": 3}
-    found = speed.measure_speed(model, tokenizer, make_documents(5), **settings)
+    found = scoring.measure_speed(model, tokenizer, make_documents(5), **settings)
     assert lengths.count((1, 7)) == 1 + 2 * 5  # forced to exactly that many, and one warm-up
     assert sum(size > 1 for size, _ in lengths) == 2 * (1 + 2)  # batches of 3 and 2, warm-up and two repeats
     assert found.pop("peak_memory_gb") is None

@@ -75,7 +75,7 @@ def test_published_profile_can_run_on_the_real_shapes(profile):
     assert search["max_steps"] == search["num_train"] / search["batch_size"]
     settings = {name: values[name] for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate")}
     settings = loop.Training(**settings, warmup_steps=values["warmup_steps"])
-    loop.check(settings)
+    loop.check_training(settings)
     assert settings.warmup_steps < settings.max_steps
     lengths = {name: values[name] for name in ("max_source_length", "max_target_length")}
     base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=settings, **lengths)

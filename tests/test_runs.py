@@ -14,11 +14,12 @@ from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import batch_list, tokenize_pairs
 from distill_utils.distillation.label_filters import measure_labels
 from distill_utils.distillation.pseudo_labels import cross_fit_halves
+from distill_utils.evaluation import scoring
 from distill_utils.evaluation.generation import summarize
 from distill_utils.experiments import comparison, runs
 from distill_utils.experiments.forecast import forecast
 from distill_utils.models import students
-from distill_utils.models.loading import load_model, save_model
+from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=4, batch_size=4, learning_rate=1e-3, log_every=2, seed=0)
@@ -57,16 +58,18 @@ def test_every_method_from_description_to_row(place, capsys):
     predicted = forecast(plan, teacher, tokenizer, train)
     trained = {run.name: runs.train_student(run, teacher, tokenizer, train, validation) for run in plan}
     options = {"max_source_length": base.max_source_length, "num_speed": 2}
-    teacher_test = runs.evaluate_model("teacher", teacher, tokenizer, "weights", test, **options)
+    teacher_test = scoring.evaluate_model("teacher", teacher, tokenizer, "weights", test, **options)
     tested = {}
     for run in plan:
         model, _ = load_model(trained[run.name] / "student")
         name = trained[run.name].name
-        tested[run.name] = runs.evaluate_model(run.name, model, tokenizer, name, test, baseline=teacher_test, **options)
+        tested[run.name] = scoring.evaluate_model(
+            run.name, model, tokenizer, name, test, baseline=teacher_test, **options
+        )
     rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
     rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
     options = {"max_source_length": base.max_source_length, "num_new_tokens": 4, "num_beams": 1}
-    times = runs.time_students(teacher, tokenizer, plan, trained, test["document"][:2], **options)
+    times = comparison.time_students(teacher, tokenizer, plan, trained, test["document"][:2], **options)
     assert set(times) == {("teacher", "", "")} | {(method, "3-1", "") for method in runs.METHODS}
     comparison.add_speed(rows, {key: time for key, time in times.items() if key[0] != "pl"})
     assert [row["method"] for row in rows if row.get("student") and not row["latency_ms"]] == ["pl", "pl"]
@@ -147,7 +150,7 @@ def test_repeated_or_no_runs_are_refused():
 def test_fingerprint_follows_the_weights(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         save_model(tiny_t5(seed=seed), tiny_tokenizer(), tmp_path / name)
-    a, b, c = (runs.model_fingerprint(str(tmp_path / name), None) for name in "abc")
+    a, b, c = (model_fingerprint(str(tmp_path / name), None) for name in "abc")
     assert a == b != c
 
 

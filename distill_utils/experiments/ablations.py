@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distill_utils.artifacts import InputError, read_json
+from distill_utils.evaluation import scoring
 from distill_utils.evaluation.statistics import holm, paired_test
 from distill_utils.experiments import runs
 
@@ -131,7 +132,7 @@ def ablation_row(
     if not pairs:
         return None
     sides = zip(*pairs, strict=True)
-    scores = [np.mean([runs.read_scores(tested[name])[metric] for name in names], axis=0) for names in sides]
+    scores = [np.mean([scoring.read_scores(tested[name])[metric] for name in names], axis=0) for names in sides]
     means = {"seeds": len(pairs), "score": float(scores[0].mean()), "versus": float(scores[1].mean())}
     return {"name": text, **means, **paired_test(*scores)}
 

@@ -15,11 +15,13 @@ import numpy as np
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
+from distill_utils.evaluation import scoring
 from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores, text_diagnostics
+from distill_utils.evaluation.scoring import decoding_runs
 from distill_utils.evaluation.statistics import bootstrap_interval, paired_test
 from distill_utils.experiments import runs
 from distill_utils.models import students
-from distill_utils.models.loading import ASSETS
+from distill_utils.models.loading import ASSETS, load_model
 from distill_utils.report.figures import method_label
 
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
@@ -131,10 +133,36 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
     }
 
 
+def time_students(
+    teacher, tokenizer, plan: Sequence[runs.StudentRun], trained: Mapping[str, Path],
+    documents: Sequence[str], *, max_source_length: int, prefix: str = "", num_new_tokens: int = 16,
+    **generation_settings,
+) -> dict[tuple[str, str, str], dict[str, float]]:  # fmt: skip
+    """Return latency_ms and ms_per_token of the teacher and of one student of each method, shape and variant.
+
+    The keys are (method, shape, variant), the teacher's ("teacher", "", ""). All models are in memory and take turns,
+    because times that were taken minutes apart differ by the machine's noise more than models do.
+    """
+    models = {("teacher", "", ""): teacher}
+    for run in plan:
+        if (run.method, run.shape, run.variant) not in models:
+            student = load_model(trained[run.name] / "student")[0]
+            models[run.method, run.shape, run.variant] = student.to(teacher.device)
+    options = {"max_source_length": max_source_length, "prefix": prefix}
+    timed = {
+        (key, name): function
+        for key, model in models.items()
+        for name, function in decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings).items()
+    }
+    found = scoring.interleaved_latency_ms(timed, documents, teacher.device)
+    per_token = {key: found[key, "ms_per_token"] / num_new_tokens for key in models}
+    return {key: {"latency_ms": found[key, "latency_ms"], "ms_per_token": per_token[key]} for key in models}
+
+
 def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str, float]]) -> None:
     """Replace latency and time per token of the rows by those taken in turns, and add `speedup` over the teacher.
 
-    `times` is what `runs.time_students` returned. Students of one shape are one architecture and get one time per
+    `times` is what `time_students` returned. Students of one shape are one architecture and get one time per
     token, the median of theirs; one that was not timed itself has no latency, which depends on what it writes.
     """
     by_shape: dict[str, list[float]] = {}
@@ -165,7 +193,7 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
         mean |= {"name": " ".join(filter(None, (method_label(method, shape), variant))), "seeds": len(members)}
         folders = [tested[row["run"]] for row in members if "run" in row]
         if folders:
-            teacher = runs.read_scores(teacher_test)
+            teacher = scoring.read_scores(teacher_test)
             for metric in METRICS:
                 scores = _mean_scores(folders, metric)
                 mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = bootstrap_interval(scores)
@@ -177,7 +205,7 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
 
 
 def _mean_scores(folders: Sequence[Path], metric: str) -> np.ndarray:
-    return np.mean([runs.read_scores(folder)[metric] for folder in folders], axis=0)
+    return np.mean([scoring.read_scores(folder)[metric] for folder in folders], axis=0)
 
 
 def compare_methods(
@@ -237,8 +265,8 @@ def best_students(means: Sequence[dict], plan: Sequence[runs.StudentRun]) -> lis
 
 def side_by_side(teacher_test: Path, tested: Mapping[str, Path], num: int, seed: int) -> list[dict]:
     """Return `num` random test documents with the reference and what the teacher and each student wrote."""
-    teacher = runs.read_predictions(teacher_test)
-    others = {name: runs.read_predictions(folder) for name, folder in tested.items()}
+    teacher = scoring.read_predictions(teacher_test)
+    others = {name: scoring.read_predictions(folder) for name, folder in tested.items()}
     chosen = random.Random(seed).sample(range(len(teacher)), min(num, len(teacher)))
     return [
         {

@@ -30,8 +30,7 @@ from distill_utils.distillation.losses import IGNORED, check_relation_heads
 from distill_utils.evaluation import tasks
 from distill_utils.experiments import miniend
 from distill_utils.experiments.miniend import PATHS, RELATIONS
-from distill_utils.experiments.runs import model_fingerprint
-from distill_utils.models.loading import save_model
+from distill_utils.models.loading import model_fingerprint, save_model
 from distill_utils.training.loop import Training, choose_attention, fit
 
 # {config.model_type: the relations it has, its language model, its classifier}

@@ -16,9 +16,9 @@ import numpy as np
 from distill_utils.artifacts import InputError, artifact, config_hash, read_json, write_json
 from distill_utils.device import device
 from distill_utils.evaluation.statistics import bootstrap_interval, paired_test
-from distill_utils.experiments import miniend, runs
+from distill_utils.experiments import miniend
 from distill_utils.models import students
-from distill_utils.models.loading import load_model
+from distill_utils.models.loading import load_model, model_fingerprint
 
 
 def load_ladder(names: Sequence[str]) -> dict:
@@ -43,7 +43,7 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
     """Return the artifact of a model's test on corrupted held-out text: scores.json with one loss a window."""
     model, tokenizer = load_model(place)
     settings = {
-        "model": runs.model_fingerprint(str(place), model),
+        "model": model_fingerprint(str(place), model),
         "text": config_hash(held_out.tolist()),
         "windows": [num, source_length, denoising],
     }

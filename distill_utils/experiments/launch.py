@@ -64,7 +64,7 @@ def check_processes(settings: Training, num_processes: int) -> None:
     """Refuse what these processes could not share, before any is started."""
     if num_processes < 1:
         raise InputError(f"num_processes {num_processes} is too small: use at least 1")
-    loop.check(settings, num_processes)
+    loop.check_training(settings, num_processes)
     check_backend()
     if device().type == "cuda" and num_processes > torch.cuda.device_count():
         raise InputError(f"num_processes {num_processes} is more than the GPUs here: use {torch.cuda.device_count()}")

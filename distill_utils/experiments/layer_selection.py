@@ -28,7 +28,7 @@ from distill_utils.data.batches import batch_list
 from distill_utils.device import amp_dtype
 from distill_utils.distillation.losses import IGNORED, chunked_token_losses
 from distill_utils.distillation.objectives import decode, encode
-from distill_utils.evaluation import generation, metrics, statistics
+from distill_utils.evaluation import generation, metrics, scoring, statistics
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models import students
@@ -280,7 +280,7 @@ def mean_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> 
     """Return ROUGE-2 of every (shape, variant), one value a test document, averaged over seeds."""
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for run in plan:
-        found.setdefault((run.shape, run.variant), []).append(runs.read_scores(tested[run.name])["rouge2"])
+        found.setdefault((run.shape, run.variant), []).append(scoring.read_scores(tested[run.name])["rouge2"])
     return {key: np.mean(values, axis=0) for key, values in found.items()}
 
 

@@ -23,13 +23,13 @@ from distill_utils.data.denoising import denoising_stream
 from distill_utils.device import device, seed_everything
 from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import check_relation_heads
-from distill_utils.evaluation import tasks
+from distill_utils.evaluation import scoring, tasks
 from distill_utils.evaluation.statistics import bootstrap_interval, format_comparison, paired_test
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models import students
 from distill_utils.models.hooks import projections
-from distill_utils.models.loading import load_model, save_model
+from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.distributed import local_rows, sum_over_processes
 from distill_utils.training.loop import Training, choose_attention, fit, recompute_activations
 
@@ -137,7 +137,7 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
 
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
-    settings = {"teacher": runs.model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
+    settings = {"teacher": model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
     settings |= {name: value for name in LATER_FIELDS if (value := getattr(run, name))}
 
     def build(folder: Path) -> dict:
@@ -162,7 +162,7 @@ def distill(
     settings = {
         **{name: value for name, value in asdict(run).items() if name not in LATER_FIELDS or value},
         "weights": run.weights,
-        "teacher": runs.model_fingerprint(run.teacher, teacher),
+        "teacher": model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
     }
 
@@ -275,7 +275,7 @@ def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **g
     model, tokenizer = load_model(tuned / "student")
     model.to(device())
     if task == "summaries":
-        return runs.evaluate_model(
+        return scoring.evaluate_model(
             tuned.name, model, tokenizer, tuned.name, test, max_source_length=max_source_length, **generation_settings
         )
     settings = {"model": tuned.name, "task": task, "data": loading.data_fingerprint(test), "length": max_source_length}

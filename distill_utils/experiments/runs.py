@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +16,21 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, config_hash, file_hash, report_progress
+from distill_utils.artifacts import InputError, artifact, report_progress
 from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
-from distill_utils.device import device, eval_mode, mixed_precision, seed_everything, to_device
+from distill_utils.device import device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.label_filters import bounds_of, filter_labels
 from distill_utils.distillation.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
-from distill_utils.models.loading import load_model, model_folder, save_model, shipped_models
-from distill_utils.training.loop import Training, check_training, choose_attention, fit, train_mode
+from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
+from distill_utils.training.loop import Training, check_training, choose_attention, fit
 
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
 CROSS_FIT = ("", "other", "own")
-TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
 
 
 @dataclass(frozen=True)
@@ -163,14 +159,6 @@ def check_same_tokenizer(teacher: str, tokenizer, name: str, other) -> None:
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
-def model_fingerprint(name_or_path: str, model) -> str:
-    """Return a short hash that changes with a model's weights: of its files when local, of its commit on the hub."""
-    files = sorted(model_folder(name_or_path).glob("*.safetensors"))
-    if files:
-        return config_hash([file_hash(file) for file in files])
-    return str(getattr(model.config, "_commit_hash", None) or config_hash(model.config.to_dict()))[:10]
-
-
 def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     """Return the untrained student of a run, with its frozen parts, and the arguments its objective needs."""
     shape = parse_shape(run.shape, teacher)
@@ -218,7 +206,7 @@ def objective_of(method: str):
     return getattr(objectives, {"pl": "sft", "pl_gold": "sft"}.get(method, method))
 
 
-# ------------------------------------------------------------------------------------------------- labels, rows, targets
+# ------------------------------------------------------------------------------------------------ labels, rows, targets
 
 
 def label(run: StudentRun, teacher, train: Dataset) -> Path:
@@ -280,10 +268,9 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
         seed_everything(training.seed)
         model.to(device())
         choose_attention(model, run.max_source_length)
-        history = fit(
-            model, partial(_without_teacher, objectives.sft), _batches(replace(run, training=training), tokenizer, half),
-            training, folder, stage="teacher of a half",
-        )  # fmt: skip
+        batches = _batches(replace(run, training=training), tokenizer, half)
+        objective = partial(_without_teacher, objectives.sft)
+        history = fit(model, objective, batches, training, folder, stage="teacher of a half")
         model.generation_config = load_model(run.teacher)[0].generation_config
         save_model(model.to("cpu"), tokenizer, folder / "teacher")
         return {"num_train": len(half), "final": history[-1]}

@@ -19,10 +19,10 @@ from distill_utils.data.denoising import gap_pairs, infilling_stream, pack_text
 from distill_utils.data.loading import corpus_facts, load_pairs, load_text
 from distill_utils.device import device, seed_everything
 from distill_utils.distillation.losses import chunked_token_losses
+from distill_utils.evaluation import scoring
 from distill_utils.evaluation.metrics import METRICS
-from distill_utils.experiments import runs
 from distill_utils.models import students
-from distill_utils.models.loading import ASSETS, load_model, save_model
+from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, save_model
 from distill_utils.training.loop import Training, choose_attention, fit
 
 VOCABULARY = 8000
@@ -229,10 +229,10 @@ def build() -> Path:
     model, tokenizer = load_model(folder)
     model.to(device())
     test = load_pairs("pydocs", "test")
-    fingerprint = runs.model_fingerprint("pydocs-bart", model)
+    fingerprint = model_fingerprint("pydocs-bart", model)
     options = {"max_source_length": MAX_SOURCE_LENGTH}
-    tested = runs.evaluate_model("teacher", model, tokenizer, fingerprint, test, **options)
-    few = runs.evaluate_model("teacher", model, tokenizer, fingerprint, test.select(range(CHECKED)), **options)
+    tested = scoring.evaluate_model("teacher", model, tokenizer, fingerprint, test, **options)
+    few = scoring.evaluate_model("teacher", model, tokenizer, fingerprint, test.select(range(CHECKED)), **options)
     card = {
         "name": "pydocs-bart",
         "command": "make teachers",

@@ -14,9 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
-from distill_utils.evaluation import metrics, statistics
+from distill_utils.evaluation import metrics, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
-from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, shipped_models
@@ -220,7 +219,7 @@ def beam_rows(decoded: Mapping[int, Path], own: Path) -> tuple[list[dict], str]:
     for num_beams, path in decoded.items():
         change = dict.fromkeys(("change", "change_low", "change_high"))
         if path != own:
-            test = statistics.paired_test(runs.read_scores(path)["rouge2"], runs.read_scores(own)["rouge2"])
+            test = statistics.paired_test(scoring.read_scores(path)["rouge2"], scoring.read_scores(own)["rouge2"])
             change = {"change": test["difference"], "change_low": test["low"], "change_high": test["high"]}
         row = decoding_row("teacher", {"num_beams": num_beams}, path)
         rows.append({**row, **change})

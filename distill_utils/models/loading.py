@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill_utils.artifacts import InputError, folder_atomic
+from distill_utils.artifacts import InputError, config_hash, file_hash, folder_atomic
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "source.spm")
@@ -158,3 +158,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
                 raise
             raise InputError(f"no space left while writing {Path(folder).name}: free some disk") from error
         tokenizer.save_pretrained(temporary)
+
+
+def model_fingerprint(name_or_path: str, model) -> str:
+    """Return a short hash that changes with a model's weights: of its files when local, of its commit on the hub."""
+    files = sorted(model_folder(name_or_path).glob("*.safetensors"))
+    if files:
+        return config_hash([file_hash(file) for file in files])
+    return str(getattr(model.config, "_commit_hash", None) or config_hash(model.config.to_dict()))[:10]

@@ -81,7 +81,7 @@ def fit(
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
     rank, world = rank_and_world_size()
-    check(settings, world)
+    check_training(settings, world)
     on = device()
     model.to(on)
     train_mode(model)
@@ -168,7 +168,7 @@ def fit(
     return history
 
 
-def check(settings: Training, num_processes: int = 1) -> None:
+def check_training(settings: Training, num_processes: int = 1) -> None:
     """Refuse impossible settings before anything is computed."""
     for name in ("max_steps", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
