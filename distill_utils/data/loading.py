@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import zlib
@@ -132,7 +133,12 @@ def load_classification(task: str, split: str, num: int = 0) -> Dataset:
 
 
 def corpus_folder() -> Path:
-    """Return the run folder of the built corpus `pydocs`, building it on first use (about a minute)."""
+    """Return the run folder of the built corpus `pydocs`, building it on first use (about a minute).
+
+    The environment variable DISTILL_CORPUS names one that was built elsewhere: other package versions give other text.
+    """
+    if os.environ.get("DISTILL_CORPUS"):
+        return Path(os.environ["DISTILL_CORPUS"])
 
     def build(folder: Path) -> dict:
         corpus = pydocs.build_corpus(lambda stage, done, total: report_progress(folder, stage, done, total, "files"))
