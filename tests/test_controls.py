@@ -247,8 +247,8 @@ def test_verdict_is_computed_from_the_rows():
     ]  # fmt: skip
     said = controls.verdict(rows)
     assert "bert: logits reach lower held-out loss than scratch (5.25 against 5.50)" in said
-    assert "bert: logits beats scratch (+2.00, +1.00 to +3.00) on belongs" in said
-    assert "self cannot be told from scratch (+0.50" in said and "suspect" not in said
+    assert "bert: logits beats scratch (+2.00, 1.00 to 3.00) on belongs" in said
+    assert "self cannot be separated from scratch (+0.50" in said and "suspect" not in said
     worse = [scratch | {"model": "opt"}, judged("opt", "logits", -1, 2, 5.0), judged("opt", "self", -3, -1)]
     said = controls.verdict([*rows, *worse, judged("opt", "teacher", 1, 2)])
     assert "opt: self loses to scratch" in said and said.endswith("then the pipeline is suspect.")

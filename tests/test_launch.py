@@ -91,7 +91,7 @@ def start(processes, num_processes: int, *arguments) -> bool:
 
 
 @pytest.fixture(scope="module")
-def rank_and_world_size():
+def processes():
     """Start processes from a server that has the libraries loaded, so that a start costs little."""
     context = multiprocessing.get_context("forkserver")
     if hasattr(context, "set_forkserver_preload"):
@@ -210,7 +210,7 @@ def test_every_row_belongs_to_one_process(monkeypatch, world, num_rows):
     }  # fmt: skip
     trained, sizes = [], []
     for rank in range(world):
-        monkeypatch.setattr(distributed, "processes", lambda rank=rank: (rank, world))
+        monkeypatch.setattr(distributed, "rank_and_world_size", lambda rank=rank: (rank, world))
         own = distributed.local_rows(batch)
         assert own["target_temperature"] == 2.0
         sizes.append(len(own["ids"]))

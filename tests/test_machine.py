@@ -23,7 +23,7 @@ def test_ceiling_is_positive_and_names_both_types():
 
 
 def test_ceiling_leaves_out_what_the_machine_lacks(monkeypatch):
-    monkeypatch.setattr(artifacts, "amp_dtype", lambda on=None: None)
+    monkeypatch.setattr(machine, "amp_dtype", lambda on=None: None)
     assert machine.matmul_ceiling(size=16, repeats=1)["bfloat16"] is None
 
 
@@ -52,7 +52,7 @@ def test_bandwidth_is_positive():
 
 
 def test_device_memory_heeds_the_containers_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(artifacts, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
     whole = machine.device_memory()
     (tmp_path / "limit").write_text("123456\n")
     (tmp_path / "none").write_text("max\n")

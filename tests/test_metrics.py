@@ -169,7 +169,7 @@ def test_functions_take_turns_when_timed(monkeypatch):
         # The second round falls into a busy moment: it must not count.
         clock[0] += cost * (10 if len(order) > 2 + 4 else 1)
 
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(scoring.time, "perf_counter", lambda: clock[0])
     timed = {"a": partial(run, "a", 0.5), "b": partial(run, "b", 0.25)}
     found = scoring.interleaved_latency_ms(timed, ["x", "y"], torch.device("cpu"), repeats=2)
     assert found == {"a": pytest.approx(500.0), "b": pytest.approx(250.0)}

@@ -277,8 +277,8 @@ def test_a_task_specific_student_comes_from_the_fine_tuned_teacher(place):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "says"), [(0.1, 2, "beats"), (-2, -0.1, "loses to"), (-1, 1, "cannot be told")]
+    ("low", "high", "says"), [(0.1, 2, "beats"), (-2, -0.1, "loses to"), (-1, 1, "cannot be separated")]
 )
 def test_verdict(low, high, says):
     text = miniend.verdict({"name": "kd", "difference": 0.5, "low": low, "high": high}, "miniend")
-    assert text == f"kd {says}{' from' if 'told' in says else ''} miniend (+0.50, {low:+.2f} to {high:+.2f})"
+    assert text == f"kd {says}{' from' if 'separated' in says else ''} miniend (+0.50, {low:.2f} to {high:.2f})"

@@ -179,7 +179,7 @@ def test_pseudo_labels_of_a_model_known_by_name(labelling, tmp_path, monkeypatch
     model_folder, dataset, settings = labelling
     real = load_model
     monkeypatch.setattr(
-        students,
+        pseudo_labels,
         "load_model",
         lambda name, **options: real(model_folder if name == "named" else name, **options),
     )
