@@ -49,8 +49,9 @@ display(HTML('<svg width="5" height="5"><rect width="5" height="5"/></svg>'))
 display(HTML('<h1>Loud</h1><script src="https://x.example/a.js"></script>'))
 display(HTML('<img src="https://x.example/a.png" onerror="alert(1)"><a href="javascript:alert(1)">click</a>'))
 display({"application/vnd.jupyter.widget-view+json": {"model_id": "0" * 32}, "text/plain": "Box()"}, raw=True)"""
-MODEL_TEXT = """display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
-figures.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
+MODEL_TEXT = """from distill_utils.report import tables
+display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
+tables.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
 print("printed <b>bold</b> and $a_b$")"""
 
 
