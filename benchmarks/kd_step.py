@@ -16,6 +16,8 @@ import argparse
 import gc
 import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from relation_loss import resource_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTrainedConfig, T5Config
 
@@ -48,6 +49,14 @@ SHAPES = {
 FORMS = ("ours", "expert", "published")
 WEIGHTS = {"ce_weight": 0.2, "kl_weight": 0.8, "hidden_weight": 3.0, "temperature": 2.0}
 IGNORED = -100
+
+
+def resident_peak() -> int:
+    """Return the most bytes this process has held; Linux keeps it from before `exec` in getrusage, not here."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 def shape_config(name: str) -> PreTrainedConfig:
@@ -169,7 +178,7 @@ def measure(shape: str, form: str, steps: int, on: torch.device) -> dict:
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_cuda else resource_peak()
+    before = torch.cuda.memory_allocated() if on_cuda else resident_peak()
     step = STEPS[form](shape, on)
     first = step()
     with FlopCounterMode(display=False) as counter:
@@ -182,7 +191,7 @@ def measure(shape: str, form: str, steps: int, on: torch.device) -> dict:
         if on_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if on_cuda else resource_peak()) - before
+    peak = (torch.cuda.max_memory_allocated() if on_cuda else resident_peak()) - before
     return {"times": times, "first_loss": first, "peak_mb": peak / 1e6, "tflops": flops / 1e12}
 
 

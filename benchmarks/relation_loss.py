@@ -89,7 +89,7 @@ def main() -> None:
     sizes = {"batch": 2, "heads": 32, "length": 512, "width": 768, "repeats": 7}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "relation_loss.json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "relation_loss.json")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
