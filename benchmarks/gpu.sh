@@ -6,7 +6,7 @@
 #
 # Parts: check, bench, study. WHEELS is a folder of wheels to install beside what is there; CORPUS a built corpus (a tar of
 # runs/pydocs-*), as other package versions give other text. TINY=1 takes sizes that a CPU can do, to try the script.
-# A part that fails does not stop the next; logs and small result files lie in $OUT.
+# ONLY="kd_step tests" leaves the other steps of the parts out. A part that fails does not stop the next; logs and small result files lie in $OUT.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results}
@@ -31,6 +31,7 @@ fi
 run() {  # run NAME SECONDS COMMAND...: with a limit, a log of its own, its time and its end on the screen
     local name=$1 limit=$2 began=$SECONDS
     shift 2
+    [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]] && return 0
     timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
     local code=$?
     echo "== $name: exit $code after $((SECONDS - began)) s"
@@ -60,9 +61,9 @@ bench() {
         run miniend_step 200 $PYTHON miniend_step.py --shapes pydocs-t5 --paths miniend --repeats 2 --output "$OUT/miniend_step.json"
         run relation_loss 200 $PYTHON relation_loss.py --batch 1 --length 32 --repeats 2 --output "$OUT/relation_loss.json"
     else
-        run kd_step 110 $PYTHON kd_step.py --shapes bart-large bart-base pegasus-large t5-base t5-3b embedded --rounds 1 \
+        run kd_step 75 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 1 \
             --steps 8 --output "$OUT/kd_step.json"
-        run step_at_scale 60 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
+        run step_at_scale 45 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
             --paths logits both --output "$OUT/step_at_scale.json"
         run pseudo_labels 40 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 256 --batch-size 64 \
             --output "$OUT/pseudo_labels.json"
@@ -85,8 +86,8 @@ study() {
     cp "$teacher/training.json" "$OUT/larger_teacher.json"
     run report_03 ${REPORT_SECONDS:-350} $PYTHON -m distill_utils report 03 --profile h200 -p teacher="$teacher" \
         "${changes[@]}" --output "$OUT/reports"
-    tar -cJf "$OUT/study.tar.xz" -C "$OUT" reports -C "$DISTILL_RUNS" \
-        $(cd "$DISTILL_RUNS" && ls */history.csv */results.json */scores.json 2> /dev/null)
+    (cd "$DISTILL_RUNS" && tar -cJf "$OUT/study_runs.tar.xz" */history.csv */results.json */scores.json)
+    tar -cJf "$OUT/study.tar.xz" -C "$OUT" reports
     rm -rf "$OUT/reports"
 }
 

@@ -255,7 +255,7 @@ def provenance() -> dict:
 
     return {
         **git_state(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES_NAMED},
+        "packages": {name: _version(name) for name in PACKAGES_NAMED},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
@@ -263,6 +263,13 @@ def provenance() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # one that only the CPU needs, such as ctranslate2
+        return None
 
 
 def git_state() -> dict:

@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import tiny_bart, tiny_batch, tiny_pegasus, tiny_t5
+from torch.distributed.fsdp import FSDPModule
 
 from distill_utils.artifacts import read_json
 from distill_utils.device import mixed_precision
@@ -113,7 +114,8 @@ def sharded_step(rank: int, folder) -> None:
     (folder / "norms.json").write_text(str(found).replace("'", '"'))
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="sharding needs torch 2.12")
 def test_sharded_gradients_in_one_process(tmp_path):
     torch.multiprocessing.spawn(sharded_step, args=(tmp_path,))
     found = read_json(tmp_path / "norms.json")
-    assert found["True"] == pytest.approx(found["False"], rel=1e-4)
+    assert found["True"] == pytest.approx(found["False"], rel=1e-4, abs=1e-6)

@@ -9,7 +9,6 @@ import tiny_models
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_utils import artifacts
 from distill_utils.device import amp_dtype
 from distill_utils.models import students
 from distill_utils.planning import machine

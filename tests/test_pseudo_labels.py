@@ -11,7 +11,6 @@ from tiny_models import FAMILIES, tiny_bart, tiny_tokenizer
 
 from distill_utils import artifacts
 from distill_utils.distillation import pseudo_labels
-from distill_utils.models import students
 from distill_utils.models.loading import load_model
 
 

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_utils.artifacts import REPOSITORY, InputError, lock, read_json, write_json
@@ -97,6 +97,8 @@ def shard(model: PreTrainedModel, frozen: bool = False) -> None:
     gradients. A pass may be left early: a student's layer then stays whole until its gradients are taken (`fit`
     settles it after that), and a teacher's is put back to parts at once.
     """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise InputError(f"torch {torch.__version__} cannot share out a model's parts here: use 2.12 or newer")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # T5's bias; nothing writes into it
     on = device()
     model.to(on)

@@ -246,7 +246,12 @@ def recompute_activations(model) -> None:
 
 
 def choose_attention(model, max_length: int) -> None:
-    """Set the attention kernel that trains fastest here: plain for short sequences on CPU, fused elsewhere."""
+    """Set the attention kernel that trains fastest here: plain for short sequences on CPU, fused elsewhere.
+
+    Not cuDNN's: from torch 2.11 on, its backward pass gives NaN on Hopper where a mask has 64, 192, ... columns and
+    scores are very negative (pytorch issue 196678; met here in a run of 600 updates).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     plain = device().type == "cpu" and max_length <= EAGER_LENGTH
     model.set_attn_implementation("eager" if plain else "sdpa")
 
