@@ -49,8 +49,9 @@ display(HTML('<svg width="5" height="5"><rect width="5" height="5"/></svg>'))
 display(HTML('<h1>Loud</h1><script src="https://x.example/a.js"></script>'))
 display(HTML('<img src="https://x.example/a.png" onerror="alert(1)"><a href="javascript:alert(1)">click</a>'))
 display({"application/vnd.jupyter.widget-view+json": {"model_id": "0" * 32}, "text/plain": "Box()"}, raw=True)"""
-MODEL_TEXT = """display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
-figures.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
+MODEL_TEXT = """from distill_utils.report import tables
+display(Markdown("A model wrote <b>bold</b> and $a_b$ for $5 to $6."))
+tables.show_samples([{"source": "<b>bold</b> text with $math$", "kd": "<script>alert(1)</script>"}], ["source", "kd"])
 print("printed <b>bold</b> and $a_b$")"""
 
 
@@ -67,6 +68,11 @@ def made(tmp_path_factory):
         code(FIGURE, "hide-input"),
         code(BARE),
         code(MODEL_TEXT),
+        markdown("## Appendix\n\nOnly for the *curious*.", "fold"),
+        code("print('folded output')"),
+        markdown("### Deeper"),
+        markdown("## Verdict\n\nComputed from the rows."),
+        code("display(Markdown('# Keep **6-3**'))\nprint('one printed line')", "verdict", "hide-input"),
         markdown("## Explore: secret words", "remove-cell"),
         code("1 / 0", "remove-cell", "skip-execution"),
         code(SAVE),
@@ -104,7 +110,8 @@ def test_heading_ids_are_unique_and_contents_links_resolve(page):
     ids = [tag["id"] for tag in page.select("[id]")]
     assert len(ids) == len(set(ids))
     links = page.nav.select('a[href^="#"]')
-    assert [link.get_text() for link in links] == ["3.1 Data", "Steps", "3.1 Data", "How this report was made"]
+    sections = ["3.1 Data", "Steps", "3.1 Data", "Appendix", "Deeper", "Verdict", "How this report was made"]
+    assert [link.get_text() for link in links] == sections
     assert all(unquote(link["href"][1:]) in ids for link in links)
     assert links[1].find_parent("ul").find_parent("li").a is links[0]
 
@@ -156,11 +163,35 @@ def test_model_text_is_escaped_and_its_dollars_are_left_alone(page):
 
 def test_tags(page):
     folded = [details.get_text() for details in page.select("details.code")]
-    assert len(folded) == 2 and "hidden_by_fold" in folded[0]
+    assert len(folded) == 3 and "hidden_by_fold" in folded[0]
     assert not page.select("details.code")[0].has_attr("open")
     text = page.get_text()
     assert "removed_input" not in text and "output stays" in text
     assert "secret words" not in text and "1 / 0" not in text
+
+
+def test_verdict_stands_below_the_title_and_its_code_stays(page):
+    title, verdict = page.main.find_all(recursive=False)[:2]
+    assert title.h1 and title.blockquote and verdict["class"] == ["verdict"]
+    assert verdict.strong.get_text() == "6-3" and "one printed line" in verdict.get_text()
+    assert page.get_text().count("one printed line") == 2  # here, and in the folded code at its place
+    assert "Markdown" in page.select_one(".celltag_verdict details.code").get_text()
+
+
+def test_tagged_sections_are_closed_up_to_the_next_heading_of_their_level(page):
+    (section,) = page.select("details.fold")
+    assert not section.has_attr("open") and section.summary.h2.get_text() == "Appendix"
+    assert all(text in section.get_text() for text in ("curious", "folded output", "Deeper"))
+    assert "Computed from the rows" not in section.get_text() and not section.find("footer")
+    assert section.find_next_sibling().h2.get_text() == "Verdict"
+
+
+def test_fold_ends_at_the_footer():
+    cells = '<div class="prose celltag_fold"><h3>A</h3></div><p>text</p><footer><h2>Made</h2></footer>'
+    soup = BeautifulSoup(f"<main>{cells}</main>", "html.parser")
+    pages._fold_sections(soup)
+    assert [child.name for child in soup.main.find_all(recursive=False)] == ["details", "footer"]
+    assert soup.details.p.get_text() == "text"
 
 
 def test_folders_of_this_machine_are_taken_out(html, made):

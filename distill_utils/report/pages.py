@@ -1,12 +1,13 @@
 """Report pages: an executed notebook as one offline HTML file, the index, results.csv and the README's tables.
 
-Not here: running notebooks (batch.py) and drawing (figures.py).
+Out of scope: running notebooks (batch.py) and drawing (figures.py).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -120,8 +121,8 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
 
     `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder) and `facts` (name and value
-    pairs for the footer). Cell tags: hide-input folds the code, remove-input, remove-output and remove-cell leave
-    parts out.
+    pairs for the footer). Cell tags: `verdict` lifts a cell's output below the title, `fold` on a heading's cell folds
+    its section, hide-input folds the code, remove-input, remove-output and remove-cell leave parts out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
@@ -144,11 +145,13 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
     soup = BeautifulSoup(html, "html.parser")
     warnings = _drop_active_content(soup)
+    _lift_verdict(soup)
     _number_headings(soup)
     warnings += _describe_images(soup)
     _frame_tables(soup)
     _rewrite_links(soup, report)
     _write_contents(soup)
+    _fold_sections(soup)
     return str(soup), warnings
 
 
@@ -168,6 +171,16 @@ def _drop_active_content(soup) -> list[str]:
         if urlsplit(link["href"]).scheme not in ("", "http", "https", "mailto"):
             del link["href"]
     return warnings
+
+
+def _lift_verdict(soup) -> None:
+    """Move the output of the cell tagged `verdict` below the first prose cell: title and question; its code stays."""
+    title = soup.select_one("main > .prose")
+    output = soup.select_one(".celltag_verdict .jp-OutputArea")
+    if title and output:
+        verdict = soup.new_tag("section", attrs={"class": "verdict", "aria-label": "Verdict"})
+        title.insert_after(verdict)
+        verdict.append(output.extract())
 
 
 def _number_headings(soup) -> None:
@@ -251,6 +264,25 @@ def _write_contents(soup) -> None:
             section.append(soup.new_tag("ul"))
         (section.ul if section else top).append(item)
     soup.find(id="contents").append(top)
+
+
+def _fold_sections(soup) -> None:
+    """Close every section whose heading's cell is tagged `fold`: all up to a heading of its level or above."""
+
+    def level(cell) -> int:  # 7, below every heading, where the cell has none
+        is_text = cell.name == "footer" or "prose" in cell.get("class", [])
+        return min([int(heading.name[1]) for heading in cell.find_all(HEADINGS)], default=7) if is_text else 7
+
+    for cell in soup.select("main .prose.celltag_fold"):
+        heading = cell.find(HEADINGS)
+        if heading is None:
+            continue
+        following = list(cell.find_next_siblings())
+        inside = list(itertools.takewhile(lambda other: level(other) > int(heading.name[1]), following))
+        section, summary = soup.new_tag("details", attrs={"class": "fold"}), soup.new_tag("summary")
+        cell.insert_before(section)
+        summary.append(heading.extract())
+        section.extend([summary, cell.extract(), *(other.extract() for other in inside)])
 
 
 def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
