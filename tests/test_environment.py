@@ -274,7 +274,7 @@ def test_ci_script_is_executable():
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("target", ["help", "reports", "test", "lab", "teachers"])
+@pytest.mark.parametrize("target", ["help", "reports", "test", "test-all", "lab", "teachers"])
 def test_makefile_targets_parse(target):
     """A dry run; an environment that is up to date is taken as given."""
     command = ["make", "--dry-run", "--old-file=.venv/installed.lock", target]
@@ -283,7 +283,8 @@ def test_makefile_targets_parse(target):
     commands = {
         "help": "make reports",
         "reports": "-m distill_utils report --all",
-        "test": "-m pytest",
+        "test": '-m "not slow"',
+        "test-all": "-m pytest",
         "lab": "-m jupyterlab notebooks",
         "teachers": "-m distill_utils teachers",
     }

@@ -277,8 +277,8 @@ def _fold_sections(soup) -> None:
         heading = cell.find(HEADINGS)
         if heading is None:
             continue
-        following = list(cell.find_next_siblings())
-        inside = list(itertools.takewhile(lambda other: level(other) > int(heading.name[1]), following))
+        following, own = list(cell.find_next_siblings()), int(heading.name[1])
+        inside = list(itertools.takewhile(lambda other, own=own: level(other) > own, following))
         section, summary = soup.new_tag("details", attrs={"class": "fold"}), soup.new_tag("summary")
         cell.insert_before(section)
         summary.append(heading.extract())
