@@ -52,6 +52,9 @@ def report(arguments: argparse.Namespace) -> int:
         return batch.OK
     if arguments.all and arguments.notebook:
         raise InputError(f"--all and {arguments.notebook[0]!r} exclude each other: leave one out")
+    at = next(place for place in (arguments.output, *arguments.output.resolve().parents) if place.exists())
+    if not at.is_dir():
+        raise InputError(f"--output {arguments.output}: {at.name} is a file, not a folder: name another folder")
     plans = batch.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
     return batch.run_reports(plans, arguments.output)
 

@@ -167,6 +167,14 @@ def test_bad_input_is_one_line_and_exit_code_2(notebooks, tmp_path, monkeypatch,
     assert not output.exists() and not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.parametrize("name", ["taken", "taken/below"])
+def test_output_that_is_a_file_is_rejected_before_anything_runs(notebooks, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr(batch, "run_reports", pytest.fail)
+    assert main(["report", "03", "--notebooks", str(notebooks), "--output", str(tmp_path / name)]) == 2
+    assert "taken is a file, not a folder" in capsys.readouterr().err
+
+
 def test_unknown_option_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["report", "03", "--profil", "x", "--bogus"])

@@ -32,7 +32,8 @@ FLOORS = {
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
     "ipywidgets": {"widgets"},
-    "matplotlib": {"placement", "figures"},
+    "matplotlib": {"figures"},
+    "adjustText": {"figures"},
     "seaborn": {"figures"},
     "papermill": {"batch", "pages"},
     "nbconvert": {"batch", "pages"},
