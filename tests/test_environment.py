@@ -32,13 +32,13 @@ FLOORS = {
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
     "ipywidgets": {"widgets"},
-    "matplotlib": {"figures"},
-    "adjustText": {"figures"},
-    "seaborn": {"figures"},
-    "papermill": {"batch", "pages"},
-    "nbconvert": {"batch", "pages"},
-    "nbformat": {"batch", "pages"},
-    "nbclient": {"batch", "pages"},
+    "matplotlib": {"figures", "style"},
+    "adjustText": {"style"},
+    "seaborn": {"figures", "style"},
+    "papermill": {"batch"},
+    "nbconvert": {"pages"},
+    "nbformat": {"batch", "settings"},
+    "nbclient": {"batch"},
 }
 LAYOUT = (
     "README.md", "environment.yml", "pyproject.toml", "requirements.lock", "Makefile", "LOG.md", "LICENSE",

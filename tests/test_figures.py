@@ -16,7 +16,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from distill_utils.experiments.miniend import PATHS  # noqa: E402
-from distill_utils.report import figures, tables, widgets  # noqa: E402
+from distill_utils.report import figures, style, tables, widgets  # noqa: E402
 
 ROWS = [
     {
@@ -47,7 +47,7 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def style():
+def clean_figures():
     figures.use_style()
     yield
     plt.close("all")
@@ -79,7 +79,7 @@ def test_show_is_reproducible_and_many_marks_become_png(shown):
     for _ in range(2):
         figures.show(figures.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
     assert shown[0] == shown[2]
-    cloud = list(range(figures.MANY_MARKS + 1))
+    cloud = list(range(style.MANY_MARKS + 1))
     figures.show(figures.plot_coverage_density({"reference": (cloud, cloud)}), "a", "c")
     data, metadata = shown[4]
     assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
@@ -88,15 +88,15 @@ def test_show_is_reproducible_and_many_marks_become_png(shown):
 @pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
 def test_show_refuses_silence(alt, caption):
     with pytest.raises(ValueError, match="must both say something"):
-        figures.show(figures.new_axes(), alt, caption)
+        figures.show(style.new_axes(), alt, caption)
 
 
 def test_colours_are_one_a_method_and_distinct():
-    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
-    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(figures.METHOD_COLORS)
-    assert set(PATHS) <= {*figures.PATH_COLORS, "miniend"}
-    assert len({figures.method_color(path) for path in PATHS}) == len(PATHS)
-    assert figures.method_color("lead words") == figures.BASELINE_COLOR
+    assert len(set(style.METHOD_COLORS.values())) == len(style.METHOD_COLORS)
+    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(style.METHOD_COLORS)
+    assert set(PATHS) <= {*style.PATH_COLORS, "miniend"}
+    assert len({style.method_color(path) for path in PATHS}) == len(PATHS)
+    assert style.method_color("lead words") == style.BASELINE_COLOR
 
 
 def test_table(shown):
@@ -157,10 +157,10 @@ def test_quality_speed_draws_every_row_and_no_labels_overlap():
     assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
     boxes = [text.get_window_extent() for text in labels]
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].padded(-1).overlaps(pair[1].padded(-1))]
-    marks = [line for line in ax.lines if line.get_marker() in figures.MARKERS and len(line.get_xdata()) == 1]
+    marks = [line for line in ax.lines if line.get_marker() in style.MARKERS and len(line.get_xdata()) == 1]
     assert len(marks) == 9
     by_color = {line.get_color() for line in marks}
-    assert by_color == {figures.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    assert by_color == {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
     assert len(ax.containers) == 8  # error bars of the students; the teacher's interval is the band
     assert len(ax.patches) == 1
 
@@ -237,7 +237,7 @@ def test_decoding_settings_are_joined_by_time_one_line_a_model():
     rows = decoding_rows("teacher", "teacher", ("4 beams", 80.0, 9.5), ("1 beam", 30.0, 9.0))
     rows += decoding_rows("SFT 6-3", "sft", ("1 beam", 20.0, 8.0))
     ax = figures.plot_trade_off(rows)
-    lines = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
+    lines = [line for line in ax.lines if line.get_marker() in style.MARKERS]
     assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
     assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["teacher", "SFT 6-3"]
@@ -264,7 +264,7 @@ def test_capacity_gap_is_a_line_by_teacher_size_and_a_mark_for_the_assistant():
         {"name": "teacher", "method": "teacher", "teacher_parameters": n, "score": s} for n, s in ((4e6, 25), (1e6, 22))
     ]
     ax = figures.plot_capacity_gap([*rows, *teachers], "accuracy")
-    drawn = [line for line in ax.lines if line.get_marker() in ("*", *figures.MARKERS)]
+    drawn = [line for line in ax.lines if line.get_marker() in ("*", *style.MARKERS)]
     assert [list(line.get_ydata()) for line in drawn] == [[22, 25], [19.0, 20.0, 18.0], [21.0]]
     assert list(drawn[0].get_xdata()) == [1.0, 4.0]
     direct, assisted = (list(line.get_xdata()) for line in drawn[1:])
@@ -288,7 +288,7 @@ def test_differences_without_zero_are_filled():
     ax = figures.plot_differences(rows)
     points = [line for line in ax.lines if line.get_marker() == "o"]
     assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
-    assert [point.get_color() for point in points] == [figures.method_color("kd"), figures.method_color("pl_gold")]
+    assert [point.get_color() for point in points] == [style.method_color("kd"), style.method_color("pl_gold")]
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["kd hidden_weight=0\nversus kd", "pl_gold\nversus pl"] and ax.get_ylim() == (1.5, -0.5)
 
@@ -351,7 +351,7 @@ def test_pareto_front_holds_what_nothing_beats_in_both():
     ax = figures.plot_trade_off(drawn, "t")
     (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [2, 8, 9]
-    joined = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
+    joined = [line for line in ax.lines if line.get_marker() in style.MARKERS]
     assert len({line.get_color() for line in joined}) == 5  # of one method: told apart by colour
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_notebooks import PARAMETERS, code, markdown, write_notebook
 
 from distill_utils.artifacts import InputError
-from distill_utils.report import batch
+from distill_utils.report import settings
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 # A measured result in prose grows old; "95 % interval" names a method, and published figures are marked as such.
@@ -65,7 +65,7 @@ def problems(path: Path) -> list[str]:
     if headings != 1:
         found.append(f"{headings} first-level headings instead of one")
     try:
-        parameters = batch.notebook_parameters(path)
+        parameters = settings.notebook_parameters(path)
         found += [f"parameter {name!r} has no comment" for name, p in parameters.items() if not p.help]
     except InputError as error:
         found.append(str(error))
@@ -136,4 +136,4 @@ def test_checker_finds_what_is_planted(tmp_path, change, said):
 
 
 def test_parameters_of_the_helper_are_good_themselves():
-    assert all(parameter.help for parameter in batch.parse_parameters(PARAMETERS, "x").values())
+    assert all(parameter.help for parameter in settings.parse_parameters(PARAMETERS, "x").values())

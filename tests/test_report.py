@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
 
-from distill_utils.report import pages
+from distill_utils.report import index, pages
 
 TITLE = """# 3. Distillation & friends
 
@@ -303,18 +303,18 @@ def reports(tmp_path):
 
 
 def test_index(reports):
-    pages.write_index(reports)
-    index = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
-    assert [heading.get_text() for heading in index.find_all("h1")] == ["Reports"]
-    assert [link["href"] for link in index.select("article h3 a")] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
-    assert [heading["id"] for heading in index.find_all("h2")] == ["runs-default", "runs-full"]
-    article = index.find_all("article")[1]
+    index.write_index(reports)
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    assert [heading.get_text() for heading in page.find_all("h1")] == ["Reports"]
+    assert [link["href"] for link in page.select("article h3 a")] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
+    assert [heading["id"] for heading in page.find_all("h2")] == ["runs-default", "runs-full"]
+    article = page.find_all("article")[1]
     assert "Take 6-3; it costs $5 to $6 <b>x</b>" in article.get_text() and article.strong.get_text() == "6-3"
     assert article.find("math")
-    assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in index.get_text()
-    assert not index.select("script, link, img") and "http" not in index.get_text()
-    targets = {tag["id"] for tag in index.select("[id]")}
-    for link in index.select("a[href]"):
+    assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in page.get_text()
+    assert not page.select("script, link, img") and "http" not in page.get_text()
+    targets = {tag["id"] for tag in page.select("[id]")}
+    for link in page.select("a[href]"):
         assert (
             link["href"][1:] in targets
             if link["href"].startswith("#")
@@ -323,7 +323,7 @@ def test_index(reports):
 
 
 def test_csv(reports):
-    pages.write_csv(reports)
+    index.write_csv(reports)
     table = list(csv.DictReader(io.StringIO((reports / "results.csv").read_text())))
     assert list(table[0])[:5] == ["report", "profile", "method", "student", "seed"]
     assert [line["report"] for line in table] == ["01_setup", "03_kd", "03_kd", *["full/03_kd"] * 3]
@@ -331,7 +331,7 @@ def test_csv(reports):
 
 
 def test_readme_table(reports):
-    text = pages.readme_table(reports)
+    text = index.readme_table(reports)
     assert "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
     assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
     assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" in text
@@ -341,30 +341,30 @@ def test_readme_table(reports):
     assert "1. Teacher" not in text  # the headline tables are those with students
     found = "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC): Take **6-3**; it costs"
     assert found in text
-    assert pages.readme_table(reports / "none") == "No report has been made yet.\n"
+    assert index.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
 def test_readme_leaves_the_scores_of_several_tasks_to_the_page(tmp_path):
     rows = [row("miniend", "3-3", task="summaries", rouge2=5.0), row("miniend", "3-3", task="belongs", score=70.0)]
     entry(tmp_path, "04_miniend", title="4. MiniEnD", headline="**miniend** is best", rows=rows)
-    text = pages.readme_table(tmp_path)
+    text = index.readme_table(tmp_path)
     assert "**[4. MiniEnD](reports/04_miniend.html)**" in text and "**miniend** is best" in text
     assert "| miniend |" not in text
     entry(tmp_path, "05_scaling", title="5. Scaling", headline="**No gap**", rows=[row("logits", "4-4", loss=4.1)])
-    text = pages.readme_table(tmp_path)
+    text = index.readme_table(tmp_path)
     assert "**[5. Scaling](reports/05_scaling.html)**" in text and "**No gap**" in text and "| logits |" not in text
 
 
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     readme = tmp_path / "README.md"
-    pages.update_readme(readme, reports)
+    index.update_readme(readme, reports)
     assert not readme.exists()
-    readme.write_text(f"before\n{pages.RESULTS_START}\nold\n{pages.RESULTS_END}\nafter\n")
-    pages.update_readme(readme, reports)
+    readme.write_text(f"before\n{index.RESULTS_START}\nold\n{index.RESULTS_END}\nafter\n")
+    index.update_readme(readme, reports)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD")
     assert text.endswith("<!-- results:end -->\nafter\n") and "old" not in text
-    pages.update_readme(readme, reports)
+    index.update_readme(readme, reports)
     assert readme.read_text() == text
 
 
@@ -376,23 +376,23 @@ def test_not_a_number_becomes_null_beside_the_page(made):
 
 
 def test_wall_time_names_what_was_reused():
-    assert pages.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
-    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
-    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
-    assert pages.wall_time({}) == ""
+    assert index.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
+    assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
+    assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
+    assert index.wall_time({}) == ""
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
 )
 def test_duration(seconds, text):
-    assert pages.duration(seconds) == text
+    assert index.duration(seconds) == text
 
 
 def test_readme_sends_to_the_report_for_many_rows(reports):
     entry = json.loads((reports / "03_kd.json").read_text())
-    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(pages.README_ROWS + 1)]
+    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(index.README_ROWS + 1)]
     (reports / "03_kd.json").write_text(json.dumps(entry))
-    text = pages.readme_table(reports)
+    text = index.readme_table(reports)
     assert "**[3. KD | PL](reports/03_kd.html)**" in text and "| 6-1 |" not in text
     assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text  # another report's table

@@ -1,222 +1,46 @@
-"""One look for every figure and table: colours, captions, alternative texts.
+"""Figures: a `plot_*` function takes plain rows, returns its Axes and never shows it; `show` does.
 
-Out of scope: computing what is drawn. A `plot_*` function takes plain rows, returns its Axes and never shows it.
+Out of scope: computing what is drawn; colours, names and the look (style.py).
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import offset_copy
 
-# Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out, too pale on white.
-METHOD_COLORS = {
-    "teacher": "#6b6b6b",
-    "sft": "#0072b2",
-    "kd": "#d55e00",
-    "pl": "#009e73",
-    "pl_kl": "#cc79a7",
-    "pl_gold": "#00604a",
-    "on_policy": "#a6761d",
-    "kd_cached": "#8c3a00",
-    "miniend": "#56b4e9",
-    "reference": "#1c2127",
-}
-# Paths of task-agnostic distillation (miniend.PATHS), in no figure with the objectives above.
-PATH_COLORS = {
-    "scratch": "#8b949e",
-    "logits": "#d55e00",
-    "encoder": "#009e73",
-    "decoder": "#cc79a7",
-    "self": "#e69f00",
-    "decoder_cross": "#a6761d",
-    "miniend_logits": "#0072b2",
-    "hidden": "#00604a",
-    "none": "#1c2127",
-}
-BASELINE_COLOR = "#b0b0b0"
-METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "pl_gold": "PL+references",
-                 "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD",
-                 "miniend_logits": "MiniEnD + logits"}  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-FIGURE_SIZE = (6.5, 3.5)  # inches
-MANY_MARKS = 2000  # above this an SVG grows past a PNG at 150 dpi
-HEADINGS = {
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "rougeLsum": "ROUGE-Lsum",
-    "parameters_m": "parameters (M)",
-    "latency_ms": "latency (ms)",
-    "ms_per_token": "ms/token",
-    "throughput": "summaries/s",
-    "speedup": "speed-up",
-}
-AXIS_LABELS = HEADINGS | {
-    "ms_per_token": "time per generated token (ms)",
-    "latency_ms": "latency of one summary (ms)",
-    "throughput": "summaries per second",
-    "parameters_m": "parameters (millions)",
-    "words": "words per summary",
-    "speedup": "speed-up over the teacher",
-    "ce_loss": "cross-entropy (nats per token)",
-    "kl_loss": "KL from teacher (nats per token)",
-    "own_kl_loss": "KL on the student's own samples (nats per token)",
-    "hidden_loss": "hidden-state error",
-}
+from distill_utils.report.style import (
+    FIGURE_SIZE,
+    HEADINGS,
+    MARKERS,
+    METHOD_COLORS,
+    axis_label,
+    error_bars,
+    label_right,
+    method_color,
+    method_label,
+    name_rows,
+    new_axes,
+    separate,
+)
+from distill_utils.report.style import show as show
+from distill_utils.report.style import use_style as use_style
 
 
-def use_style() -> None:
-    """Set the style of all figures: white, light grid, no frame at the top and right."""
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        font_scale=0.85,
-        rc={
-            "figure.figsize": FIGURE_SIZE,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#8b949e",
-            "axes.linewidth": 0.8,
-            "axes.labelcolor": "#373e47",
-            "axes.titlesize": "medium",
-            "axes.titlelocation": "left",
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e8ebee",
-            "grid.linewidth": 0.8,
-            "xtick.color": "#586069",
-            "ytick.color": "#586069",
-            "xtick.major.size": 3,
-            "ytick.major.size": 3,
-            "legend.frameon": False,
-            "lines.linewidth": 1.8,
-            "svg.fonttype": "path",
-            "svg.hashsalt": "distill",  # the same figure gives the same bytes
-        },
-    )
-    sns.set_palette(list(METHOD_COLORS.values()))
-
-
-def method_color(method: str) -> str:
-    """Return the colour of a method or path in every figure; what is neither is a light grey baseline."""
-    return (METHOD_COLORS | PATH_COLORS).get(method, BASELINE_COLOR)
-
-
-def method_label(method: str, student: str | None = None) -> str:
-    """Return the name of a method for readers, with the student's shape."""
-    name = METHOD_LABELS.get(method, str(method).replace("_", " "))
-    return f"{name} {student}" if student else name
-
-
-def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
-    """Display a figure with its alternative text and a caption below, and close it.
-
-    Few marks become SVG, many a PNG at 150 dpi. `alt` says in a sentence what the pattern is, `caption` what is
-    drawn, of how many, and what the intervals mean. Raises ValueError when one is empty.
-    """
-    from IPython.display import HTML, display
-
-    if not alt.strip() or not caption.strip():
-        raise ValueError(f"alt {alt!r} and caption {caption!r} must both say something about the figure")
-    figure = figure_or_axes if isinstance(figure_or_axes, Figure) else figure_or_axes.get_figure()
-    buffer = io.BytesIO()
-    if count_marks(figure) > MANY_MARKS:
-        mime, options = "image/png", {"format": "png", "dpi": 150}
-        size = {"width": round(figure.get_figwidth() * 96)}
-    else:
-        mime, options, size = "image/svg+xml", {"format": "svg", "metadata": {"Date": None, "Creator": None}}, {}
-    figure.savefig(buffer, bbox_inches="tight", pad_inches=0.05, **options)
-    plt.close(figure)
-    data: bytes | str = buffer.getvalue()
-    data = data if mime == "image/png" else data.decode()
-    display({mime: data, "text/plain": alt}, metadata={mime: {"alt": alt, **size}}, raw=True)
-    display(HTML(f'<div class="figcaption">{escape(caption)}</div>'))
-
-
-def count_marks(figure: Figure) -> int:
-    """Count what a vector file would hold: points of lines and scatters, bars, cells of images."""
-    marks = 0
-    for ax in figure.axes:
-        marks += sum(len(line.get_xdata()) for line in ax.lines) + len(ax.patches) + len(ax.texts)
-        marks += sum(max(len(c.get_offsets()), len(c.get_paths())) for c in ax.collections)
-        marks += sum(int(math.prod(image.get_array().shape[:2])) for image in ax.images)
-    return marks
-
-
-# --------------------------------------------------------------------------------------------------- parts of figures
-
-
-def new_axes(ax: Axes | None = None) -> Axes:
-    """Return `ax`, or the axes of a new figure of the one size."""
-    return plt.subplots(figsize=FIGURE_SIZE, layout="constrained")[1] if ax is None else ax
-
-
-def axis_label(key: str) -> str:
-    """Return the text beside an axis for a results key."""
-    return AXIS_LABELS.get(key, key.replace("_", " "))
-
-
-def _separate(ax: Axes, texts: Sequence, move: str | dict, **options) -> None:
-    """Move texts along `move` ("x" or "y") until none hides another; the same figure gives the same places."""
-    if texts:
-        ax.get_figure().draw_without_rendering()  # places need the final layout
-        adjust_text(texts, ax=ax, only_move=move, iter_lim=300, **options)
-
-
-def _label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float | None = None) -> None:
-    """Write (value, text, colour) labels at x = `at`, else at the right edge, pushed apart where they would touch."""
-    x, transform = (1.0, ax.get_yaxis_transform()) if at is None else (at, ax.transData)
-    beside = offset_copy(transform, ax.get_figure(), 6, 0, units="points")
-    texts = [ax.text(x, y, text, color=color, transform=beside, va="center") for y, text, color in sorted(labels)]
-    _separate(ax, texts, "y", avoid_self=False, ensure_inside_axes=False)
-    for text in texts:
-        text.set(x=x, ha="left")
-
-
-def _bars(rows: Sequence[Mapping], key: str) -> list[list[float]]:
-    """Return the lengths of error bars below and above the values of `key`."""
-    below = [max(row[key] - row[f"{key}_low"], 0) for row in rows]
-    return [below, [max(row[f"{key}_high"] - row[key], 0) for row in rows]]
-
-
-def _moved_apart(values: Sequence[float]) -> pd.Series:
-    """Move values that lie within 3 % of the whole range apart by 2.2 % of it, keeping each group's middle."""
-    at = pd.Series(values, dtype=float)
-    whole = at.max() - at.min()
-    number = (at.dropna().sort_values().diff() > 0.03 * whole).cumsum().sort_index()
-    group = at.groupby(number)  # in the order of the rows, the same in every group
-    size = group.transform("size")
-    aside = (group.cumcount() - (size - 1) / 2) * 0.022 * whole
-    return at.where(size == 1, group.transform("mean") + aside)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss", ax: Axes | None = None) -> Axes:
+def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") -> Axes:
     """Plot one quantity of training histories over the steps.
 
     `histories` maps a run's name ("kd", "kd 6-3") to history rows with "step" and `key`; rows without it are skipped.
     The first word is the method and gives the colour; runs of one method differ by dashes. Up to four runs are
     named at their line's end, more in a legend.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     ends: list[tuple[float, float, str, str]] = []
     dashes: dict[str, int] = {}
     for name, history in histories.items():
@@ -234,8 +58,23 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss", 
     if len(ends) > 4:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2)
     elif ends:
-        _label_right(ax, [(y, label, color) for _, y, label, color in ends], at=max(x for x, *_ in ends))
+        label_right(ax, [(y, label, color) for _, y, label, color in ends], at=max(x for x, *_ in ends))
     return ax
+
+
+def _moved_apart(values: Sequence[float]) -> pd.Series:
+    """Move values that lie within 3 % of the whole range apart by 2.2 % of it, keeping each group's middle."""
+    at = pd.Series(values, dtype=float)
+    whole = at.max() - at.min()
+    number = (at.dropna().sort_values().diff() > 0.03 * whole).cumsum().sort_index()
+    group = at.groupby(number)  # in the order of the rows, the same in every group
+    size = group.transform("size")
+    aside = (group.cumcount() - (size - 1) / 2) * 0.022 * whole
+    return at.where(size == 1, group.transform("mean") + aside)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def plot_quality_speed(
@@ -247,7 +86,7 @@ def plot_quality_speed(
     shape. Rows without `x` (lead words, object name) are dotted lines, the teacher is a point in its band. Points of
     nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     rows = [row for row in rows if _is_number(row.get(y))]
     students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
     shapes = {student: MARKERS[i % len(MARKERS)] for i, student in enumerate(students)}
@@ -260,7 +99,7 @@ def plot_quality_speed(
         if method == "teacher" and has_interval:
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
         elif has_interval and not is_line:
-            ax.errorbar(at, value, yerr=_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
+            ax.errorbar(at, value, yerr=error_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
             bars += [(at, height) for height in np.linspace(low, high, 9)]
         if method == "teacher" or is_line:
             ax.axhline(value, color=color, lw=0.9 if method == "teacher" else 1.2, ls=":" if is_line else "-")
@@ -275,11 +114,11 @@ def plot_quality_speed(
     ax.autoscale_view()
     if places.min() >= 0:
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
-    _label_right(ax, lines)
+    label_right(ax, lines)
     texts = [ax.text(*place, name, color=color, va="center", zorder=5) for *place, name, color in points]
     x_taken, y_taken = zip(*bars, strict=True) if bars else ([], [])
     beside = {"static": "x+", "explode": "x+", "text": "y", "pull": "y"}  # to the right of all bars, one above another
-    _separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
+    separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
     return ax
 
 
@@ -290,18 +129,13 @@ def pareto_front(rows: Sequence[Mapping], x: str, y: str = "rouge2") -> list[Map
     return [row for i, row in enumerate(known) if all(other[y] < row[y] for other in known[:i])]
 
 
-def plot_lengths(
-    lengths: Mapping[str, Sequence[int]],
-    limits: Mapping[str, int] | None = None,
-    unit: str = "tokens",
-    ax: Axes | None = None,
-) -> Axes:
+def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Axes:
     """Plot cumulative distributions of lengths on a log axis, with truncation limits as dashed lines.
 
-    `lengths` maps a name ("source", "reference", "kd") to lengths in `unit`; `limits` maps some of the names to the
+    `lengths` maps a name ("source", "reference", "kd") to lengths in tokens; `limits` maps some of the names to the
     length they are cut at. Where a curve meets its dashed line stands the share that is left whole.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     others = iter(("#0072b2", "#d55e00", "#009e73", "#cc79a7"))
     limits = limits or {}
     shares = np.linspace(0, 1, 201)  # as many points for any number of documents
@@ -315,17 +149,17 @@ def plot_lengths(
             ax.annotate(note, (limits[name], 101), (0, 4), textcoords="offset points", color=color, ha="center")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel=f"length ({unit}, log scale)", ylabel="documents up to this length (%)", ylim=(0, 101))
+    ax.set(xlabel="length (tokens, log scale)", ylabel="documents up to this length (%)", ylim=(0, 101))
     ax.legend(loc="upper left")
     return ax
 
 
-def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None) -> Axes:
+def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Axes:
     """Plot coverage (share of words inside copied fragments) against density (mean squared length of fragments).
 
     `pairs` maps a name to (coverage, density), both per document.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     for name, (coverage, density) in pairs.items():
         color = method_color(name.split()[0])
         ax.scatter(coverage, density, s=10, lw=0, color=color, alpha=0.4, label=method_label(name))
@@ -338,15 +172,13 @@ def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[fl
 
 
 def plot_intervals(
-    rows: Sequence[Mapping],
-    metrics: Sequence[str] = ("rouge1", "rouge2", "rougeL", "rougeLsum"),
-    ax: Axes | None = None,
+    rows: Sequence[Mapping], metrics: Sequence[str] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 ) -> Axes:
     """Plot mean and interval of every row, one group a metric, the teacher's interval as a band behind its group.
 
     Rows are results rows: method, <metric>, <metric>_low, <metric>_high. Names stand beside the first group.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     step = 0.72 / len(rows)
     for i, metric in enumerate(metrics):
         for k, row in enumerate(rows):
@@ -360,11 +192,8 @@ def plot_intervals(
             if i == 0:
                 text = method_label(row["method"], row.get("student"))
                 ax.annotate(text, (high, at), (5, 0), textcoords="offset points", va="center", color="#586069")
-    ax.set_yticks(range(len(metrics)), [HEADINGS.get(metric, metric) for metric in metrics])
-    ax.set_ylim(len(metrics) - 0.45, -0.55)
+    name_rows(ax, [HEADINGS.get(metric, metric) for metric in metrics])
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
-    ax.grid(False, axis="y")
-    ax.tick_params(axis="y", length=0)
     ax.set_xlabel("F1 × 100")
     return ax
 
@@ -408,7 +237,7 @@ def plot_layers(rows: Sequence[Mapping], key: str, ylabel: str) -> Figure:
         layers, values = [row["layer"] for row in own], [row[key] for row in own]
         ax.bar(layers, values, 0.7, color="#8b949e")
         if all(f"{key}_low" in row for row in own):
-            ax.errorbar(layers, values, yerr=_bars(own, key), fmt="none", color="#373e47", lw=1.1, capsize=2)
+            ax.errorbar(layers, values, yerr=error_bars(own, key), fmt="none", color="#373e47", lw=1.1, capsize=2)
         ax.axhline(0, color="#8b949e", lw=0.8)
         ax.set(title=stack, xlabel="teacher layer", xticks=layers)
         ax.grid(False, axis="x")
@@ -444,48 +273,45 @@ def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel:
     """Plot one measured value against another, one point a row with its name above; `y`_low, `y`_high: its interval."""
     ax, color = new_axes(), METHOD_COLORS["sft"]
     at, values = [row[x] for row in rows], [row[y] for row in rows]
-    ax.errorbar(at, values, yerr=_bars(rows, y), color=color, ls="", lw=1.1, capsize=2, marker="o", ms=6, mec="white")
+    look = {"color": color, "ls": "", "lw": 1.1, "capsize": 2, "marker": "o", "ms": 6, "mec": "white"}
+    ax.errorbar(at, values, yerr=error_bars(rows, y), **look)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.margins(x=0.08)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.6 * (high - low))  # room for names, which stand upright: neighbours are often close
     above = {"color": color, "rotation": 90, "ha": "center", "va": "bottom"}
     texts = [ax.text(row[x], row[f"{y}_high"] + 0.02 * (high - low), row["name"], **above) for row in rows]
-    _separate(ax, texts, "x", avoid_self=False)
+    separate(ax, texts, "x", avoid_self=False)
     return ax
 
 
-def plot_differences(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
+def plot_differences(rows: Sequence[Mapping]) -> Axes:
     """Plot paired differences with their intervals, one line a row from the top.
 
     Filled are those whose interval has no zero, unless seeds disagree on the sign. Rows have name,
     difference, low, high, and may have seeds_agree.
     """
-    ax = ax or plt.subplots(figsize=(FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
+    ax = plt.subplots(figsize=(FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
     ax.axvline(0, color="#8b949e", lw=1)
     for at, row in enumerate(rows):
         real = (row["low"] > 0 or row["high"] < 0) and row.get("seeds_agree", True)
         color = method_color(str(row["name"]).split()[0])
         ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
         ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
-    ax.set_yticks(range(len(rows)), [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(False, axis="y")
+    name_rows(ax, [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
     ax.set_xlabel("difference in ROUGE-2 (right: the change helps)")
     return ax
 
 
 def plot_trade_off(
-    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", legend: str = "numbers: beams",
-    ax: Axes | None = None,
-) -> Axes:  # fmt: skip
+    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", legend: str = "numbers: beams"
+) -> Axes:
     """Plot quality against speed, one line a name through its settings by time; a setting is written beside its point.
 
     Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high. Names of one method share its colour, not the
     marker; where all are of one method, colours tell the names apart. What nothing else beats is joined by dashes.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     names = list(dict.fromkeys(row["name"] for row in rows))
     shades = sns.color_palette("crest_r", len(names)).as_hex()
     mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2
@@ -494,7 +320,7 @@ def plot_trade_off(
         color = method_color(own[0]["method"]) if mixed else shades[number]
         values, at = [row[y] for row in own], [row[x] for row in own]
         look = {"color": color, "lw": 1.2, "elinewidth": 0.7, "capsize": 2, "ms": 7, "mec": "white"}
-        ax.errorbar(at, values, yerr=_bars(own, y), marker=MARKERS[number], label=name, **look)
+        ax.errorbar(at, values, yerr=error_bars(own, y), marker=MARKERS[number], label=name, **look)
         for row in own:
             text = row["setting"].replace(" beams", "").replace(" beam", "")
             ax.annotate(text, (row[x], row[y]), (4, 5), textcoords="offset points", color=color, fontsize="small")
@@ -506,14 +332,14 @@ def plot_trade_off(
     return ax
 
 
-def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score", ax: Axes | None = None) -> Axes:
+def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
     """Plot a student's score against its teacher's size, one line a name through its teachers, a lone one as a mark.
 
     The student is always of one size. Rows have name, method (its colour), teacher_parameters, score, score_low and
     score_high; those named "teacher" hold a teacher's own score and stand behind in grey, the interval may be missing.
     A student by way of an assistant has the size of the teacher that its assistant learned from.
     """
-    ax = new_axes(ax)
+    ax = new_axes()
     rows = sorted(rows, key=lambda row: (row["name"] != "teacher", row["teacher_parameters"]))
     sizes = sorted({row["teacher_parameters"] / 1e6 for row in rows})
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -532,14 +358,14 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score", ax: Axes |
         at = at * max(sizes[-1] / sizes[0], 2) ** (0.025 * (number - (len(students) - 1) / 2))
         edge = {"ms": 9, "mec": "#1c2127"} if len(own) == 1 else {"ms": 7, "mec": "white"}
         look = {"color": color, "lw": 1.4, "elinewidth": 1.1, "capsize": 2, "zorder": 4, **edge}
-        ax.errorbar(at, values, yerr=_bars(own, "score"), marker=MARKERS[number % len(MARKERS)], **look)
+        ax.errorbar(at, values, yerr=error_bars(own, "score"), marker=MARKERS[number % len(MARKERS)], **look)
         right = max(right, at[-1])
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
     ax.minorticks_off()
     ax.set(xlabel="teacher parameters (M, log scale)", ylabel=ylabel)
     ax.margins(y=0.1)
-    _label_right(ax, labels, at=1.015 * right)  # beyond a large mark
+    label_right(ax, labels, at=1.015 * right)  # beyond a large mark
     return ax
 
 
@@ -562,9 +388,7 @@ def plot_stacked(
         ax.axvline(limit, color="#1c2127", lw=1, ls="--")
         ax.annotate(limit_label, (limit, -0.55), ha="right", va="bottom", xytext=(-3, 0), textcoords="offset points")
     ax.set(xlabel=xlabel, ylabel="", xlim=(0, 1.15 * max(*totals, limit or 0.0)))
-    ax.set_ylim(len(rows) - 0.5, -0.5 if limit is None else -0.9)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(False, axis="y")
+    name_rows(ax, list(table.index), room=0.0 if limit is None else 0.4)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.2)
     return ax
 

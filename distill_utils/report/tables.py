@@ -12,7 +12,7 @@ from html import escape
 
 import pandas as pd
 
-from distill_utils.report.figures import HEADINGS, method_label
+from distill_utils.report.style import HEADINGS, method_label
 
 DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
