@@ -6,9 +6,11 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,8 @@ ONLY_IN = {
 }
 LAYOUT = (
     "README.md", "environment.yml", "pyproject.toml", "requirements.lock", "Makefile", "LOG.md", "LICENSE",
-    ".ci/run", ".gitignore", ".gitattributes", "notebooks", "distill_utils", "tests", "benchmarks",
+    ".ci/run", ".pre-commit-config.yaml", ".gitignore", ".gitattributes", "notebooks", "distill_utils", "tests",
+    "benchmarks",
 )  # fmt: skip
 
 
@@ -261,6 +264,29 @@ def test_imported_packages_are_declared():
                 continue
             found = {canonicalize_name(name) for name in providers.get(root, [])}
             assert found & declared, f"{path.name} imports {root}: add {sorted(found) or root} to pyproject.toml"
+
+
+@pytest.mark.slow
+def test_wheel_holds_what_the_package_needs(tmp_path):
+    """Build it from a copy, unpack it, and import from there, outside the checkout."""
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
+    done = subprocess.run([*command, source], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    expected = {path.relative_to(source) for path in (source / PACKAGE.name).rglob("*") if path.is_file()}
+    found = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert expected - found == set() and any(path.suffix == ".css" for path in found)
+    script = (
+        "import distill_utils, distill_utils.__main__ as main; print(distill_utils.__file__); main.main(['--help'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(str(unpacked)), done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- the other files
