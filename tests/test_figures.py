@@ -62,12 +62,12 @@ def test_show_gives_alt_and_escaped_caption_and_closes(shown):
     assert not plt.get_fignums()
 
 
-def test_show_is_reproducible_and_many_marks_become_png(shown):
+def test_show_is_reproducible_and_a_large_svg_becomes_png(shown, monkeypatch):
     for _ in range(2):
         figures.show(figures.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
     assert shown[0] == shown[2]
-    cloud = list(range(style.MANY_MARKS + 1))
-    figures.show(figures.plot_coverage_density({"reference": (cloud, cloud)}), "a", "c")
+    monkeypatch.setattr(style, "MAX_SVG_BYTES", 1000)
+    figures.show(figures.plot_coverage_density({"reference": ([0.1], [2.0])}), "a", "c")
     data, metadata = shown[4]
     assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
 

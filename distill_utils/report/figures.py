@@ -15,22 +15,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from distill_utils.report.style import (
-    FIGURE_SIZE,
-    HEADINGS,
-    MARKERS,
-    METHOD_COLORS,
-    axis_label,
-    error_bars,
-    label_right,
-    method_color,
-    method_label,
-    name_rows,
-    new_axes,
-    separate,
-)
-from distill_utils.report.style import show as show
-from distill_utils.report.style import use_style as use_style
+from distill_utils.report import style
+from distill_utils.report.style import HEADINGS, method_label, show, use_style  # noqa: F401  as figures.show
 
 
 def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") -> Axes:
@@ -40,7 +26,7 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") 
     The first word is the method and gives the colour; runs of one method differ by dashes. Up to four runs are
     named at their line's end, more in a legend.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     ends: list[tuple[float, float, str, str]] = []
     dashes: dict[str, int] = {}
     for name, history in histories.items():
@@ -48,17 +34,17 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") 
         if not points:
             continue
         method, _, rest = name.partition(" ")
-        style = ("-", "--", ":", "-.")[dashes.get(method, 0) % 4]
+        dash = ("-", "--", ":", "-.")[dashes.get(method, 0) % 4]
         dashes[method] = dashes.get(method, 0) + 1
         steps, values = zip(*points, strict=True)
-        label, color = method_label(method, rest), method_color(method)
-        ax.plot(steps, values, style, color=color, lw=1.5, label=label, marker="o" if len(points) == 1 else None)
+        label, color = method_label(method, rest), style.method_color(method)
+        ax.plot(steps, values, dash, color=color, lw=1.5, label=label, marker="o" if len(points) == 1 else None)
         ends.append((steps[-1], values[-1], label, color))
-    ax.set(xlabel="optimizer step", ylabel=axis_label(key))
+    ax.set(xlabel="optimizer step", ylabel=style.axis_label(key))
     if len(ends) > 4:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2)
     elif ends:
-        label_right(ax, [(y, label, color) for _, y, label, color in ends], at=max(x for x, *_ in ends))
+        style.label_right(ax, [(y, label, color) for _, y, label, color in ends], at=max(x for x, *_ in ends))
     return ax
 
 
@@ -86,20 +72,20 @@ def plot_quality_speed(
     shape. Rows without `x` (lead words, object name) are dotted lines, the teacher is a point in its band. Points of
     nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     rows = [row for row in rows if _is_number(row.get(y))]
     students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
-    shapes = {student: MARKERS[i % len(MARKERS)] for i, student in enumerate(students)}
+    shapes = {student: style.MARKERS[i % len(style.MARKERS)] for i, student in enumerate(students)}
     places = _moved_apart([row[x] if _is_number(row.get(x)) else math.nan for row in rows])
     points, lines, bars = [], [], []
     for row, at in zip(rows, places, strict=True):
         method, value, is_line = row.get("method", ""), row[y], math.isnan(at)
-        color, low, high = method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
+        color, low, high = style.method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
         has_interval = _is_number(low) and _is_number(high)
         if method == "teacher" and has_interval:
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
         elif has_interval and not is_line:
-            ax.errorbar(at, value, yerr=error_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
+            ax.errorbar(at, value, yerr=style.error_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
             bars += [(at, height) for height in np.linspace(low, high, 9)]
         if method == "teacher" or is_line:
             ax.axhline(value, color=color, lw=0.9 if method == "teacher" else 1.2, ls=":" if is_line else "-")
@@ -109,16 +95,16 @@ def plot_quality_speed(
         if not is_line:
             marker = "*" if method == "teacher" else shapes.get(row.get("student"), "o")
             ax.plot(at, value, marker, color=color, ms=11 if marker == "*" else 7, mec="white", mew=0.8, zorder=4)
-    ax.set(xlabel=axis_label(x), ylabel=axis_label(y))
+    ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y))
     ax.margins(x=0.14, y=0.1)
     ax.autoscale_view()
     if places.min() >= 0:
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
-    label_right(ax, lines)
+    style.label_right(ax, lines)
     texts = [ax.text(*place, name, color=color, va="center", zorder=5) for *place, name, color in points]
     x_taken, y_taken = zip(*bars, strict=True) if bars else ([], [])
     beside = {"static": "x+", "explode": "x+", "text": "y", "pull": "y"}  # to the right of all bars, one above another
-    separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
+    style.separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
     return ax
 
 
@@ -135,12 +121,12 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
     `lengths` maps a name ("source", "reference", "kd") to lengths in tokens; `limits` maps some of the names to the
     length they are cut at. Where a curve meets its dashed line stands the share that is left whole.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     others = iter(("#0072b2", "#d55e00", "#009e73", "#cc79a7"))
     limits = limits or {}
     shares = np.linspace(0, 1, 201)  # as many points for any number of documents
     for name, values in lengths.items():
-        color = METHOD_COLORS.get(name.split()[0]) or next(others)
+        color = style.METHOD_COLORS.get(name.split()[0]) or next(others)
         ax.plot(np.quantile(values, shares).clip(1), 100 * shares, color=color, label=method_label(name))
         if name in limits:
             whole = 100 * np.mean(np.asarray(values) <= limits[name])
@@ -159,9 +145,9 @@ def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[fl
 
     `pairs` maps a name to (coverage, density), both per document.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     for name, (coverage, density) in pairs.items():
-        color = method_color(name.split()[0])
+        color = style.method_color(name.split()[0])
         ax.scatter(coverage, density, s=10, lw=0, color=color, alpha=0.4, label=method_label(name))
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="coverage: share of words copied", ylabel="density: squared length of copied runs")
@@ -178,13 +164,13 @@ def plot_intervals(
 
     Rows are results rows: method, <metric>, <metric>_low, <metric>_high. Names stand beside the first group.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     step = 0.72 / len(rows)
     for i, metric in enumerate(metrics):
         for k, row in enumerate(rows):
             at, low, high = i + step * (k - (len(rows) - 1) / 2), row[f"{metric}_low"], row[f"{metric}_high"]
-            is_teacher, marker = row["method"] == "teacher", "*" if row["method"] == "teacher" else MARKERS[k]
-            color = method_color("teacher") if is_teacher else "#8b949e"
+            is_teacher, marker = row["method"] == "teacher", "*" if row["method"] == "teacher" else style.MARKERS[k]
+            color = style.method_color("teacher") if is_teacher else "#8b949e"
             if is_teacher:
                 ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
             ax.plot([low, high], [at, at], color=color, lw=1.6, zorder=3)
@@ -192,7 +178,7 @@ def plot_intervals(
             if i == 0:
                 text = method_label(row["method"], row.get("student"))
                 ax.annotate(text, (high, at), (5, 0), textcoords="offset points", va="center", color="#586069")
-    name_rows(ax, [HEADINGS.get(metric, metric) for metric in metrics])
+    style.name_rows(ax, [HEADINGS.get(metric, metric) for metric in metrics])
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     ax.set_xlabel("F1 × 100")
     return ax
@@ -213,7 +199,7 @@ def plot_maps(maps: Mapping[str, Sequence[int]], teacher_layers: int) -> Axes:
         rows[name] = [str(list(ids).index(layer)) if layer in ids else "" for layer in range(teacher_layers)]
         size = len(ids)
     numbers = pd.DataFrame.from_dict(rows, orient="index")
-    ax = plt.subplots(figsize=(FIGURE_SIZE[0], 0.27 * len(rows) + 0.55), layout="constrained")[1]
+    ax = plt.subplots(figsize=(style.FIGURE_SIZE[0], 0.27 * len(rows) + 0.55), layout="constrained")[1]
     sns.heatmap(
         numbers.ne(""), ax=ax, mask=numbers.isna(), annot=numbers, fmt="", cmap=["#eceff2", "#0072b2"], vmin=0, vmax=1,
         cbar=False, linewidths=2, annot_kws={"fontweight": "bold"},
@@ -237,7 +223,7 @@ def plot_layers(rows: Sequence[Mapping], key: str, ylabel: str) -> Figure:
         layers, values = [row["layer"] for row in own], [row[key] for row in own]
         ax.bar(layers, values, 0.7, color="#8b949e")
         if all(f"{key}_low" in row for row in own):
-            ax.errorbar(layers, values, yerr=error_bars(own, key), fmt="none", color="#373e47", lw=1.1, capsize=2)
+            ax.errorbar(layers, values, yerr=style.error_bars(own, key), fmt="none", color="#373e47", lw=1.1, capsize=2)
         ax.axhline(0, color="#8b949e", lw=0.8)
         ax.set(title=stack, xlabel="teacher layer", xticks=layers)
         ax.grid(False, axis="x")
@@ -271,17 +257,17 @@ def plot_heatmaps(
 
 def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel: str) -> Axes:
     """Plot one measured value against another, one point a row with its name above; `y`_low, `y`_high: its interval."""
-    ax, color = new_axes(), METHOD_COLORS["sft"]
+    ax, color = style.new_axes(), style.METHOD_COLORS["sft"]
     at, values = [row[x] for row in rows], [row[y] for row in rows]
     look = {"color": color, "ls": "", "lw": 1.1, "capsize": 2, "marker": "o", "ms": 6, "mec": "white"}
-    ax.errorbar(at, values, yerr=error_bars(rows, y), **look)
+    ax.errorbar(at, values, yerr=style.error_bars(rows, y), **look)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.margins(x=0.08)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.6 * (high - low))  # room for names, which stand upright: neighbours are often close
     above = {"color": color, "rotation": 90, "ha": "center", "va": "bottom"}
     texts = [ax.text(row[x], row[f"{y}_high"] + 0.02 * (high - low), row["name"], **above) for row in rows]
-    separate(ax, texts, "x", avoid_self=False)
+    style.separate(ax, texts, "x", avoid_self=False)
     return ax
 
 
@@ -291,14 +277,14 @@ def plot_differences(rows: Sequence[Mapping]) -> Axes:
     Filled are those whose interval has no zero, unless seeds disagree on the sign. Rows have name,
     difference, low, high, and may have seeds_agree.
     """
-    ax = plt.subplots(figsize=(FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
+    ax = plt.subplots(figsize=(style.FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
     ax.axvline(0, color="#8b949e", lw=1)
     for at, row in enumerate(rows):
         real = (row["low"] > 0 or row["high"] < 0) and row.get("seeds_agree", True)
-        color = method_color(str(row["name"]).split()[0])
+        color = style.method_color(str(row["name"]).split()[0])
         ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
         ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
-    name_rows(ax, [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
+    style.name_rows(ax, [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
     ax.set_xlabel("difference in ROUGE-2 (right: the change helps)")
     return ax
 
@@ -311,20 +297,20 @@ def plot_trade_off(
     Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high. Names of one method share its colour, not the
     marker; where all are of one method, colours tell the names apart. What nothing else beats is joined by dashes.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     names = list(dict.fromkeys(row["name"] for row in rows))
     shades = sns.color_palette("crest_r", len(names)).as_hex()
     mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2
     for number, name in enumerate(names):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
-        color = method_color(own[0]["method"]) if mixed else shades[number]
+        color = style.method_color(own[0]["method"]) if mixed else shades[number]
         values, at = [row[y] for row in own], [row[x] for row in own]
         look = {"color": color, "lw": 1.2, "elinewidth": 0.7, "capsize": 2, "ms": 7, "mec": "white"}
-        ax.errorbar(at, values, yerr=error_bars(own, y), marker=MARKERS[number], label=name, **look)
+        ax.errorbar(at, values, yerr=style.error_bars(own, y), marker=style.MARKERS[number], label=name, **look)
         for row in own:
             text = row["setting"].replace(" beams", "").replace(" beam", "")
             ax.annotate(text, (row[x], row[y]), (4, 5), textcoords="offset points", color=color, fontsize="small")
-    ax.set(xlabel=axis_label(x), ylabel=axis_label(y))
+    ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y))
     best = pareto_front(rows, x, y)
     ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=1)
     ax.set_xlim(left=0)
@@ -339,7 +325,7 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
     score_high; those named "teacher" hold a teacher's own score and stand behind in grey, the interval may be missing.
     A student by way of an assistant has the size of the teacher that its assistant learned from.
     """
-    ax = new_axes()
+    ax = style.new_axes()
     rows = sorted(rows, key=lambda row: (row["name"] != "teacher", row["teacher_parameters"]))
     sizes = sorted({row["teacher_parameters"] / 1e6 for row in rows})
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -348,7 +334,7 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
     for name in names:
         own = [row for row in rows if row["name"] == name]
         at, values = np.array([row["teacher_parameters"] / 1e6 for row in own]), [row["score"] for row in own]
-        color = method_color(own[0]["method"])
+        color = style.method_color(own[0]["method"])
         labels.append((values[-1], name, color))
         if name == "teacher":
             ax.plot(at, values, color=color, lw=0.9, ls=":", marker="*", ms=9, alpha=0.6, zorder=2)
@@ -358,14 +344,15 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
         at = at * max(sizes[-1] / sizes[0], 2) ** (0.025 * (number - (len(students) - 1) / 2))
         edge = {"ms": 9, "mec": "#1c2127"} if len(own) == 1 else {"ms": 7, "mec": "white"}
         look = {"color": color, "lw": 1.4, "elinewidth": 1.1, "capsize": 2, "zorder": 4, **edge}
-        ax.errorbar(at, values, yerr=error_bars(own, "score"), marker=MARKERS[number % len(MARKERS)], **look)
+        marker = style.MARKERS[number % len(style.MARKERS)]
+        ax.errorbar(at, values, yerr=style.error_bars(own, "score"), marker=marker, **look)
         right = max(right, at[-1])
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
     ax.minorticks_off()
     ax.set(xlabel="teacher parameters (M, log scale)", ylabel=ylabel)
     ax.margins(y=0.1)
-    label_right(ax, labels, at=1.015 * right)  # beyond a large mark
+    style.label_right(ax, labels, at=1.015 * right)  # beyond a large mark
     return ax
 
 
@@ -379,7 +366,7 @@ def plot_stacked(
     """
     table = pd.DataFrame(rows).set_index("name").reindex(columns=list(parts)).fillna(0.0)
     table, totals = table.loc[:, table.any()], table.sum(axis=1)
-    ax = plt.subplots(figsize=(FIGURE_SIZE[0], 1.3 + 0.45 * len(rows)))[1]
+    ax = plt.subplots(figsize=(style.FIGURE_SIZE[0], 1.3 + 0.45 * len(rows)))[1]
     colors = sns.color_palette("colorblind", table.shape[1])
     table.plot.barh(stacked=True, ax=ax, width=0.62, color=colors, edgecolor="white", lw=0.6)
     for at, total in enumerate(totals):
@@ -388,7 +375,7 @@ def plot_stacked(
         ax.axvline(limit, color="#1c2127", lw=1, ls="--")
         ax.annotate(limit_label, (limit, -0.55), ha="right", va="bottom", xytext=(-3, 0), textcoords="offset points")
     ax.set(xlabel=xlabel, ylabel="", xlim=(0, 1.15 * max(*totals, limit or 0.0)))
-    name_rows(ax, list(table.index), room=0.0 if limit is None else 0.4)
+    style.name_rows(ax, list(table.index), room=0.0 if limit is None else 0.4)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.2)
     return ax
 
@@ -402,7 +389,7 @@ def plot_thresholds(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.6, 2.4), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         own = table[table["measure"] == name]
-        shades = {False: method_color("pl"), True: "#a5d9c8"}
+        shades = {False: style.method_color("pl"), True: "#a5d9c8"}
         sns.histplot(own, x="value", hue="removed", bins=20, multiple="stack", palette=shades, legend=False, ax=ax)
         for bound in (own["low"].iloc[0], own["high"].iloc[0]):
             if math.isfinite(bound):

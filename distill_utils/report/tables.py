@@ -19,7 +19,7 @@ LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four
 
 
 def show_table(
-    frame: pd.DataFrame | pd.io.formats.style.Styler,
+    frame: pd.DataFrame,
     caption: str,
     best_high: Sequence[str] = (),
     best_low: Sequence[str] = (),
@@ -30,13 +30,11 @@ def show_table(
 
     The best value is bold in the columns of `best_high` (highest) and `best_low` (lowest), sought among all rows or
     those whose heading is in `best_among` (the students). `decimals` overrides a column's usual number of decimals.
-    Names of results keys get readable headings. A Styler is shown as it is, with the caption.
+    Names of results keys get readable headings.
     """
     from IPython.display import HTML, display
 
-    styler = frame
-    if isinstance(frame, pd.DataFrame):
-        styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
+    styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
     styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
     # Same table, same bytes: the id is derived, not drawn.
     styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
