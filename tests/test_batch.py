@@ -26,12 +26,8 @@ def test_parameters_cell_gives_type_default_and_help():
     assert parameters["learning_rate"] == settings.Parameter("learning_rate", "float", 3e-4, "peak")
     assert parameters["shapes"].default == ["6-3"]
     assert parameters["shapes"].help == "student shapes, encoder-decoder"
-
-
-def test_help_is_the_comment_and_not_a_hash_in_a_string():
-    parameters = settings.parse_parameters('name: str = "a # b"  # the help', "x")
-    assert parameters["name"].default == "a # b"
-    assert parameters["name"].help == "the help"
+    (hash_inside,) = settings.parse_parameters('name: str = "a # b"  # the help', "x").values()
+    assert (hash_inside.default, hash_inside.help) == ("a # b", "the help")
 
 
 @pytest.mark.parametrize(
@@ -226,16 +222,9 @@ def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
     assert done.returncode == 1
     assert "01_raises: code cell 3 of 4 raised ZeroDivisionError" in done.stderr
     assert done.stderr.rstrip().splitlines()[-2].strip() == "ZeroDivisionError: division by zero"
-    assert [path.name for path in sorted((tmp_path / "reports").iterdir())] == [
-        "02_works.html",
-        "02_works.json",
-        "index.html",
-        "results.csv",
-    ]
-    assert json.loads((tmp_path / "reports/02_works.json").read_text())["changed"] == {
-        "num_train": 7,
-        "learning_rate": 1e-3,
-    }
+    assert {path.stem for path in (tmp_path / "reports").iterdir()} == {"02_works", "index", "results"}
+    changed = json.loads((tmp_path / "reports/02_works.json").read_text())["changed"]
+    assert changed == {"num_train": 7, "learning_rate": 1e-3}
 
 
 def test_missing_results_are_found_even_beside_stale_ones(tmp_path):
@@ -297,12 +286,9 @@ time.sleep(300)"""
 
 
 def test_status_line():
-    progress = {"stage": "pseudo-labels", "step": 5, "total": 9, "unit": "documents", "rate": 0, "seconds_left": None}
-    assert batch.status_line("03_x", (4, 9), progress, 65) == "03_x  cell 4/9  pseudo-labels  documents 5/9"
-    progress |= {"stage": "kd 6-3", "step": 320, "total": 1000, "unit": "steps", "rate": 31.0, "seconds_left": 22}
+    progress = {"stage": "kd 6-3", "step": 320, "total": 1000, "unit": "steps", "rate": 31.0, "seconds_left": 22}
     line = batch.status_line("03_x", (2, 3), progress, 65)
     assert line == "03_x  cell 2/3  kd 6-3  steps 320/1000  31.0/s  00:22 left"
-    assert batch.status_line("03_x", (4, 9), None, 65) == "03_x  cell 4/9  01:05"
     assert batch.status_line("03_x", None, None, 3) == "03_x  starting  00:03"
     assert batch.clock(3 * 3600 + 7 * 60) == "3:07:00"
 

@@ -213,18 +213,9 @@ def test_scrubbing_respects_word_boundaries(monkeypatch, tmp_path):
 
 
 def test_footer_tells_how_the_page_was_made(page):
-    footer = page.footer
-    facts = dict(
-        zip(
-            (dt.get_text() for dt in footer.find_all("dt")),
-            (dd.get_text() for dd in footer.find_all("dd")),
-            strict=True,
-        )
-    )
+    facts = {name.get_text(): name.find_next("dd").get_text() for name in page.footer.find_all("dt")}
     assert facts["notebook"] == "03_kd_pl_sft.ipynb" and facts["profile"] == "small"
-    assert facts["parameters changed"] == "num_train = 5, learning_rate = 0.0001" or (
-        facts["parameters changed"] == "learning_rate = 0.0001, num_train = 5"
-    )
+    assert set(facts["parameters changed"].split(", ")) == {"num_train = 5", "learning_rate = 0.0001"}
     assert facts["commit"] == "abc123" and facts["packages"] == "torch 2.13.0" and facts["processor"] == "a processor"
     assert facts["date"].endswith("UTC") and facts["duration"]
 
@@ -256,11 +247,7 @@ def test_text_colours_have_enough_contrast():
     assert _contrast("#000000", "#ffffff") == pytest.approx(21)
     style = (Path(pages.__file__).parent / "templates" / "page.css").read_text()
     variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
-    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [
-        variables["ink"],
-        variables["soft"],
-        variables["link"],
-    ]
+    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [variables[name] for name in ("ink", "soft", "link")]
     assert len(colors) > 8
     for color in colors:
         assert _contrast(color, variables["wash"]) >= 4.5, color
@@ -314,12 +301,8 @@ def test_index(reports):
     assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in page.get_text()
     assert not page.select("script, link, img") and "http" not in page.get_text()
     targets = {tag["id"] for tag in page.select("[id]")}
-    for link in page.select("a[href]"):
-        assert (
-            link["href"][1:] in targets
-            if link["href"].startswith("#")
-            else link["href"] == "results.csv" or (reports / link["href"]).exists()
-        )
+    for href in (link["href"] for link in page.select("a[href]")):
+        assert href[1:] in targets or href == "results.csv" or (reports / href).exists()
 
 
 def test_csv(reports):
@@ -339,8 +322,7 @@ def test_readme_table(reports):
     assert "| [01_setup](reports/01_setup.html) | 1 min 01 s |" in text
     assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students
-    found = "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC): Take **6-3**; it costs"
-    assert found in text
+    assert "Take **6-3**; it costs" in text
     assert index.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
