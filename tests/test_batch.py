@@ -1,4 +1,4 @@
-"""The runner: parameters refused before anything runs, every way a notebook can fail, progress from inside a cell."""
+"""The runner: parameters rejected before anything runs, every way a notebook can fail, progress from inside a cell."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_parameters_cell_gives_type_default_and_help():
         "num_train: int",
     ],
 )
-def test_parameters_cell_is_refused_when_it_cannot_be_trusted(source):
+def test_parameters_cell_is_rejected_when_it_cannot_be_trusted(source):
     with pytest.raises(InputError, match="parameters cell"):
         settings.parse_parameters(source, "x")
 
@@ -84,7 +84,7 @@ def test_command_line_values_take_the_annotated_type(kind, text, value):
         ("list[int]", [0, "2"]),
     ],
 )
-def test_yaml_values_of_another_type_are_refused(kind, value):
+def test_yaml_values_of_another_type_are_rejected(kind, value):
     with pytest.raises(InputError, match="p must be"):
         settings.checked_value(settings.Parameter("p", kind, settings.ELEMENTS.get(kind, list)(), ""), value, "x")
 

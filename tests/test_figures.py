@@ -73,7 +73,7 @@ def test_show_is_reproducible_and_a_large_svg_becomes_png(shown, monkeypatch):
 
 
 @pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
-def test_show_refuses_silence(alt, caption):
+def test_show_needs_both_texts(alt, caption):
     with pytest.raises(ValueError, match="must both say something"):
         figures.show(style.new_axes(), alt, caption)
 
@@ -112,7 +112,7 @@ def test_table(shown):
     assert all(name in bold for name in ("row1_col0", "row2_col0", "row1_col1")) and "row0" not in bold
 
 
-def test_table_refuses_unknown_and_repeated_names():
+def test_table_rejects_unknown_and_repeated_names():
     frame = pd.DataFrame({"system": ["a", "a"], "rouge2": [1.0, 2.0]})
     with pytest.raises(ValueError, match="no column 'rouge1'"):
         tables.show_table(frame, "c", best_high=["rouge1"])

@@ -132,7 +132,7 @@ def test_every_picture_has_an_alternative_text(page, made):
     texts = [picture.get("alt") or picture.get("aria-label") for picture in pictures]
     assert len(texts) == 3 and all(texts)
     assert texts[0] == "The student is twice as fast & <nearly> as good."
-    assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is told
+    assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is warned
 
 
 def test_caption_stands_with_its_figure(page):
@@ -253,7 +253,7 @@ def test_text_colours_have_enough_contrast():
         assert _contrast(color, variables["wash"]) >= 4.5, color
 
 
-def test_a_page_above_the_limit_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+def test_a_page_above_the_limit_is_rejected_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "MAX_PAGE_BYTES", 1000)
     with pytest.raises(pages.PageError, match="03_x.html would be"):
         pages.write_page(tmp_path, "03_x", "x" * 1001, {})

@@ -75,7 +75,7 @@ def _csv_value(value):
 
 
 def duration(seconds: float | None) -> str:
-    """Format seconds for readers: 8.4 s, 3 min 12 s, 2 h 05 min."""
+    """Format seconds: 8.4 s, 3 min 12 s, 2 h 05 min."""
     if seconds is None:
         return ""
     if seconds < 59.95:

@@ -17,7 +17,7 @@ from matplotlib.transforms import offset_copy
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIGURE_SIZE = (6.5, 3.5)  # inches
 MAX_SVG_BYTES = 240_000
-# Okabe and Ito's colours, told apart with every common colour blindness; yellow is left out, too pale on white.
+# Okabe and Ito's colours, distinct with every common colour blindness; yellow is left out, too pale on white.
 METHOD_COLORS = {
     "teacher": "#6b6b6b",
     "sft": "#0072b2",
@@ -77,7 +77,7 @@ def method_color(method: str) -> str:
 
 
 def method_label(method: str, student: str | None = None) -> str:
-    """Return the name of a method for readers, with the student's shape."""
+    """Return the printed name of a method, with the student's shape."""
     name = METHOD_LABELS.get(method, str(method).replace("_", " "))
     return f"{name} {student}" if student else name
 

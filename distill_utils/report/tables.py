@@ -67,7 +67,7 @@ def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int
     competing = table.index.isin(list(best_among)) if best_among else [True] * len(table)
     for names, extreme in ((best_high, "max"), (best_low, "min")):
         for name in names:
-            # Ties as printed are all best: compare what the reader sees.
+            # Ties as printed are all best: compare what is shown.
             rounded = pd.to_numeric(table[name]).round(digits.get(name, 0)).where(competing)
             best = rounded == getattr(rounded, extreme)()
             styler = styler.apply(lambda _, best=best: ["font-weight: bold" if b else "" for b in best], subset=[name])
