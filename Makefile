@@ -1,4 +1,4 @@
-# make reports | make test | make lab | make teachers: each builds .venv by itself when it is missing or out of date.
+# make reports | make test | make test-all | make lab | make teachers: each builds .venv by itself when it is missing or out of date.
 # Plain GNU make 3.81 and a POSIX shell are enough, so that macOS needs nothing else.
 
 VENV := .venv
@@ -10,12 +10,13 @@ USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
-.PHONY: help reports test lab teachers clean
+.PHONY: help reports test test-all lint lab teachers clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reports   run every notebook and write reports/ (about half an hour on two cores)"
-	@echo "make test      lint and run all tests, offline (about ten minutes on two cores)"
+	@echo "make test      lint and run the tests, offline (at most eight minutes on two cores)"
+	@echo "make test-all  the same, and the slow ones: every profile, the built wheel, whole workflows"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make teachers  train the embedded teachers again from nothing (hours without a GPU)"
 	@echo "make clean     remove .venv and caches; runs/ and reports/ stay"
@@ -24,9 +25,17 @@ help:
 reports: $(STAMP)
 	@$(RUN) -m distill_utils report --all
 
-test: $(STAMP)
+lint: $(STAMP)
 	@$(RUN) -m ruff check --quiet .
-	@$(RUN) -m pytest
+
+# Two processes, each takes one file of tests after the other, so that fixtures of a module are built once.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+
+test: lint
+	@$(RUN) $(TESTS) -m "not slow"
+
+test-all: lint
+	@$(RUN) $(TESTS)
 
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab notebooks

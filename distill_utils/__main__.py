@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from distill_utils.artifacts import InputError
-from distill_utils.report import batch
+from distill_utils.report import batch, settings
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -33,10 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("notebook", nargs="*", help="number (03), stem (03_kd_pl_sft) or path")
     report.add_argument("--all", action="store_true", help="every notebook that the profile speaks of")
-    report.add_argument("--profile", default=batch.DEFAULT_PROFILE, metavar="NAME", help="notebooks/profiles/NAME.yaml")
+    profile = {"default": settings.DEFAULT_PROFILE, "metavar": "NAME", "help": "notebooks/profiles/NAME.yaml"}
+    report.add_argument("--profile", **profile)
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
-    report.add_argument("--notebooks", type=Path, default=batch.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
+    report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
     commands.add_parser("teachers", help="train the embedded teachers from nothing")
     return parser
@@ -48,11 +49,14 @@ def report(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give --notebooks a folder of notebooks")
     if arguments.list:
-        print(batch.list_notebooks(folder))
+        print(settings.list_notebooks(folder))
         return batch.OK
     if arguments.all and arguments.notebook:
         raise InputError(f"--all and {arguments.notebook[0]!r} exclude each other: leave one out")
-    plans = batch.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
+    at = next(place for place in (arguments.output, *arguments.output.resolve().parents) if place.exists())
+    if not at.is_dir():
+        raise InputError(f"--output {arguments.output}: {at.name} is a file, not a folder: name another folder")
+    plans = settings.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
     return batch.run_reports(plans, arguments.output)
 
 

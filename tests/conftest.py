@@ -1,4 +1,4 @@
-"""What holds for every test: no network, two threads, no window, and run folders that vanish with the session."""
+"""What holds for every test: no network, one thread, no window, and run folders that vanish with the session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # tiny tensors only lose by more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors only lose by more, and tests run in two processes
 for name in ("DISTILL_NOTEBOOK_RUN", "DISTILL_NOTEBOOKS"):
     os.environ.pop(name, None)
 
@@ -25,3 +25,8 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     """Remove the session's run folders."""
     shutil.rmtree(config.distill_runs, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the notebooks, the longest file: the other process has time for all the rest meanwhile."""
+    items.sort(key=lambda item: item.path.stem != "test_smoke")

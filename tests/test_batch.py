@@ -1,4 +1,4 @@
-"""The runner: parameters refused before anything runs, every way a notebook can fail, progress from inside a cell."""
+"""The runner: parameters rejected before anything runs, every way a notebook can fail, progress from inside a cell."""
 
 from __future__ import annotations
 
@@ -15,23 +15,19 @@ from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environm
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError
-from distill_utils.report import batch
+from distill_utils.report import batch, settings
 
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
 def test_parameters_cell_gives_type_default_and_help():
-    parameters = batch.parse_parameters(PARAMETERS, "x")
+    parameters = settings.parse_parameters(PARAMETERS, "x")
     assert list(parameters) == ["method", "learning_rate", "shapes", "num_train", "verbose", "seed"]
-    assert parameters["learning_rate"] == batch.Parameter("learning_rate", "float", 3e-4, "peak")
+    assert parameters["learning_rate"] == settings.Parameter("learning_rate", "float", 3e-4, "peak")
     assert parameters["shapes"].default == ["6-3"]
     assert parameters["shapes"].help == "student shapes, encoder-decoder"
-
-
-def test_help_is_the_comment_and_not_a_hash_in_a_string():
-    parameters = batch.parse_parameters('name: str = "a # b"  # the help', "x")
-    assert parameters["name"].default == "a # b"
-    assert parameters["name"].help == "the help"
+    (hash_inside,) = settings.parse_parameters('name: str = "a # b"  # the help', "x").values()
+    assert (hash_inside.default, hash_inside.help) == ("a # b", "the help")
 
 
 @pytest.mark.parametrize(
@@ -46,9 +42,9 @@ def test_help_is_the_comment_and_not_a_hash_in_a_string():
         "num_train: int",
     ],
 )
-def test_parameters_cell_is_refused_when_it_cannot_be_trusted(source):
+def test_parameters_cell_is_rejected_when_it_cannot_be_trusted(source):
     with pytest.raises(InputError, match="parameters cell"):
-        batch.parse_parameters(source, "x")
+        settings.parse_parameters(source, "x")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +64,7 @@ def test_parameters_cell_is_refused_when_it_cannot_be_trusted(source):
     ],
 )
 def test_command_line_values_take_the_annotated_type(kind, text, value):
-    parsed = batch.parsed_text(batch.Parameter("p", kind, batch.ELEMENTS.get(kind, list)(), ""), text, "x")
+    parsed = settings.parsed_text(settings.Parameter("p", kind, settings.ELEMENTS.get(kind, list)(), ""), text, "x")
     assert parsed == value and type(parsed) is type(value)
 
 
@@ -88,15 +84,15 @@ def test_command_line_values_take_the_annotated_type(kind, text, value):
         ("list[int]", [0, "2"]),
     ],
 )
-def test_yaml_values_of_another_type_are_refused(kind, value):
+def test_yaml_values_of_another_type_are_rejected(kind, value):
     with pytest.raises(InputError, match="p must be"):
-        batch.checked_value(batch.Parameter("p", kind, batch.ELEMENTS.get(kind, list)(), ""), value, "x")
+        settings.checked_value(settings.Parameter("p", kind, settings.ELEMENTS.get(kind, list)(), ""), value, "x")
 
 
 def test_yaml_number_without_a_dot_is_a_float_where_the_annotation_says_so():
-    parameter = batch.Parameter("learning_rate", "float", 3e-4, "")
-    assert batch.checked_value(parameter, "1e-4", "x") == 1e-4  # PyYAML reads 1e-4 as a string
-    assert batch.checked_value(parameter, 1, "x") == 1.0
+    parameter = settings.Parameter("learning_rate", "float", 3e-4, "")
+    assert settings.checked_value(parameter, "1e-4", "x") == 1e-4  # PyYAML reads 1e-4 as a string
+    assert settings.checked_value(parameter, 1, "x") == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------- what was asked
@@ -114,12 +110,12 @@ def notebooks(tmp_path):
 
 def test_notebooks_are_found_by_number_stem_and_path(notebooks):
     for name in ("3", "03", "03_kd_pl_sft", "03_kd_pl_sft.ipynb", str(notebooks / "03_kd_pl_sft.ipynb")):
-        assert batch.find_notebook(name, notebooks).stem == "03_kd_pl_sft"
+        assert settings.find_notebook(name, notebooks).stem == "03_kd_pl_sft"
 
 
 def test_profile_and_override_are_applied_in_this_order(notebooks):
     (notebooks / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {num_train: 10, learning_rate: 1e-4, seed: 1}\n")
-    (plan,) = batch.make_plans(["03"], "small", ["seed=2"], notebooks)
+    (plan,) = settings.make_plans(["03"], "small", ["seed=2"], notebooks)
     assert plan.changed == {"num_train": 10, "learning_rate": 1e-4, "seed": 2}
     assert plan.values["method"] == "kd"
     assert plan.name == "small/03_kd_pl_sft"
@@ -127,10 +123,10 @@ def test_profile_and_override_are_applied_in_this_order(notebooks):
 
 def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
     (notebooks / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {}\n")
-    assert [plan.path.stem for plan in batch.make_plans([], "small", [], notebooks, every=True)] == ["03_kd_pl_sft"]
-    assert len(batch.make_plans([], "demo", [], notebooks, every=True)) == 3
+    assert [plan.path.stem for plan in settings.make_plans([], "small", [], notebooks, every=True)] == ["03_kd_pl_sft"]
+    assert len(settings.make_plans([], "demo", [], notebooks, every=True)) == 3
     with pytest.raises(InputError, match="'small' has no settings for 01_setup"):
-        batch.make_plans(["01"], "small", [], notebooks)
+        settings.make_plans(["01"], "small", [], notebooks)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +161,14 @@ def test_bad_input_is_one_line_and_exit_code_2(notebooks, tmp_path, monkeypatch,
     assert code == 2
     assert said in captured.err and captured.err.count("\n") == 1
     assert not output.exists() and not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/below"])
+def test_output_that_is_a_file_is_rejected_before_anything_runs(notebooks, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr(batch, "run_reports", pytest.fail)
+    assert main(["report", "03", "--notebooks", str(notebooks), "--output", str(tmp_path / name)]) == 2
+    assert "taken is a file, not a folder" in capsys.readouterr().err
 
 
 def test_unknown_option_is_one_line(capsys):
@@ -218,23 +222,16 @@ def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
     assert done.returncode == 1
     assert "01_raises: code cell 3 of 4 raised ZeroDivisionError" in done.stderr
     assert done.stderr.rstrip().splitlines()[-2].strip() == "ZeroDivisionError: division by zero"
-    assert [path.name for path in sorted((tmp_path / "reports").iterdir())] == [
-        "02_works.html",
-        "02_works.json",
-        "index.html",
-        "results.csv",
-    ]
-    assert json.loads((tmp_path / "reports/02_works.json").read_text())["changed"] == {
-        "num_train": 7,
-        "learning_rate": 1e-3,
-    }
+    assert {path.stem for path in (tmp_path / "reports").iterdir()} == {"02_works", "index", "results"}
+    changed = json.loads((tmp_path / "reports/02_works.json").read_text())["changed"]
+    assert changed == {"num_train": 7, "learning_rate": 1e-3}
 
 
 def test_missing_results_are_found_even_beside_stale_ones(tmp_path):
     write_notebook(tmp_path / "notebooks", "03_x", [code("import sys\nsys.exit(0)"), code(SAVE)])
-    (plan,) = batch.make_plans(["03"], "demo", [], tmp_path / "notebooks")
-    settings = {"notebook": "03_x", "parameters": plan.values}
-    stale = tmp_path / "runs" / f"reports-03_x-demo-{batch.config_hash(settings)}" / "results.json"
+    (plan,) = settings.make_plans(["03"], "demo", [], tmp_path / "notebooks")
+    asked = {"notebook": "03_x", "parameters": plan.values}
+    stale = tmp_path / "runs" / f"reports-03_x-demo-{batch.config_hash(asked)}" / "results.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("{}")
     done = run_report(tmp_path, "03")
@@ -289,12 +286,9 @@ time.sleep(300)"""
 
 
 def test_status_line():
-    progress = {"stage": "pseudo-labels", "step": 5, "total": 9, "unit": "documents", "rate": 0, "seconds_left": None}
-    assert batch.status_line("03_x", (4, 9), progress, 65) == "03_x  cell 4/9  pseudo-labels  documents 5/9"
-    progress |= {"stage": "kd 6-3", "step": 320, "total": 1000, "unit": "steps", "rate": 31.0, "seconds_left": 22}
+    progress = {"stage": "kd 6-3", "step": 320, "total": 1000, "unit": "steps", "rate": 31.0, "seconds_left": 22}
     line = batch.status_line("03_x", (2, 3), progress, 65)
     assert line == "03_x  cell 2/3  kd 6-3  steps 320/1000  31.0/s  00:22 left"
-    assert batch.status_line("03_x", (4, 9), None, 65) == "03_x  cell 4/9  01:05"
     assert batch.status_line("03_x", None, None, 3) == "03_x  starting  00:03"
     assert batch.clock(3 * 3600 + 7 * 60) == "3:07:00"
 

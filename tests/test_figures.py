@@ -4,51 +4,37 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 
 import IPython.display
-import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-matplotlib.use("agg")
+from distill_utils.experiments.miniend import PATHS
+from distill_utils.report import figures, style, tables, widgets
 
-import matplotlib.pyplot as plt  # noqa: E402
 
-from distill_utils.experiments.miniend import PATHS  # noqa: E402
-from distill_utils.report import figures, placement, tables, widgets  # noqa: E402
+def with_interval(key: str, value: float, half: float = 1.0) -> dict:
+    return {key: value, f"{key}_low": value - half, f"{key}_high": value + half}
 
+
+STUDENTS = itertools.product(
+    [("6-3", 1.6, 0.0), ("6-1", 0.93, 1.1)], [("sft", 8.9), ("kd", 9.0), ("pl", 9.1), ("pl_kl", 9.2)]
+)
 ROWS = [
-    {
-        "method": "teacher",
-        "student": "6-6",
-        "ms_per_token": 2.6,
-        "rouge2": 10.5,
-        "rouge2_low": 9.6,
-        "rouge2_high": 11.4,
-    },
+    {"method": "teacher", "student": "6-6", "ms_per_token": 2.6, **with_interval("rouge2", 10.5)},
     {"method": "lead words", "student": "", "rouge2": 4.1},
     {"method": "object name", "student": "", "rouge2": 4.3, "ms_per_token": None},
     *(
-        {
-            "method": method,
-            "student": student,
-            "ms_per_token": speed,
-            "rouge2": score,
-            "rouge2_low": score - 0.9,
-            "rouge2_high": score + 0.9,
-        }
-        for (student, speed, loss), (method, best) in itertools.product(
-            [("6-3", 1.6, 0.0), ("6-1", 0.93, 1.1)], [("sft", 8.9), ("kd", 9.0), ("pl", 9.1), ("pl_kl", 9.2)]
-        )
-        for score in [best - loss]
+        {"method": method, "student": student, "ms_per_token": speed, **with_interval("rouge2", best - loss)}
+        for (student, speed, loss), (method, best) in STUDENTS
     ),
 ]
 
 
 @pytest.fixture(autouse=True)
-def style():
+def clean_figures():
     figures.use_style()
     yield
     plt.close("all")
@@ -76,28 +62,28 @@ def test_show_gives_alt_and_escaped_caption_and_closes(shown):
     assert not plt.get_fignums()
 
 
-def test_show_is_reproducible_and_many_marks_become_png(shown):
+def test_show_is_reproducible_and_a_large_svg_becomes_png(shown, monkeypatch):
     for _ in range(2):
         figures.show(figures.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
     assert shown[0] == shown[2]
-    cloud = list(range(figures.MANY_MARKS + 1))
-    figures.show(figures.plot_coverage_density({"reference": (cloud, cloud)}), "a", "c")
+    monkeypatch.setattr(style, "MAX_SVG_BYTES", 1000)
+    figures.show(figures.plot_coverage_density({"reference": ([0.1], [2.0])}), "a", "c")
     data, metadata = shown[4]
     assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
 
 
 @pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
-def test_show_refuses_silence(alt, caption):
+def test_show_needs_both_texts(alt, caption):
     with pytest.raises(ValueError, match="must both say something"):
-        figures.show(figures.new_axes(), alt, caption)
+        figures.show(style.new_axes(), alt, caption)
 
 
 def test_colours_are_one_a_method_and_distinct():
-    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
-    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(figures.METHOD_COLORS)
-    assert set(PATHS) <= {*figures.PATH_COLORS, "miniend"}
-    assert len({figures.method_color(path) for path in PATHS}) == len(PATHS)
-    assert figures.method_color("lead words") == figures.BASELINE_COLOR
+    assert len(set(style.METHOD_COLORS.values())) == len(style.METHOD_COLORS)
+    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(style.METHOD_COLORS)
+    assert set(PATHS) <= {*style.PATH_COLORS, "miniend"}
+    assert len({style.method_color(path) for path in PATHS}) == len(PATHS)
+    assert style.method_color("lead words") == style.BASELINE_COLOR
 
 
 def test_table(shown):
@@ -126,7 +112,7 @@ def test_table(shown):
     assert all(name in bold for name in ("row1_col0", "row2_col0", "row1_col1")) and "row0" not in bold
 
 
-def test_table_refuses_unknown_and_repeated_names():
+def test_table_rejects_unknown_and_repeated_names():
     frame = pd.DataFrame({"system": ["a", "a"], "rouge2": [1.0, 2.0]})
     with pytest.raises(ValueError, match="no column 'rouge1'"):
         tables.show_table(frame, "c", best_high=["rouge1"])
@@ -157,11 +143,11 @@ def test_quality_speed_draws_every_row_and_no_labels_overlap():
     names = {text.get_text() for text in labels}
     assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
     boxes = [text.get_window_extent() for text in labels]
-    assert not [pair for pair in itertools.combinations(boxes, 2) if placement.overlap(*pair) > 1]
-    marks = [line for line in ax.lines if line.get_marker() in figures.MARKERS and len(line.get_xdata()) == 1]
-    assert len(marks) == 9
-    by_color = {line.get_color() for line in marks}
-    assert by_color == {figures.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].padded(-1).overlaps(pair[1].padded(-1))]
+    points = [line for line in ax.lines if line.get_marker() in style.MARKERS and len(line.get_xdata()) == 1]
+    assert len(points) == 9
+    colors = {line.get_color() for line in points}
+    assert colors == {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
     assert len(ax.containers) == 8  # error bars of the students; the teacher's interval is the band
     assert len(ax.patches) == 1
 
@@ -175,19 +161,11 @@ def test_quality_speed_copes_with_missing_values():
     assert not figures.plot_quality_speed([]).texts
 
 
-def test_spread_keeps_order_and_distance():
-    random.seed(0)
-    values = sorted(random.random() for _ in range(20))
-    places = placement.spread(values, 0.1)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
-    assert sum(places) == pytest.approx(sum(values))
-    assert placement.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
-
-
 def test_neighbours_are_moved_apart_around_their_middle():
-    moved = placement.move_apart([1.0, None, 1.0, 3.0])
-    assert moved[1] is None and moved[3] == 3.0
+    moved = figures._moved_apart([1.0, math.nan, 1.0, 3.0])
+    assert math.isnan(moved[1]) and moved[3] == 3.0
     assert moved[0] < 1.0 < moved[2] and moved[0] + moved[2] == pytest.approx(2.0)
+    assert list(figures._moved_apart([2.0, 2.0])) == [2.0, 2.0] and figures._moved_apart([]).empty
 
 
 def test_history_names_lines_and_skips_missing_values():
@@ -219,74 +197,54 @@ def test_widgets_are_labelled_and_work(monkeypatch, shown):
         widgets.sample_browser([])
 
 
+def marks(ax) -> list:
+    return [line for line in ax.lines if line.get_marker() in ("*", *style.MARKERS)]
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
 def test_intervals_stand_in_groups_with_the_teacher_as_band():
     rows = [
-        {"method": name, "rouge1": mean, "rouge1_low": mean - 1, "rouge1_high": mean + 1, "rouge2": mean / 2}
-        | {"rouge2_low": mean / 2 - 1, "rouge2_high": mean / 2 + 1}
+        {"method": name, **with_interval("rouge1", mean), **with_interval("rouge2", mean / 2)}
         for name, mean in (("lead_words", 18.0), ("teacher", 25.0))
     ]
     ax = figures.plot_intervals(rows, ("rouge1", "rouge2"))
-    assert [text.get_text() for text in ax.texts] == ["lead words", "teacher"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["ROUGE-1", "ROUGE-2"]
-    means = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
-    assert means == [18.0, 25.0, 9.0, 12.5]
+    assert texts(ax) == ["lead words", "teacher"]
+    assert [line.get_xdata()[0] for line in marks(ax)] == [18.0, 25.0, 9.0, 12.5]
     bands = [sorted({x for x, _ in band.get_paths()[0].vertices}) for band in ax.collections]
     assert bands == [[24.0, 26.0], [11.5, 13.5]]
 
 
-def decoding_rows(name: str, method: str, *points) -> list[dict]:
-    return [
-        {"name": name, "method": method, "setting": text, "latency_ms": ms, "rouge2": y, "rouge2_low": y - 1,
-         "rouge2_high": y + 1}
-        for text, ms, y in points
-    ]  # fmt: skip
-
-
 def test_decoding_settings_are_joined_by_time_one_line_a_model():
-    rows = decoding_rows("teacher", "teacher", ("4 beams", 80.0, 9.5), ("1 beam", 30.0, 9.0))
-    rows += decoding_rows("SFT 6-3", "sft", ("1 beam", 20.0, 8.0))
-    ax = figures.plot_trade_off(rows)
-    lines = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
-    assert [list(line.get_xdata()) for line in lines] == [[30.0, 80.0], [20.0]]
-    assert [text.get_text() for text in ax.texts] == ["1", "4", "1"]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["teacher", "SFT 6-3"]
-
-
-def gap_rows(name, method, *points) -> list[dict]:
-    return [
-        {
-            "name": name,
-            "method": method,
-            "teacher_parameters": size,
-            "score": y,
-            "score_low": y - 1,
-            "score_high": y + 1,
-        }
-        for size, y in points
+    points = [("teacher", "teacher", "4 beams", 80.0, 9.5), ("teacher", "teacher", "1 beam", 30.0, 9.0)]
+    points += [("SFT 6-3", "sft", "1 beam", 20.0, 8.0)]
+    rows = [
+        {"name": name, "method": method, "setting": setting, "latency_ms": ms, **with_interval("rouge2", score)}
+        for name, method, setting, ms, score in points
     ]
+    ax = figures.plot_trade_off(rows)
+    assert [list(line.get_xdata()) for line in marks(ax)] == [[30.0, 80.0], [20.0]]
+    assert texts(ax) == ["1", "4", "1"]
 
 
 def test_capacity_gap_is_a_line_by_teacher_size_and_a_mark_for_the_assistant():
-    rows = gap_rows("direct", "miniend", (4e6, 20.0), (1e6, 19.0), (16e6, 18.0))
-    rows += gap_rows("by an assistant", "miniend", (16e6, 21.0))
+    points = [("direct", 4e6, 20.0), ("direct", 1e6, 19.0), ("direct", 16e6, 18.0), ("by an assistant", 16e6, 21.0)]
+    rows = [
+        {"name": name, "method": "miniend", "teacher_parameters": size, **with_interval("score", score)}
+        for name, size, score in points
+    ]
     teachers = [
         {"name": "teacher", "method": "teacher", "teacher_parameters": n, "score": s} for n, s in ((4e6, 25), (1e6, 22))
     ]
     ax = figures.plot_capacity_gap([*rows, *teachers], "accuracy")
-    drawn = [line for line in ax.lines if line.get_marker() in ("*", *figures.MARKERS)]
-    assert [list(line.get_ydata()) for line in drawn] == [[22, 25], [19.0, 20.0, 18.0], [21.0]]
-    assert list(drawn[0].get_xdata()) == [1.0, 4.0]
-    direct, assisted = (list(line.get_xdata()) for line in drawn[1:])
-    assert direct == pytest.approx([1.0, 4.0, 16.0], rel=0.05) and assisted == pytest.approx([16.0], rel=0.05)
-    assert direct[-1] != assisted[0]  # of one teacher, side by side
-    assert len({line.get_color() for line in drawn}) == 2 and drawn[1].get_marker() != drawn[2].get_marker()
-    bars = [[segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()] for container in ax.containers]
-    assert bars == [[[18, 20], [19, 21], [17, 19]], [[20, 22]]]
-    assert {text.get_text() for text in ax.texts} == {"teacher", "direct", "by an assistant"}
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "16"] and ax.get_xscale() == "log"
-    assert ax.get_ylabel() == "accuracy" and not ax.get_legend()
-    alone = figures.plot_capacity_gap(gap_rows("direct", "kd", (1e6, 3.0), (2e6, 4.0)))
-    assert list(alone.lines[0].get_xdata()) == [1.0, 2.0]
+    assert [list(line.get_ydata()) for line in marks(ax)] == [[22, 25], [19.0, 20.0, 18.0], [21.0]]
+    behind, direct, assisted = (list(line.get_xdata()) for line in marks(ax))
+    assert behind == [1.0, 4.0] and direct == pytest.approx([1.0, 4.0, 16.0], rel=0.05)
+    assert direct[-1] != assisted[0] == pytest.approx(16.0, rel=0.05)  # of one teacher, side by side
+    assert set(texts(ax)) == {"teacher", "direct", "by an assistant"} and ax.get_xscale() == "log"
+    assert len(figures.plot_capacity_gap(rows[:3]).lines) > 0  # without teachers
 
 
 def test_differences_without_zero_are_filled():
@@ -295,57 +253,44 @@ def test_differences_without_zero_are_filled():
         for name, mid in (("kd hidden_weight=0 versus kd", -2.0), ("pl_gold versus pl", 0.5))
     ]
     ax = figures.plot_differences(rows)
-    points = [line for line in ax.lines if line.get_marker() == "o"]
-    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
-    assert [point.get_color() for point in points] == [figures.method_color("kd"), figures.method_color("pl_gold")]
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["kd hidden_weight=0\nversus kd", "pl_gold\nversus pl"] and ax.get_ylim() == (1.5, -0.5)
+    assert [point.get_markerfacecolor() == "white" for point in marks(ax)] == [False, True]
+    assert [point.get_color() for point in marks(ax)] == [style.method_color("kd"), style.method_color("pl_gold")]
 
 
 def test_thresholds_say_what_they_remove():
     values = [0.0, 5.0, 10.0, 20.0]
     table = pd.DataFrame({"measure": "reference_rouge2", "value": values, "low": 10.0, "high": math.inf})
     table["removed"] = table["value"] < 10
-    figure = figures.plot_thresholds(table)
-    (ax,) = figure.axes
+    (ax,) = figures.plot_thresholds(table).axes
     assert ax.get_title(loc="left") == "50 % removed" and ax.get_xlabel() == "reference ROUGE-2"
     assert [line.get_xdata()[0] for line in ax.lines] == [10.0]
     assert sum(patch.get_height() for patch in ax.patches) == len(values)
 
 
-# --------------------------------------------------------------------------------------------------------------- layers
-
-
-def test_maps_fill_the_kept_cells_and_number_them():
-    maps = {"published": [0, 2, 5], "last": [3, 4, 5], "1 · last": [5]}
-    ax = figures.plot_maps(maps, 6)
-    filled = [patch for patch in ax.patches if patch.get_facecolor() == matplotlib.colors.to_rgba("#0072b2")]
-    assert len(ax.patches) == 18 and len(filled) == 7
-    assert [text.get_text() for text in ax.texts] == ["0", "1", "2", "0", "1", "2", "0"]
-    assert [round(text.get_position()[0]) for text in ax.texts] == [0, 2, 5, 3, 4, 5, 5]
-    gaps = [b - a for a, b in itertools.pairwise(ax.get_yticks())]
-    assert gaps[1] > gaps[0]  # another size stands apart
+def test_maps_number_the_kept_cells():
+    ax = figures.plot_maps({"published": [0, 2, 5], "last": [3, 4, 5], "1 · last": [5]}, 6)
+    kept = [(text.get_position()[0] - 0.5, text.get_position()[1] - 0.5, text.get_text()) for text in ax.texts]
+    expected = [(0, 0, "0"), (2, 0, "1"), (5, 0, "2"), (3, 1, "0"), (4, 1, "1"), (5, 1, "2"), (5, 3, "0")]
+    assert [cell for cell in kept if cell[2]] == expected  # the row between is empty: another size stands apart
 
 
 def test_layers_have_one_panel_a_stack_and_lines_only_with_intervals():
     rows = [
-        {"stack": stack, "layer": i, "v": i, "w": i, "w_low": i - 1, "w_high": i + 2}
+        {"stack": stack, "layer": i, "v": i, **with_interval("w", i)}
         for stack, depth in (("encoder", 3), ("decoder", 2))
         for i in range(depth)
     ]
     for key, containers in (("v", 1), ("w", 2)):
         encoder, decoder = figures.plot_layers(rows, key, "change").axes
-        assert [encoder.get_title(loc="left"), decoder.get_title(loc="left")] == ["encoder", "decoder"]
         assert [patch.get_height() for patch in encoder.patches] == [0, 1, 2] and len(decoder.patches) == 2
         assert len(encoder.containers) == containers
 
 
 def test_heatmaps_carry_numbers_until_there_are_too_many():
-    small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1]).rename_axis(index="encoder", columns="decoder")
+    small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1])
     big = pd.DataFrame([[0.5] * 13] * 13)
     one, other = figures.plot_heatmaps({"ROUGE-2": small, "big": big}, {"ROUGE-2": 1, "big": 2}, (0, 1)).axes
-    assert [text.get_text() for text in one.texts] == ["1.0", "0.2"] and not other.texts
-    assert (one.get_ylabel(), one.get_xlabel()) == ("encoder", "decoder")
+    assert texts(one) == ["1.0", "0.2"] and not other.texts
 
 
 def test_pareto_front_holds_what_nothing_beats_in_both():
@@ -354,23 +299,11 @@ def test_pareto_front_holds_what_nothing_beats_in_both():
     ]
     rows += [{"n": "rule", "rouge2": 20.0}, {"n": "odd", "t": float("nan"), "rouge2": 1.0}]
     assert [row["n"] for row in figures.pareto_front(rows, "t")] == ["d", "c", "a"]
-    drawn = [
-        {**row, "name": row["n"], "setting": "1", "method": "sft", "rouge2_low": 0, "rouge2_high": 9}
-        for row in rows[:5]
-    ]
-    ax = figures.plot_trade_off(drawn, "t")
-    (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
-    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [2, 8, 9]
-    joined = [line for line in ax.lines if line.get_marker() in figures.MARKERS]
-    assert len({line.get_color() for line in joined}) == 5  # of one method: told apart by colour
 
 
 def test_agreement_names_every_point():
-    rows = [
-        {"name": n, "x": x, "y": y, "y_low": y - 1, "y_high": y + 1} for n, x, y in [("first", 2, 5), ("last", 1, 7)]
-    ]
-    ax = figures.plot_agreement(rows, "x", "y", "loss", "ROUGE-2")
-    assert {text.get_text() for text in ax.texts} == {"first", "last"} and ax.get_xlabel() == "loss"
+    rows = [{"name": n, "x": x, **with_interval("y", y)} for n, x, y in [("first", 2, 5), ("last", 1, 7)]]
+    assert set(texts(figures.plot_agreement(rows, "x", "y", "loss", "ROUGE-2"))) == {"first", "last"}
 
 
 def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
@@ -378,8 +311,5 @@ def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
     ax = figures.plot_stacked(rows, ["weights", "logits", "nothing"], "GB", limit=4.0, limit_label="device")
     bars = [bar for bar in ax.patches if bar.get_width() > 0]
     assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(0.0, 0.5), (0.0, 2.0), (2.0, 1.0)]
-    texts = [text.get_text().strip() for text in ax.texts]
-    assert texts == ["3", "0.5", "device"]
+    assert [text.strip() for text in texts(ax)] == ["3", "0.5", "device"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["weights", "logits"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"] and ax.get_ylim()[0] > ax.get_ylim()[1]
-    assert ax.get_xlim()[1] > 4.0

@@ -14,10 +14,10 @@ from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS
-from distill_utils.report import batch
+from distill_utils.report import settings
 from distill_utils.training import loop
 
-PROFILES = sorted(path.stem for path in (batch.NOTEBOOKS / "profiles").glob("*.yaml"))
+PROFILES = sorted(path.stem for path in (settings.NOTEBOOKS / "profiles").glob("*.yaml"))
 XSUM, CNN = (204_045, 6), (287_113, 2)  # training pairs and published epochs
 BART, PEGASUS = (12, {"12-6", "12-3", "6-6", "9-6", "12-1"}), (16, {"16-4"})  # depth of both stacks, shapes asked for
 PUBLISHED = {  # profile: positions of the teacher, its depth and shapes, data
@@ -51,13 +51,13 @@ def published_rows() -> list[dict]:
 
 
 def values_of(profile: str, notebook: str) -> dict:
-    return batch.make_plans([notebook], profile, [])[0].values
+    return settings.make_plans([notebook], profile, [])[0].values
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_names_known_parameters_of_the_right_type(profile):
-    plans = batch.make_plans([], profile, [], every=True)
-    assert plans and all(plan.changed for plan in plans if profile != batch.DEFAULT_PROFILE)
+    plans = settings.make_plans([], profile, [], every=True)
+    assert plans and all(plan.changed for plan in plans if profile != settings.DEFAULT_PROFILE)
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)
@@ -73,12 +73,12 @@ def test_published_profile_can_run_on_the_real_shapes(profile):
     assert all(search[name] == values[name] for name in ("teacher", "dataset", "max_source_length", "freeze_encoder"))
     assert max(*search["encoder_depths"], *search["decoder_depths"], search["kept_layers"]) <= layers
     assert search["max_steps"] == search["num_train"] / search["batch_size"]
-    settings = {name: values[name] for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate")}
-    settings = loop.Training(**settings, warmup_steps=values["warmup_steps"])
-    loop.check_training(settings)
-    assert settings.warmup_steps < settings.max_steps
+    training = {name: values[name] for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate")}
+    training = loop.Training(**training, warmup_steps=values["warmup_steps"])
+    loop.check_training(training)
+    assert training.warmup_steps < training.max_steps
     lengths = {name: values[name] for name in ("max_source_length", "max_target_length")}
-    base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=settings, **lengths)
+    base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=training, **lengths)
     plan = runs.grid(base, values["methods"], values["student_shapes"], values["seeds"])
     runs.check_runs(plan, large(layers, positions))
 

@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
 
-from distill_utils.report import pages
+from distill_utils.report import index, pages
 
 TITLE = """# 3. Distillation & friends
 
@@ -68,6 +68,11 @@ def made(tmp_path_factory):
         code(FIGURE, "hide-input"),
         code(BARE),
         code(MODEL_TEXT),
+        markdown("## Appendix\n\nOnly for the *curious*.", "fold"),
+        code("print('folded output')"),
+        markdown("### Deeper"),
+        markdown("## Verdict\n\nComputed from the rows."),
+        code("display(Markdown('# Keep **6-3**'))\nprint('one printed line')", "verdict", "hide-input"),
         markdown("## Explore: secret words", "remove-cell"),
         code("1 / 0", "remove-cell", "skip-execution"),
         code(SAVE),
@@ -105,7 +110,8 @@ def test_heading_ids_are_unique_and_contents_links_resolve(page):
     ids = [tag["id"] for tag in page.select("[id]")]
     assert len(ids) == len(set(ids))
     links = page.nav.select('a[href^="#"]')
-    assert [link.get_text() for link in links] == ["3.1 Data", "Steps", "3.1 Data", "How this report was made"]
+    sections = ["3.1 Data", "Steps", "3.1 Data", "Appendix", "Deeper", "Verdict", "How this report was made"]
+    assert [link.get_text() for link in links] == sections
     assert all(unquote(link["href"][1:]) in ids for link in links)
     assert links[1].find_parent("ul").find_parent("li").a is links[0]
 
@@ -126,7 +132,7 @@ def test_every_picture_has_an_alternative_text(page, made):
     texts = [picture.get("alt") or picture.get("aria-label") for picture in pictures]
     assert len(texts) == 3 and all(texts)
     assert texts[0] == "The student is twice as fast & <nearly> as good."
-    assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is told
+    assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is warned
 
 
 def test_caption_stands_with_its_figure(page):
@@ -157,11 +163,35 @@ def test_model_text_is_escaped_and_its_dollars_are_left_alone(page):
 
 def test_tags(page):
     folded = [details.get_text() for details in page.select("details.code")]
-    assert len(folded) == 2 and "hidden_by_fold" in folded[0]
+    assert len(folded) == 3 and "hidden_by_fold" in folded[0]
     assert not page.select("details.code")[0].has_attr("open")
     text = page.get_text()
     assert "removed_input" not in text and "output stays" in text
     assert "secret words" not in text and "1 / 0" not in text
+
+
+def test_verdict_stands_below_the_title_and_its_code_stays(page):
+    title, verdict = page.main.find_all(recursive=False)[:2]
+    assert title.h1 and title.blockquote and verdict["class"] == ["verdict"]
+    assert verdict.strong.get_text() == "6-3" and "one printed line" in verdict.get_text()
+    assert page.get_text().count("one printed line") == 2  # here, and in the folded code at its place
+    assert "Markdown" in page.select_one(".celltag_verdict details.code").get_text()
+
+
+def test_tagged_sections_are_closed_up_to_the_next_heading_of_their_level(page):
+    (section,) = page.select("details.fold")
+    assert not section.has_attr("open") and section.summary.h2.get_text() == "Appendix"
+    assert all(text in section.get_text() for text in ("curious", "folded output", "Deeper"))
+    assert "Computed from the rows" not in section.get_text() and not section.find("footer")
+    assert section.find_next_sibling().h2.get_text() == "Verdict"
+
+
+def test_fold_ends_at_the_footer():
+    cells = '<div class="prose celltag_fold"><h3>A</h3></div><p>text</p><footer><h2>Made</h2></footer>'
+    soup = BeautifulSoup(f"<main>{cells}</main>", "html.parser")
+    pages._fold_sections(soup)
+    assert [child.name for child in soup.main.find_all(recursive=False)] == ["details", "footer"]
+    assert soup.details.p.get_text() == "text"
 
 
 def test_folders_of_this_machine_are_taken_out(html, made):
@@ -183,18 +213,9 @@ def test_scrubbing_respects_word_boundaries(monkeypatch, tmp_path):
 
 
 def test_footer_tells_how_the_page_was_made(page):
-    footer = page.footer
-    facts = dict(
-        zip(
-            (dt.get_text() for dt in footer.find_all("dt")),
-            (dd.get_text() for dd in footer.find_all("dd")),
-            strict=True,
-        )
-    )
+    facts = {name.get_text(): name.find_next("dd").get_text() for name in page.footer.find_all("dt")}
     assert facts["notebook"] == "03_kd_pl_sft.ipynb" and facts["profile"] == "small"
-    assert facts["parameters changed"] == "num_train = 5, learning_rate = 0.0001" or (
-        facts["parameters changed"] == "learning_rate = 0.0001, num_train = 5"
-    )
+    assert set(facts["parameters changed"].split(", ")) == {"num_train = 5", "learning_rate = 0.0001"}
     assert facts["commit"] == "abc123" and facts["packages"] == "torch 2.13.0" and facts["processor"] == "a processor"
     assert facts["date"].endswith("UTC") and facts["duration"]
 
@@ -226,17 +247,13 @@ def test_text_colours_have_enough_contrast():
     assert _contrast("#000000", "#ffffff") == pytest.approx(21)
     style = (Path(pages.__file__).parent / "templates" / "page.css").read_text()
     variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
-    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [
-        variables["ink"],
-        variables["soft"],
-        variables["link"],
-    ]
+    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [variables[name] for name in ("ink", "soft", "link")]
     assert len(colors) > 8
     for color in colors:
         assert _contrast(color, variables["wash"]) >= 4.5, color
 
 
-def test_a_page_above_the_limit_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+def test_a_page_above_the_limit_is_rejected_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "MAX_PAGE_BYTES", 1000)
     with pytest.raises(pages.PageError, match="03_x.html would be"):
         pages.write_page(tmp_path, "03_x", "x" * 1001, {})
@@ -273,27 +290,23 @@ def reports(tmp_path):
 
 
 def test_index(reports):
-    pages.write_index(reports)
-    index = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
-    assert [heading.get_text() for heading in index.find_all("h1")] == ["Reports"]
-    assert [link["href"] for link in index.select("article h3 a")] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
-    assert [heading["id"] for heading in index.find_all("h2")] == ["runs-default", "runs-full"]
-    article = index.find_all("article")[1]
+    index.write_index(reports)
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    assert [heading.get_text() for heading in page.find_all("h1")] == ["Reports"]
+    assert [link["href"] for link in page.select("article h3 a")] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
+    assert [heading["id"] for heading in page.find_all("h2")] == ["runs-default", "runs-full"]
+    article = page.find_all("article")[1]
     assert "Take 6-3; it costs $5 to $6 <b>x</b>" in article.get_text() and article.strong.get_text() == "6-3"
     assert article.find("math")
-    assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in index.get_text()
-    assert not index.select("script, link, img") and "http" not in index.get_text()
-    targets = {tag["id"] for tag in index.select("[id]")}
-    for link in index.select("a[href]"):
-        assert (
-            link["href"][1:] in targets
-            if link["href"].startswith("#")
-            else link["href"] == "results.csv" or (reports / link["href"]).exists()
-        )
+    assert "profile full · changed: num_train = 0 · 2026-01-02 03:04 UTC · 1 h 06 min" in page.get_text()
+    assert not page.select("script, link, img") and "http" not in page.get_text()
+    targets = {tag["id"] for tag in page.select("[id]")}
+    for href in (link["href"] for link in page.select("a[href]")):
+        assert href[1:] in targets or href == "results.csv" or (reports / href).exists()
 
 
 def test_csv(reports):
-    pages.write_csv(reports)
+    index.write_csv(reports)
     table = list(csv.DictReader(io.StringIO((reports / "results.csv").read_text())))
     assert list(table[0])[:5] == ["report", "profile", "method", "student", "seed"]
     assert [line["report"] for line in table] == ["01_setup", "03_kd", "03_kd", *["full/03_kd"] * 3]
@@ -301,7 +314,7 @@ def test_csv(reports):
 
 
 def test_readme_table(reports):
-    text = pages.readme_table(reports)
+    text = index.readme_table(reports)
     assert "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
     assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
     assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" in text
@@ -309,32 +322,31 @@ def test_readme_table(reports):
     assert "| [01_setup](reports/01_setup.html) | 1 min 01 s |" in text
     assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students
-    found = "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC): Take **6-3**; it costs"
-    assert found in text
-    assert pages.readme_table(reports / "none") == "No report has been made yet.\n"
+    assert "Take **6-3**; it costs" in text
+    assert index.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
 def test_readme_leaves_the_scores_of_several_tasks_to_the_page(tmp_path):
     rows = [row("miniend", "3-3", task="summaries", rouge2=5.0), row("miniend", "3-3", task="belongs", score=70.0)]
     entry(tmp_path, "04_miniend", title="4. MiniEnD", headline="**miniend** is best", rows=rows)
-    text = pages.readme_table(tmp_path)
+    text = index.readme_table(tmp_path)
     assert "**[4. MiniEnD](reports/04_miniend.html)**" in text and "**miniend** is best" in text
     assert "| miniend |" not in text
     entry(tmp_path, "05_scaling", title="5. Scaling", headline="**No gap**", rows=[row("logits", "4-4", loss=4.1)])
-    text = pages.readme_table(tmp_path)
+    text = index.readme_table(tmp_path)
     assert "**[5. Scaling](reports/05_scaling.html)**" in text and "**No gap**" in text and "| logits |" not in text
 
 
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     readme = tmp_path / "README.md"
-    pages.update_readme(readme, reports)
+    index.update_readme(readme, reports)
     assert not readme.exists()
-    readme.write_text(f"before\n{pages.RESULTS_START}\nold\n{pages.RESULTS_END}\nafter\n")
-    pages.update_readme(readme, reports)
+    readme.write_text(f"before\n{index.RESULTS_START}\nold\n{index.RESULTS_END}\nafter\n")
+    index.update_readme(readme, reports)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD")
     assert text.endswith("<!-- results:end -->\nafter\n") and "old" not in text
-    pages.update_readme(readme, reports)
+    index.update_readme(readme, reports)
     assert readme.read_text() == text
 
 
@@ -346,23 +358,23 @@ def test_not_a_number_becomes_null_beside_the_page(made):
 
 
 def test_wall_time_names_what_was_reused():
-    assert pages.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
-    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
-    assert pages.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
-    assert pages.wall_time({}) == ""
+    assert index.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
+    assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
+    assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
+    assert index.wall_time({}) == ""
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
 )
 def test_duration(seconds, text):
-    assert pages.duration(seconds) == text
+    assert index.duration(seconds) == text
 
 
 def test_readme_sends_to_the_report_for_many_rows(reports):
     entry = json.loads((reports / "03_kd.json").read_text())
-    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(pages.README_ROWS + 1)]
+    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(index.README_ROWS + 1)]
     (reports / "03_kd.json").write_text(json.dumps(entry))
-    text = pages.readme_table(reports)
+    text = index.readme_table(reports)
     assert "**[3. KD | PL](reports/03_kd.html)**" in text and "| 6-1 |" not in text
     assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text  # another report's table

@@ -16,11 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_smoke_profile_makes_a_report(notebook, tmp_path):
     command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", "smoke", "--output", tmp_path]
-    # The corpus built by other tests is shared; everything else of a smoke run takes seconds.
+    # Corpus, teacher and students of the notebooks before are reused, as a user's are.
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     page = BeautifulSoup((tmp_path / "smoke" / f"{notebook}.html").read_text(encoding="utf-8"), "html.parser")

@@ -1,29 +1,24 @@
-"""Report pages: an executed notebook as one offline HTML file, the index, results.csv and the README's tables.
+"""Report pages: an executed notebook as one offline HTML file.
 
-Not here: running notebooks (batch.py) and drawing (figures.py).
+Out of scope: running notebooks (batch.py), drawing (figures.py), what gathers all pages (index.py).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import itertools
 import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from distill_utils.artifacts import REPOSITORY, read_json, runs_dir, write_atomic, write_json
+from distill_utils.artifacts import REPOSITORY, runs_dir, write_atomic, write_json
 
 MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(__file__).resolve().parent
 HEADINGS = re.compile(r"^h[1-6]$")
-README_ROWS = 12
-FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
-RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
 
 
 class PageError(Exception):
@@ -120,8 +115,8 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
 
     `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder) and `facts` (name and value
-    pairs for the footer). Cell tags: hide-input folds the code, remove-input, remove-output and remove-cell leave
-    parts out.
+    pairs for the footer). Cell tags: `verdict` lifts a cell's output below the title, `fold` on a heading's cell folds
+    its section, hide-input folds the code, remove-input, remove-output and remove-cell leave parts out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
@@ -144,11 +139,13 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
     soup = BeautifulSoup(html, "html.parser")
     warnings = _drop_active_content(soup)
+    _lift_verdict(soup)
     _number_headings(soup)
     warnings += _describe_images(soup)
     _frame_tables(soup)
     _rewrite_links(soup, report)
     _write_contents(soup)
+    _fold_sections(soup)
     return str(soup), warnings
 
 
@@ -168,6 +165,16 @@ def _drop_active_content(soup) -> list[str]:
         if urlsplit(link["href"]).scheme not in ("", "http", "https", "mailto"):
             del link["href"]
     return warnings
+
+
+def _lift_verdict(soup) -> None:
+    """Move the output of the cell tagged `verdict` below the first prose cell: title and question; its code stays."""
+    title = soup.select_one("main > .prose")
+    output = soup.select_one(".celltag_verdict .jp-OutputArea")
+    if title and output:
+        verdict = soup.new_tag("section", attrs={"class": "verdict", "aria-label": "Verdict"})
+        title.insert_after(verdict)
+        verdict.append(output.extract())
 
 
 def _number_headings(soup) -> None:
@@ -253,8 +260,27 @@ def _write_contents(soup) -> None:
     soup.find(id="contents").append(top)
 
 
+def _fold_sections(soup) -> None:
+    """Close every section whose heading's cell is tagged `fold`: all up to a heading of its level or above."""
+
+    def level(cell) -> int:  # 7, below every heading, where the cell has none
+        is_text = cell.name == "footer" or "prose" in cell.get("class", [])
+        return min([int(heading.name[1]) for heading in cell.find_all(HEADINGS)], default=7) if is_text else 7
+
+    for cell in soup.select("main .prose.celltag_fold"):
+        heading = cell.find(HEADINGS)
+        if heading is None:
+            continue
+        following, own = list(cell.find_next_siblings()), int(heading.name[1])
+        inside = list(itertools.takewhile(lambda other, own=own: level(other) > own, following))
+        section, summary = soup.new_tag("details", attrs={"class": "fold"}), soup.new_tag("summary")
+        cell.insert_before(section)
+        summary.append(heading.extract())
+        section.extend([summary, cell.extract(), *(other.extract() for other in inside)])
+
+
 def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
-    """Write a page and, beside it, what the index and results.csv need; refuse a page above the limit."""
+    """Write a page and, beside it, what the index and results.csv need; PageError above the limit."""
     size = len(html.encode())
     if size > MAX_PAGE_BYTES:
         raise PageError(
@@ -266,144 +292,3 @@ def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
     write_atomic(page, html)
     write_json(page.with_suffix(".json"), entry)
     return page
-
-
-# ------------------------------------------------------------------------------------------------- index and tables
-
-
-def gather(reports: Path) -> list[dict]:
-    """Return the entry of every page in a reports folder and its sub-folders, top folder first."""
-    paths = [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]
-    return [
-        {"rows": [], **read_json(path), "report": path.relative_to(reports).with_suffix("").as_posix()}
-        for path in paths
-        if path.with_suffix(".html").exists()
-    ]
-
-
-def write_index(reports: Path) -> None:
-    """Write index.html: what each report answers, its headline, when and how it was made."""
-    from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
-
-    sections: dict[str, list[dict]] = {}
-    for entry in gather(reports):
-        changed = ", ".join(f"{name} = {value}" for name, value in entry.get("changed", {}).items())
-        meta = [f"profile {entry.get('profile', '?')}", f"changed: {changed}" if changed else "", entry.get("date")]
-        meta.append(wall_time(entry))
-        folder, _, short = entry["report"].rpartition("/")
-        sections.setdefault(folder, []).append(
-            {
-                "short": short,
-                "title": entry.get("title") or short,
-                "href": f"{entry['report']}.html",
-                "question": Markup(markdown_cell(entry.get("question", ""))),
-                "headline": Markup(markdown_output(entry.get("headline", ""))),
-                "meta": " · ".join(filter(None, meta)),
-            }
-        )
-    folder = TEMPLATES / "templates"
-    template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("reports_index.html.j2")
-    page = template.render(sections=sections, css=Markup((folder / "page.css").read_text()))
-    write_atomic(reports / "index.html", page)
-
-
-def write_csv(reports: Path) -> None:
-    """Write results.csv: one line for every row of every report, lists and dictionaries as JSON."""
-    entries = gather(reports)
-    rows = [{**row, "report": e["report"], "profile": e.get("profile", "")} for e in entries for row in e["rows"]]
-    text = io.StringIO()
-    columns = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
-    write_atomic(reports / "results.csv", text.getvalue())
-
-
-def _csv_value(value):
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
-
-
-def duration(seconds: float | None) -> str:
-    """Format seconds for readers: 8.4 s, 3 min 12 s, 2 h 05 min."""
-    if seconds is None:
-        return ""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def wall_time(entry: dict) -> str:
-    """Return how long a report took, and what the results that it reused had taken before."""
-    reused = entry.get("reused_seconds") or 0.0
-    wall = duration(entry.get("wall_seconds"))
-    return f"{wall}, reused results {duration(reused)}" if wall and reused >= 1 else wall
-
-
-def readme_table(reports: Path) -> str:
-    """Return the README's results: what the reports that train students found, and what `make reports` takes.
-
-    Each is shown by the start of its headline and by its `means` over seeds, or its rows; above `README_ROWS` of them
-    the reader is sent to the report.
-    """
-    blocks, timed = [], []
-    for entry in gather(reports):
-        link, wall = f"reports/{entry['report']}.html", wall_time(entry)
-        if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
-            parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
-            line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
-            timed.append(line)
-        rows = entry.get("means") or entry["rows"]
-        rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
-        grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
-        if any(row.get("student") for row in rows):
-            seeds = max(row.get("seeds", 1) for row in rows)
-            origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
-            origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
-            title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
-            blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
-            if len(rows) <= README_ROWS and not grid:
-                blocks.append(_markdown_table([_scores(row) for row in rows]))
-    if timed:
-        blocks.append(_markdown_table(timed))
-    return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
-
-
-def _scores(row: dict) -> dict[str, str]:
-    """Return one line of the README's table by heading, empty where the row has no such figure."""
-
-    def number(key: str, decimals: int) -> str:
-        return "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
-
-    interval = f" [{number('rouge2_low', 2)}, {number('rouge2_high', 2)}]" if number("rouge2_low", 2) else ""
-    return {
-        "method": row.get("method", ""),
-        "student": row.get("student") or "",
-        "parameters (M)": number("parameters_m", 1),
-        "ROUGE-1": number("rouge1", 2),
-        "ROUGE-2 [95 % interval]": number("rouge2", 2) + interval,
-        "ROUGE-L": number("rougeL", 2),
-        "latency (ms)": number("latency_ms", 1),
-        "ms/token": number("ms_per_token", 2),
-        "words": number("words", 1),
-    }
-
-
-def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Write rows of the same headings as a table; a column without any value is left out."""
-    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    rules = ["---" if heading in ("method", "student", "report", "of which") else "---:" for heading in headings]
-    lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def update_readme(readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports") -> None:
-    """Write the results tables between the README's two markers, where it has them."""
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    before, start, rest = text.partition(RESULTS_START)
-    _, end, after = rest.partition(RESULTS_END)
-    if start and end:
-        write_atomic(readme, f"{before}{start}\n\n{readme_table(reports)}\n{end}{after}")

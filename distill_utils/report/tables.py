@@ -12,14 +12,14 @@ from html import escape
 
 import pandas as pd
 
-from distill_utils.report.figures import HEADINGS, method_label
+from distill_utils.report.style import HEADINGS, method_label
 
 DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
 
 
 def show_table(
-    frame: pd.DataFrame | pd.io.formats.style.Styler,
+    frame: pd.DataFrame,
     caption: str,
     best_high: Sequence[str] = (),
     best_low: Sequence[str] = (),
@@ -30,13 +30,11 @@ def show_table(
 
     The best value is bold in the columns of `best_high` (highest) and `best_low` (lowest), sought among all rows or
     those whose heading is in `best_among` (the students). `decimals` overrides a column's usual number of decimals.
-    Names of results keys get readable headings. A Styler is shown as it is, with the caption.
+    Names of results keys get readable headings.
     """
     from IPython.display import HTML, display
 
-    styler = frame
-    if isinstance(frame, pd.DataFrame):
-        styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
+    styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
     styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
     # Same table, same bytes: the id is derived, not drawn.
     styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
@@ -69,7 +67,7 @@ def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int
     competing = table.index.isin(list(best_among)) if best_among else [True] * len(table)
     for names, extreme in ((best_high, "max"), (best_low, "min")):
         for name in names:
-            # Ties as printed are all best: compare what the reader sees.
+            # Ties as printed are all best: compare what is shown.
             rounded = pd.to_numeric(table[name]).round(digits.get(name, 0)).where(competing)
             best = rounded == getattr(rounded, extreme)()
             styler = styler.apply(lambda _, best=best: ["font-weight: bold" if b else "" for b in best], subset=[name])

@@ -1,12 +1,13 @@
 """Widgets for JupyterLab; batch runs skip the cells that use them.
 
-Not here: anything a report shows. A view that matters is drawn without widgets first.
+Out of scope: anything a report shows. A view that matters is drawn without widgets first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 from ipywidgets import Dropdown, IntSlider, interact
 
 from distill_utils.report import figures, tables
@@ -32,12 +33,8 @@ def sample_browser(rows: Sequence[Mapping[str, object]], columns: Sequence[str] 
 
 def metric_picker(results: Sequence[Mapping[str, object]]) -> None:
     """Choose two quantities of the results rows and see one against the other."""
-    numeric = [
-        name
-        for name in dict.fromkeys(name for row in results for name in row)
-        if any(isinstance(row.get(name), int | float) for row in results) and not name.endswith(("_low", "_high"))
-    ]
-    numeric = [name for name in numeric if name != "seed"]
+    columns = pd.DataFrame(list(results)).select_dtypes("number").columns
+    numeric = [name for name in columns if name != "seed" and not name.endswith(("_low", "_high"))]
     if len(numeric) < 2:
         raise ValueError(f"results have {len(numeric)} numeric columns, two are needed to draw one against the other")
 
@@ -49,8 +46,7 @@ def metric_picker(results: Sequence[Mapping[str, object]]) -> None:
         figures.plt.close(ax.get_figure())
 
     def choice(name: str, wanted: str, other: int) -> Dropdown:
-        return Dropdown(
-            options=numeric, value=wanted if wanted in numeric else numeric[other], description=name, style=WIDE
-        )
+        value = wanted if wanted in numeric else numeric[other]
+        return Dropdown(options=numeric, value=value, description=name, style=WIDE)
 
     interact(draw, x=choice("across", "ms_per_token", 0), y=choice("up", "rouge2", 1))

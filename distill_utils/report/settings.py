@@ -1,0 +1,242 @@
+"""What a batch run is asked for, checked before anything runs: parameters cells, profiles, overrides.
+
+Out of scope: running it (batch.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import io
+import json
+import math
+import os
+import re
+import tokenize
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distill_utils.artifacts import REPOSITORY, InputError
+from distill_utils.report import pages
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+DEFAULT_PROFILE = "demo"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: `name: type = default  # help`."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+ELEMENTS = {"int": int, "float": float, "bool": bool, "str": str}
+TYPES = (*ELEMENTS, "list[int]", "list[float]", "list[str]")
+
+
+def notebook_parameters(path: Path) -> dict[str, Parameter]:
+    """Read the parameters cell of a notebook without running it; InputError when it cannot be trusted."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = type(error).__name__
+        raise InputError(f"{path.name} is not a readable notebook ({reason}): restore it from git") from error
+    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{path.name} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
+    return parse_parameters("".join(tagged[0]["source"]), path.name)
+
+
+def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
+    """Parse annotated literals with trailing comments; nothing is executed."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise InputError(f"{where}: the parameters cell does not parse, line {error.lineno}: {error.msg}") from error
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
+    parameters = {}
+    for node in tree.body:
+        try:
+            name, kind = node.target.id, ast.unparse(node.annotation)
+            parameter = Parameter(name, kind, ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
+            if kind not in TYPES:
+                raise ValueError(kind)
+            parameters[name] = replace(parameter, default=checked_value(parameter, parameter.default, where))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(
+                f"{where}: parameters cell, line {node.lineno}: {ast.unparse(node).splitlines()[0]!r} is not "
+                f"`name: type = literal  # help` with a value of its type, one of {', '.join(TYPES)}"
+            ) from None
+    return parameters
+
+
+def checked_value(parameter: Parameter, value: object, where: str) -> object:
+    """Return a YAML or Python value as the parameter's type; InputError when it does not fit.
+
+    An int is taken for a float. So is a string that reads as a number: YAML 1.1 calls 1e-4 a string.
+    """
+    is_list, element = parameter.type.startswith("list["), _element_type(parameter)
+    values = value if is_list else [value]
+    fits = isinstance(values, list)
+    if fits and element is float:
+        with contextlib.suppress(ValueError, OverflowError):
+            values = [float(item) if type(item) in (int, str) else item for item in values]
+    if not fits or any(type(item) is not element or (element is float and not math.isfinite(item)) for item in values):
+        raise InputError(
+            f"{where}: {parameter.name} must be {parameter.type}, got {value!r} ({type(value).__name__}); "
+            f"write for example {parameter.name}={as_text(parameter.default)}"
+        )
+    return values if is_list else values[0]
+
+
+def parsed_text(parameter: Parameter, text: str, where: str) -> object:
+    """Read a command-line value as the parameter's type. Lists: `6,3` or `[6, 3]`."""
+    if parameter.type == "str":
+        return text
+    element = _element_type(parameter)
+
+    def converted(item: str) -> object:
+        with contextlib.suppress(KeyError, ValueError):
+            return {"true": True, "false": False}[item.lower()] if element is bool else element(item)
+        return item  # rejected below, as it was typed
+
+    if not parameter.type.startswith("list["):
+        return checked_value(parameter, converted(text.strip()), where)
+    inner = text.strip().removeprefix("[").removesuffix("]").strip()
+    items = [item.strip(" '\"") for item in inner.split(",")] if inner else []
+    return checked_value(parameter, [converted(item) for item in items], where)
+
+
+def _element_type(parameter: Parameter) -> type:
+    return ELEMENTS[parameter.type.removeprefix("list[").removesuffix("]")]
+
+
+def as_text(value: object) -> str:
+    """Write a value as the command line takes it."""
+    return json.dumps(value) if isinstance(value, list | bool) else str(value)
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Return the fix for an unknown name: the nearest known one, else all of them."""
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+# -------------------------------------------------------------------------------------------- what was asked, checked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One notebook to run: every parameter's value, and those that differ from the defaults."""
+
+    path: Path
+    profile: str
+    values: dict[str, object]
+    changed: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        """Path of the page below the reports folder, without suffix."""
+        return self.path.stem if self.profile == DEFAULT_PROFILE else f"{self.profile}/{self.path.stem}"
+
+
+def find_notebook(name: str, folder: Path) -> Path:
+    """Find a notebook by number (3 or 03), stem or path."""
+    known = _stems(folder)
+    if name.isdigit():
+        numbered = [stem for stem in known if re.match(rf"0*{int(name)}_", stem)]
+        name = numbered[0] if len(numbered) == 1 else name
+    for path in (folder / f"{name}.ipynb", folder / name, Path(name)):
+        if path.suffix == ".ipynb" and path.is_file():
+            return path.resolve()
+    raise InputError(f"unknown notebook {name!r}: {closest(Path(name).stem, known)}")
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.ipynb"))
+
+
+def read_profile(name: str, folder: Path) -> dict[str, dict]:
+    """Read profiles/NAME.yaml: parameters by notebook stem."""
+    import yaml
+
+    path = folder / "profiles" / f"{name}.yaml"
+    known = sorted({DEFAULT_PROFILE, *(file.stem for file in path.parent.glob("*.yaml"))})
+    if name not in known:
+        raise InputError(f"unknown profile {name!r}: {closest(name, known)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise InputError(f"profiles/{path.name}, line {line}: not valid YAML; fix that line") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(values, dict | None) for values in content.values()):
+        raise InputError(f"profiles/{path.name} must map notebook stems to parameter names and values")
+    for stem in content:
+        if stem not in _stems(folder):
+            raise InputError(f"profiles/{path.name}: unknown notebook {stem!r}: {closest(str(stem), _stems(folder))}")
+    return {stem: values or {} for stem, values in content.items()}
+
+
+def make_plans(
+    names: Sequence[str], profile: str, overrides: Sequence[str], folder: Path = NOTEBOOKS, every: bool = False
+) -> list[Plan]:
+    """Check notebooks, profile and `name=value` overrides; InputError before anything runs.
+
+    An override must be a parameter of each notebook named. With `every`, all notebooks that the profile speaks of.
+    """
+    settings = read_profile(profile, folder)
+    if profile == DEFAULT_PROFILE:
+        settings = {stem: {} for stem in _stems(folder)} | settings
+    if every:
+        names = [stem for stem in _stems(folder) if stem in settings]
+    if not names:
+        raise InputError("no notebook to run: name one (03), or use --all")
+    plans = []
+    for path in dict.fromkeys(find_notebook(name, folder) for name in names):
+        parameters = notebook_parameters(path)
+        values = {name: parameter.default for name, parameter in parameters.items()}
+        if profile != DEFAULT_PROFILE and path.stem not in settings:
+            raise InputError(f"profile {profile!r} has no settings for {path.stem}: add it to profiles/{profile}.yaml")
+        for name, value in settings.get(path.stem, {}).items():
+            values[name] = checked_value(_known(name, parameters, path), value, f"profile {profile}, {path.stem}")
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            if not equals:
+                raise InputError(f"-p {override!r} has no value: write -p name=value")
+            values[name] = parsed_text(_known(name, parameters, path), _seen_from(path.parent, text), path.stem)
+        changed = {name: value for name, value in values.items() if value != parameters[name].default}
+        plans.append(Plan(path, profile, values, changed))
+    return plans
+
+
+def _seen_from(folder: Path, text: str) -> str:
+    """Return a relative path that exists where the user typed it as the notebook, run in its own folder, sees it."""
+    relative = "/" in text and not Path(text).is_absolute() and Path(text).exists()
+    return os.path.relpath(text, folder) if relative else text
+
+
+def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:
+    if name not in parameters:
+        raise InputError(f"unknown parameter {name!r} of {path.stem}: {closest(str(name), list(parameters))}")
+    return parameters[name]
+
+
+def list_notebooks(folder: Path = NOTEBOOKS) -> str:
+    """Describe every notebook's parameters: name, type, default, help."""
+    import nbformat
+
+    blocks = []
+    for path in sorted(folder.glob("*.ipynb")):
+        title, _ = pages.title_and_question(nbformat.read(path, as_version=4))
+        lines = [f"{path.stem}  {title}"]
+        for p in notebook_parameters(path).values():
+            lines.append(f"  {f'{p.name}: {p.type} = {p.default!r}':<46}  {p.help}".rstrip())
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or f"no notebooks in {folder}"

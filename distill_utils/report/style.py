@@ -1,0 +1,157 @@
+"""One look for every figure and table: names and colours, labels that do not overlap, captions, alternative texts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from adjustText import adjust_text
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FIGURE_SIZE = (6.5, 3.5)  # inches
+MAX_SVG_BYTES = 240_000
+# Okabe and Ito's colours, distinct with every common colour blindness; yellow is left out, too pale on white.
+METHOD_COLORS = {
+    "teacher": "#6b6b6b",
+    "sft": "#0072b2",
+    "kd": "#d55e00",
+    "pl": "#009e73",
+    "pl_kl": "#cc79a7",
+    "pl_gold": "#00604a",
+    "on_policy": "#a6761d",
+    "kd_cached": "#8c3a00",
+    "miniend": "#56b4e9",
+    "reference": "#1c2127",
+}
+# Paths of task-agnostic distillation (miniend.PATHS), in no figure with the objectives above.
+PATH_COLORS = {
+    "scratch": "#8b949e",
+    "logits": "#d55e00",
+    "encoder": "#009e73",
+    "decoder": "#cc79a7",
+    "self": "#e69f00",
+    "decoder_cross": "#a6761d",
+    "miniend_logits": "#0072b2",
+    "hidden": "#00604a",
+    "none": "#1c2127",
+}
+BASELINE_COLOR = "#b0b0b0"
+METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "pl_gold": "PL+references",
+                 "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD",
+                 "miniend_logits": "MiniEnD + logits"}  # fmt: skip
+HEADINGS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "parameters_m": "parameters (M)",
+    "latency_ms": "latency (ms)",
+    "ms_per_token": "ms/token",
+    "throughput": "summaries/s",
+    "speedup": "speed-up",
+}
+AXIS_LABELS = HEADINGS | {
+    "ms_per_token": "time per generated token (ms)",
+    "latency_ms": "latency of one summary (ms)",
+    "throughput": "summaries per second",
+    "parameters_m": "parameters (millions)",
+    "words": "words per summary",
+    "speedup": "speed-up over the teacher",
+    "ce_loss": "cross-entropy (nats per token)",
+    "kl_loss": "KL from teacher (nats per token)",
+    "own_kl_loss": "KL on the student's own samples (nats per token)",
+    "hidden_loss": "hidden-state error",
+}
+
+
+def method_color(method: str) -> str:
+    """Return the colour of a method or path in every figure; what is neither is a light grey baseline."""
+    return (METHOD_COLORS | PATH_COLORS).get(method, BASELINE_COLOR)
+
+
+def method_label(method: str, student: str | None = None) -> str:
+    """Return the printed name of a method, with the student's shape."""
+    name = METHOD_LABELS.get(method, str(method).replace("_", " "))
+    return f"{name} {student}" if student else name
+
+
+def axis_label(key: str) -> str:
+    """Return the text beside an axis for a results key."""
+    return AXIS_LABELS.get(key, key.replace("_", " "))
+
+
+def use_style() -> None:
+    """Set the style of all figures: white, light grid, no frame at the top and right."""
+    sns.set_theme(style="ticks", palette=list(METHOD_COLORS.values()), font_scale=0.85)
+    plt.style.use(Path(__file__).with_name("templates") / "figures.mplstyle")
+
+
+def new_axes() -> Axes:
+    """Return the axes of a new figure of the one size."""
+    return plt.subplots(figsize=FIGURE_SIZE, layout="constrained")[1]
+
+
+def name_rows(ax: Axes, names: Sequence[str], room: float = 0.0) -> None:
+    """Write the names of rows that stand at 0, 1, ... from the top; `room` above them is in rows."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5 - room)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False, axis="y")
+
+
+def separate(ax: Axes, texts: Sequence, move: str | dict, **options) -> None:
+    """Move texts along `move` ("x" or "y") until none hides another; the same figure gives the same places."""
+    if texts:
+        ax.get_figure().draw_without_rendering()  # places need the final layout
+        adjust_text(texts, ax=ax, only_move=move, iter_lim=300, **options)
+
+
+def label_right(ax: Axes, labels: Sequence[tuple[float, str, str]], at: float | None = None) -> None:
+    """Write (value, text, colour) labels at x = `at`, else at the right edge, pushed apart where they would touch."""
+    x, transform = (1.0, ax.get_yaxis_transform()) if at is None else (at, ax.transData)
+    beside = offset_copy(transform, ax.get_figure(), 6, 0, units="points")
+    texts = [ax.text(x, y, text, color=color, transform=beside, va="center") for y, text, color in sorted(labels)]
+    separate(ax, texts, "y", avoid_self=False, ensure_inside_axes=False)
+    for text in texts:
+        text.set(x=x, ha="left")
+
+
+def error_bars(rows: Sequence[Mapping], key: str) -> list[list[float]]:
+    """Return the lengths of error bars below and above the values of `key`."""
+    below = [max(row[key] - row[f"{key}_low"], 0) for row in rows]
+    return [below, [max(row[f"{key}_high"] - row[key], 0) for row in rows]]
+
+
+def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
+    """Display a figure with its alternative text and a caption below, and close it.
+
+    It is an SVG, or a PNG at 150 dpi where the SVG would be large. `alt` says in a clause what the pattern is and
+    `caption` what is drawn, of how many, and what the intervals mean. Raises ValueError when one is empty.
+    """
+    from IPython.display import HTML, display
+
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"alt {alt!r} and caption {caption!r} must both say something about the figure")
+    figure = figure_or_axes if isinstance(figure_or_axes, Figure) else figure_or_axes.get_figure()
+    picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
+    if len(picture) <= MAX_SVG_BYTES:
+        mime, data, size = "image/svg+xml", picture.decode(), {}
+    else:
+        mime, data = "image/png", _drawn(figure, format="png", dpi=150)
+        size = {"width": round(figure.get_figwidth() * 96)}
+    plt.close(figure)
+    display({mime: data, "text/plain": alt}, metadata={mime: {"alt": alt, **size}}, raw=True)
+    display(HTML(f'<div class="figcaption">{escape(caption)}</div>'))
+
+
+def _drawn(figure: Figure, **options) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, bbox_inches="tight", pad_inches=0.05, **options)
+    return buffer.getvalue()
