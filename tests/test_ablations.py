@@ -1,4 +1,4 @@
-"""Variants as text, what a change did, published claims, the recommendation: hand-made scores with known answers."""
+"""Variants as text, what a change did, published claims: hand-made scores with known answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from distill_utils.artifacts import InputError
 from distill_utils.evaluation import scoring, statistics
 from distill_utils.evaluation.statistics import paired_test
 from distill_utils.experiments import ablations, runs
-from distill_utils.experiments.recommendation import documents_needed, recommend, signal_rows
 from distill_utils.training.loop import Training
 
 BASE = runs.StudentRun(
@@ -118,52 +117,11 @@ def test_claims_are_judged_by_the_interval(tested):
 
 def test_every_published_claim_names_possible_runs():
     teacher = tiny_bart(6, 6)
-    for _, text, _ in ablations.HYPOTHESES:
-        for run in ablations.parse_ablation(replace(BASE, cross_fit_base="base"), text):
+    for claim in ablations.claims():
+        for run in ablations.parse_ablation(replace(BASE, cross_fit_base="base"), claim["comparison"]):
             runs.check_runs([run], teacher)
 
 
 def test_holm_by_hand():
     assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
-
-
-# ------------------------------------------------------------------------------------------------------ recommendation
-
-
-def versus(name, difference, half):
-    return {
-        "name": name,
-        "student": "6-3",
-        "difference": difference,
-        "low": difference - half,
-        "high": difference + half,
-    }
-
-
-COST = {"SFT 6-3": 10.0, "KD 6-3": 20.0, "PL 6-3": 12.0}
-
-
-def test_the_cheapest_of_the_best_is_taken():
-    text = recommend([versus("KD 6-3", 1.0, 0.5), versus("PL 6-3", 0.9, 0.5)], COST, 100)
-    assert "6-3: PL 6-3" in text and "+0.90" in text and "1.2 times" in text
-    text = recommend([versus("KD 6-3", 3.0, 0.5), versus("PL 6-3", 0.9, 0.5)], COST, 100)
-    assert "6-3: KD 6-3" in text
-
-
-def test_it_says_when_it_cannot_tell():
-    row = versus("KD 6-3", 0.5, 1.0)
-    assert documents_needed(row, 100) == 400  # the interval narrows with the root of their number
-    text = recommend([row], COST, 100)
-    assert "cannot tell" in text and "400" in text and "SFT" in text
-    assert "No other method" in recommend([versus("KD 6-3", -0.5, 1.0)], COST, 100)
-    assert recommend([], COST, 100) == ""
-
-
-def test_signals():
-    births = [{"student": "6-3", "kl_loss": 1.0, "empty": 0.0}, {"student": "6-1", "kl_loss": 5.0, "empty": 0.9}]
-    rows = signal_rows(0.8, births, {"rouge2": 28.0}, 22.0)
-    assert [row["signal"].split()[0] for row in rows] == ["abstractiveness", "gap", "gap", "quality"]
-    assert "XSum" in rows[0]["reading"] and "empty" in rows[2]["reading"] and "heart" in rows[3]["reading"]
-    assert "CNN" in signal_rows(0.55, [], None, 1.0)[0]["reading"]
-    assert "heart" not in signal_rows(None, [], {"rouge2": 22.0}, 22.0)[0]["reading"]

@@ -86,7 +86,7 @@ def test_every_method_from_description_to_row(place, capsys):
     mean = next(row for row in means if row["method"] == "sft")
     assert mean["rouge1"] == pytest.approx((sft[0]["rouge1"] + sft[1]["rouge1"]) / 2, abs=1e-3)
     assert len(comparison.cost_table(plan, trained, 1.5, predicted)) == len(plan)
-    text = comparison.headline(means, versus, len(test), 2, 4)
+    text = comparison.verdict(means, versus, len(test), 2, 4)
     assert "Smoke run" in text and comparison.best_students(means, plan)[0] in {run.name for run in plan}
     assert len(comparison.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
     for name, weight in teacher.named_parameters():  # the teacher stays as it was
@@ -154,21 +154,32 @@ def test_fingerprint_follows_the_weights(tmp_path):
     assert a == b != c
 
 
-def test_headline_tells_a_real_difference_from_noise():
+def test_verdict_tells_a_real_difference_from_noise():
     teacher = {"method": "teacher", "student": "", "name": "teacher", "rouge2": 10.0, "rouge2_low": 9.0}
     teacher |= {"rouge2_high": 11.0, "parameters_m": 8.0, "words": 9.0, "ms_per_token": 4.0}
     student = teacher | {"method": "sft", "student": "6-1", "name": "SFT 6-1", "speedup": 2.0, "rouge2_p_value": 0.001}
     other = student | {"method": "kd", "name": "KD 6-1", "rouge2": 9.5}
-    versus = [{"name": "KD 6-1", "difference": -0.5, "low": -0.9, "high": -0.1}]
-    text = comparison.headline([teacher, student, other], versus, 400, 1, 100)
-    assert "Take SFT 6-1" in text and "KD 6-1 lies 0.50 ROUGE-2 below SFT" in text and "Smoke" not in text
-    assert "Not worth" not in text
+    means = [teacher, student, other]
+    lower = {"name": "KD 6-1", "student": "6-1", "difference": -0.5, "low": -0.9, "high": -0.1}
+    text = comparison.verdict(means, [lower], 400, 1, 100)
+    assert "Take SFT 6-1" in text and "is real" in text and "KD 6-1 loses to SFT (-0.50" in text
+    assert "Smoke" not in text and "Not worth" not in text and "demonstration" in text
+    assert "demonstration" not in comparison.verdict(means, [lower], 400, 3, 100)
     rule = teacher | {"method": "lead_words", "name": "lead words", "rouge2": 9.7}
-    assert "as they are**: KD 6-1 score below a rule" in comparison.headline(
-        [teacher, rule, student, other], versus, 400, 1, 100
-    )
-    versus[0] |= {"high": 0.2}
-    assert "cannot tell from SFT: KD 6-1" in comparison.headline([teacher, student, other], versus, 400, 1, 100)
+    assert "as they are**: KD 6-1 score below" in comparison.verdict([rule, *means], [lower], 400, 1, 100)
+    higher = {"name": "KD 6-1", "student": "6-1", "difference": 0.5, "low": -0.5, "high": 1.5}
+    assert comparison.documents_needed(higher, 100) == 400  # the interval narrows with the root of their number
+    assert "400 test documents would settle" in comparison.verdict(means, [higher], 100, 1, 100)
+    assert "no method scores above SFT" in comparison.verdict(means, [lower | {"high": 0.2}], 100, 1, 100)
+
+
+def test_signals():
+    initial = [{"student": "6-3", "kl_loss": 1.0, "empty": 0.0}, {"student": "6-1", "kl_loss": 5.0, "empty": 0.9}]
+    rows = comparison.signal_rows(0.8, initial, {"rouge2": 28.0}, 22.0)
+    assert [row["signal"].split()[0] for row in rows] == ["abstractiveness", "initial", "initial", "quality"]
+    assert "XSum" in rows[0]["reading"] and "empty" in rows[2]["reading"] and "memorized" in rows[3]["reading"]
+    assert "CNN" in comparison.signal_rows(0.55, [], None, 1.0)[0]["reading"]
+    assert "memorized" not in comparison.signal_rows(None, [], {"rouge2": 22.0}, 22.0)[0]["reading"]
 
 
 def test_training_artifact_keeps_its_description(place):

@@ -7,6 +7,7 @@ against its own method unchanged.
 from __future__ import annotations
 
 import ast
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,36 +16,11 @@ import numpy as np
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.evaluation import scoring
-from distill_utils.evaluation.statistics import holm, paired_test
+from distill_utils.evaluation.statistics import effect_sign, holm, paired_test
 from distill_utils.experiments import runs
+from distill_utils.models.loading import ASSETS
 
 FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length", "training", "prefix", "variant")
-
-# What the papers and the first author's logs suggest (claim, difference that should be positive, source).
-HYPOTHESES = (
-    ("Pseudo-labels beat SFT on abstractive data", "pl versus sft", "Shleifer & Rush 2020, abstract (XSum)"),
-    ("KD beats SFT on abstractive data", "kd versus sft", "published README: XSum students use KD"),
-    ("Logits alone do not beat SFT", "sft versus kd hidden_weight=0", "author's XSum log, 12-3: 19.36 against 18.38"),
-    ("Hidden states are the decisive part of KD", "kd versus kd hidden_weight=0",
-     "author's XSum log, 12-3: 21.34, 18.38"),
-    ("KD without references loses", "kd versus kd ce_weight=0", "author's XSum log: 0.5 to 0.8 ROUGE-2"),
-    ("A trained encoder beats a frozen one", "sft freeze_encoder=False versus sft",
-     "author's XSum log, 12-6: 21.50, 20.72"),
-    ("Supervising the block's end helps", "kd versus kd supervise_forward=False",
-     "transformers PR 6834: only outside BART"),
-    ("Matching outputs beats matching inputs", "kd versus kd match=inputs", "not published"),
-    ("Normalised hidden states help", "kd versus kd normalize_hidden=False", "transformers PR 6834: only outside BART"),
-    ("TVD beats forward KL", "kd divergence=tvd versus kd", "Wen et al. 2023, XSum 3-3: 19.30 against 18.98"),
-    ("JSD beats forward KL", "kd divergence=jsd versus kd", "Wen et al. 2023, XSum 3-3: 19.22 against 18.98"),
-    ("Reverse KL beats forward KL", "kd divergence=reverse_kl versus kd", "Wen et al. 2023, XSum 3-3: 19.02, 18.98"),
-    ("References beside pseudo-labels help", "pl_gold versus pl", "published recipe for Pegasus on XSum"),
-    ("Filtered pseudo-labels are better", "pl label_filters={'reference_rouge2':10} versus pl",
-     "published data set, no figure"),
-    ("Labels of a teacher that saw other data are better", "pl cross_fit=other versus pl cross_fit=own",
-     "not published"),
-    ("Own samples as targets help", "on_policy versus kd hidden_weight=0", "Agarwal et al. 2024, other models"),
-    ("A teacher with dropout is worse", "kd versus kd teacher_dropout=True", "not published"),
-)  # fmt: skip
 
 
 def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
@@ -112,7 +88,7 @@ def ablation_runs(base: runs.StudentRun, texts: Sequence[str], seeds: Sequence[i
     for text in texts:
         for run in parse_ablation(base, text):
             for seed in seeds:
-                seeded = replace(run, training=replace(run.training, seed=seed))
+                seeded = runs.with_seed(run, seed)
                 found[seeded.name] = seeded
     return list(found.values())
 
@@ -124,10 +100,7 @@ def ablation_row(
 
     Scores are averaged over those seeds, document by document, first; the interval is over documents.
     """
-    named = [
-        [replace(run, training=replace(run.training, seed=seed)).name for run in parse_ablation(base, text)]
-        for seed in seeds
-    ]
+    named = [[runs.with_seed(run, seed).name for run in parse_ablation(base, text)] for seed in seeds]
     pairs = [names for names in named if all(name in tested for name in names)]
     if not pairs:
         return None
@@ -150,8 +123,8 @@ def ablation_rows(
     rows = []
     for text in texts:
         run, _ = parse_ablation(base, text)
-        seeded = replace(run, training=replace(run.training, seed=seeds[0]))
-        row, step = ablation_row(base, text, tested, seeds), cost.get(seeded.name.rpartition("-s")[0], {})
+        seeded = runs.with_seed(run, seeds[0])
+        row, step = ablation_row(base, text, tested, seeds), cost.get(seeded.group, {})
         seconds = read_json(trained[seeded.name] / "results.json")["seconds"]
         rows.append(row | {"seconds": seconds, **{key: step.get(key) for key in ("ms/step", "activations (MB)")}})
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
@@ -161,16 +134,18 @@ def ablation_rows(
 
 def hypothesis_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
     """Return one row a published hypothesis: confirmed, contradicted, not confirmed, or not tested in this run."""
+    verdicts = {1: "confirmed", 0: "not confirmed", -1: "contradicted"}
     rows = []
-    for claim, text, source in HYPOTHESES:
-        row = ablation_row(base, text, tested, seeds)
-        if row is None:
-            verdict = "not tested here"
-        elif row["low"] > 0:
-            verdict = "confirmed"
-        else:
-            verdict = "contradicted" if row["high"] < 0 else "not confirmed"
+    for claim in claims():
+        row = ablation_row(base, claim["comparison"], tested, seeds)
         interval = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})" if row else ""
-        found = {"ROUGE-2": interval, "seeds": str(row["seeds"]) if row else "", "here": verdict}
-        rows.append({"claim": claim, "comparison": text, **found, "source": source})
+        here = verdicts[effect_sign(row)] if row else "not tested here"
+        found = {"ROUGE-2": interval, "seeds": str(row["seeds"]) if row else "", "here": here}
+        rows.append({"claim": claim["claim"], "comparison": claim["comparison"], **found, "source": claim["source"]})
     return rows
+
+
+def claims() -> list[dict]:
+    """Return what the papers and the first author's logs suggest: claim, comparison that should be positive, source."""
+    with open(ASSETS / "claims.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,11 +1,12 @@
-"""What a comparison of students says: tidy rows, means over seeds, paired differences, cost, and the computed text.
+"""What a comparison of students says: tidy rows, means over seeds, paired differences, cost, and the verdict.
 
-Not here: training or measuring anything. Everything is read from finished artifacts (runs.py).
+Out of scope: training and testing (runs.py, evaluation/scoring.py). All but speed is read from finished artifacts.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ import numpy as np
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
-from distill_utils.evaluation import scoring
+from distill_utils.evaluation import scoring, statistics
 from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores, text_diagnostics
 from distill_utils.evaluation.scoring import decoding_runs
-from distill_utils.evaluation.statistics import bootstrap_interval, paired_test
+from distill_utils.evaluation.statistics import effect_sign, paired_test
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
@@ -27,12 +28,15 @@ from distill_utils.report.figures import method_label
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
 NOT_MEASURED = ("provenance", "build_seconds")
 RULES = ("lead_words", "object_name")
+# Share of the references' word pairs that the source lacks: Narayan et al. (2018), table 1.
+NOVEL_PAIRS = {"CNN/DailyMail": 0.54, "XSum": 0.83}
+MEMORIZED = 1.15  # labels this many times closer to their references than test outputs were memorized
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def describe_student(base: runs.StudentRun, shape: str, teacher) -> dict:
+def student_row(base: runs.StudentRun, shape: str, teacher) -> dict:
     """Return one row on a student's shape: layers kept and parameters in millions."""
     student, cut = runs.cut_student(runs.replace(base, shape=shape), teacher)
     counts = students.count_parameters(student)
@@ -46,7 +50,7 @@ def describe_student(base: runs.StudentRun, shape: str, teacher) -> dict:
     }
 
 
-def describe_labels(folder: Path) -> dict:
+def label_row(folder: Path) -> dict:
     """Return one row on pseudo-labels: kept, closeness to the references, length, speed."""
     results, kept = read_json(folder / "results.json"), runs.labelled(folder)
     scores = rouge_scores(kept["summary"], kept["reference"])
@@ -196,7 +200,7 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
             teacher = scoring.read_scores(teacher_test)
             for metric in METRICS:
                 scores = _mean_scores(folders, metric)
-                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = bootstrap_interval(scores)
+                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = statistics.bootstrap_interval(scores)
                 mean[f"{metric}_p_value"] = paired_test(scores, teacher[metric])["p_value"]
         mean["p_value"] = mean.get("rouge2_p_value")
         mean["ROUGE-2 95 %"] = f"{mean['rouge2_low']:.2f} – {mean['rouge2_high']:.2f}"
@@ -236,7 +240,7 @@ def cost_table(
     for run in plan:
         result = read_json(trained[run.name] / "results.json")
         decoder = run.method in ("kd", "pl_kl", "on_policy")
-        step = predicted[run.name.rpartition("-s")[0]]
+        step = predicted[run.group]
         rows.append(
             {
                 "name": run.name,
@@ -302,106 +306,91 @@ def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- computed text
+# ------------------------------------------------------------------------------------------------------------- verdict
 
 
-def describe_curves(histories: Mapping[str, Sequence[dict]], key: str, quantity: str) -> str:
-    """Return one sentence on where curves end, for the alternative text."""
-    ends = {name: [row[key] for row in rows if key in row][-1] for name, rows in histories.items()}
-    low, high = min(ends, key=ends.get), max(ends, key=ends.get)
-    return (
-        f"Validation {quantity} over training steps for {len(ends)} students: lowest at the end is "
-        f"{_label(low)} with {ends[low]:.2f}, highest {_label(high)} with {ends[high]:.2f}."
-    )
+def verdict(means: Sequence[dict], versus: Sequence[dict], num_test: int, num_seeds: int, max_steps: int) -> str:
+    """Return which student to take, what it costs and what this run cannot say, as Markdown computed from the results.
 
-
-def describe_front(means: Sequence[dict]) -> str:
-    """Return one sentence on the quality-speed figure, for the alternative text."""
-    teacher = next(row for row in means if row["method"] == "teacher")
-    rows = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: row["ms_per_token"])
-    parts = [f"{row['name']} {row['rouge2']:.1f} at {row['ms_per_token']:.2f} ms" for row in rows]
-    start = f"Teacher {teacher['rouge2']:.1f} ROUGE-2 at {teacher['ms_per_token']:.2f} ms per token"
-    return f"{start}; students: {', '.join(parts)}."
-
-
-def describe_decoding(rows: Sequence[dict]) -> str:
-    """Return what a decoding sweep says of quality at equal latency, computed from its rows."""
-    teacher = [row for row in rows if row["method"] == "teacher"]
-    lines = []
-    for name in dict.fromkeys(row["name"] for row in rows if row["method"] != "teacher"):
-        best = max((row for row in rows if row["name"] == name), key=lambda row: row["rouge2"])
-        as_fast = [row for row in teacher if row["latency_ms"] <= best["latency_ms"]]
-        start = f"{name} is best with {best['setting']}: {best['rouge2']:.2f} ROUGE-2 at {best['latency_ms']:.0f} ms"
-        if not as_fast:
-            quickest = min(teacher, key=lambda row: row["latency_ms"])
-            lines.append(
-                f"{start}; no setting of the teacher is as fast "
-                f"(its fastest, {quickest['setting']}: {quickest['rouge2']:.2f} at {quickest['latency_ms']:.0f} ms)."
-            )
-            continue
-        rival = max(as_fast, key=lambda row: row["rouge2"])
-        apart = best["rouge2_low"] > rival["rouge2_high"] or best["rouge2_high"] < rival["rouge2_low"]
-        lines.append(
-            f"{start}; within that time the teacher reaches {rival['rouge2']:.2f} with {rival['setting']}"
-            f"{'' if apart else ', and the intervals overlap'}."
-        )
-    return " ".join(lines)
-
-
-def headline(means: Sequence[dict], versus: Sequence[dict], num_test: int, seeds: int, max_steps: int) -> str:
-    """Return the recommendation as Markdown, computed from the results; it says so when the run cannot tell."""
+    `means` are the rows of `mean_over_seeds`, `versus` those of `compare_methods`.
+    """
     teacher = next(row for row in means if row["method"] == "teacher")
     ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
-    best = ranked[0]
+    best, fastest = ranked[0], min(ranked, key=lambda row: row["ms_per_token"])
+    share = 100 * best["rouge2"] / max(teacher["rouge2"], 1e-9)
+    size = 100 * best["parameters_m"] / teacher["parameters_m"]
     lines = []
     if num_test < FEW_DOCUMENTS:
         lines.append(f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
     lines.append(
-        f"**Take {best['name']}**: {best['rouge2']:.2f} ROUGE-2 "
-        f"({best['rouge2_low']:.2f} to {best['rouge2_high']:.2f}) "
-        f"against the teacher's {teacher['rouge2']:.2f} ({teacher['rouge2_low']:.2f} to {teacher['rouge2_high']:.2f}), "
-        f"{100 * best['rouge2'] / max(teacher['rouge2'], 1e-9):.0f} % of it, with "
-        f"{100 * best['parameters_m'] / teacher['parameters_m']:.0f} % of the parameters, "
-        f"{best['speedup']:.2f} times faster per token, "
-        f"{best['words']:.1f} words an output against {teacher['words']:.1f}."
+        f"**Take {best['name']}**: {best['speedup']:.2f} times faster per token and {share:.0f} % of the teacher's "
+        f"ROUGE-2 ({best['rouge2']:.2f}, {best['rouge2_low']:.2f} to {best['rouge2_high']:.2f}, against "
+        f"{teacher['rouge2']:.2f}), with {size:.0f} % of its parameters. "
+        + ("The gap to the teacher is real" if best["rouge2_p_value"] < 0.05 else "No gap to the teacher is shown")
+        + f" (paired test, p = {best['rouge2_p_value']:.3f})."
     )
-    lines.append(f"{_against_teacher(best)} {num_test} test documents, {seeds} seed(s), {max_steps} updates a student.")
-    real = [row for row in versus if row["low"] > 0 or row["high"] < 0]
-    for row in real:
-        verdict = "above" if row["difference"] > 0 else "below"
-        lines.append(
-            f"{row['name']} lies {abs(row['difference']):.2f} ROUGE-2 {verdict} SFT of the same shape "
-            f"({row['low']:+.2f} to {row['high']:+.2f})."
-        )
-    rest = [row["name"] for row in versus if row not in real]
-    if rest:
-        lines.append(f"This run cannot tell from SFT: {', '.join(rest)}.")
-    fastest = min(ranked, key=lambda row: row["ms_per_token"])
     if fastest["student"] != best["student"]:
         peer = max((row for row in ranked if row["student"] == fastest["student"]), key=lambda row: row["rouge2"])
-        lines.append(
-            f"If time per token matters more: {peer['name']} is {peer['speedup']:.2f} times faster than the teacher at "
-            f"{peer['rouge2']:.2f} ROUGE-2."
-        )
-    rules = [row for row in means if row["method"] in RULES]
-    rule = max(rules, key=lambda row: row["rouge2"], default=None)
+        lines.append(f"Faster still: {peer['name']}, {peer['speedup']:.2f} times, at {peer['rouge2']:.2f} ROUGE-2.")
+    lines += [_against_sft(shape, versus, num_test) for shape in dict.fromkeys(row["student"] for row in versus)]
+    rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
     worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
     if worse:
         lines.append(
             f"**Not worth their cost as they are**: {', '.join(worse)} score below a rule that costs nothing "
             f"({rule['name']}, {rule['rouge2']:.2f} ROUGE-2)."
         )
+    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    scope = f"{num_test} test documents, {seeds}, {max_steps} updates a student."
+    lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
     return "\n\n".join(lines)
 
 
-def _against_teacher(row: dict) -> str:
-    if row["rouge2_p_value"] < 0.05:
-        return (
-            f"The difference to the teacher is real on these documents (paired test, p = {row['rouge2_p_value']:.3f})."
+def _against_sft(shape: str, versus: Sequence[dict], num_test: int) -> str:
+    rows = [row for row in versus if row["student"] == shape]
+    told = [statistics.format_comparison(row["name"], row, "SFT") for row in rows if effect_sign(row)]
+    if told:
+        return f"{shape}: {'; '.join(told)}."
+    best = max(rows, key=lambda row: row["difference"])
+    needed = documents_needed(best, num_test)
+    if best["difference"] <= 0 or needed is None:
+        return f"{shape}: no method scores above SFT, and none is cheaper."
+    return (
+        f"{shape}: no method can be separated from SFT, the cheapest; the largest gain is that of {best['name']} "
+        f"({statistics.format_interval(best)}), and about {needed:,} test documents would settle one of that size."
+    )
+
+
+def documents_needed(row: Mapping, num_documents: int) -> int | None:
+    """Return about how many test documents would separate a paired difference of this size from zero."""
+    if row["difference"] == 0:
+        return None
+    return math.ceil(num_documents * ((row["high"] - row["low"]) / 2 / abs(row["difference"])) ** 2)
+
+
+def signal_rows(
+    novel_2gram: float | None, initial: Sequence[Mapping], labels: Mapping | None, teacher_rouge2: float
+) -> list[dict]:
+    """Return rows signal, measured, reading: what can be known before a student is trained.
+
+    `novel_2gram` is that of the references, `initial` the checks of the untrained students, `labels` the facts of the
+    pseudo-labels of the training documents, `teacher_rouge2` the teacher's on test documents.
+    """
+    rows = []
+    if novel_2gram is not None:
+        near = min(NOVEL_PAIRS, key=lambda name: abs(NOVEL_PAIRS[name] - novel_2gram))
+        advice = "SFT is enough" if near == "CNN/DailyMail" else "PL or KD beats SFT"
+        found = f"{100 * novel_2gram:.0f} % new word pairs", f"nearer to {near}, where the paper says: {advice}"
+        rows.append(("abstractiveness of the references", *found))
+    for row in initial:
+        weak = f"{100 * row['empty']:.0f} % of its first outputs are empty: it starts from little"
+        reading = weak if row["empty"] > 0.5 else "starts as a weak copy: short training can do"
+        rows.append((f"initial gap, {row['student']}", f"KL {row['kl_loss']:.2f} nats per token", reading))
+    if labels:
+        memorized = labels["rouge2"] > MEMORIZED * max(teacher_rouge2, 1e-9)
+        found = f"{labels['rouge2']:.1f} ROUGE-2 on training, {teacher_rouge2:.1f} on test documents"
+        reading = "the teacher has memorized references: labels may teach them again"
+        rows.append(
+            ("quality of the pseudo-labels", found, reading if memorized else "labels are as good as test outputs")
         )
-    return f"The paired test does not separate it from the teacher (p = {row['rouge2_p_value']:.3f})."
-
-
-def _label(name: str) -> str:
-    method, _, shape = name.partition(" ")
-    return method_label(method, shape)
+    return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in rows]

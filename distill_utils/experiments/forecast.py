@@ -53,7 +53,7 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
         counts = students.count_parameters(student)
         rows.append(
             {
-                "student": run.name.rpartition("-s")[0],
+                "student": run.group,
                 "steps": run.training.max_steps,
                 "ms/step": 1000 * seconds,
                 "predicted_seconds": seconds * run.training.max_steps,
