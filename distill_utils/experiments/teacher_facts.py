@@ -1,6 +1,6 @@
-"""What there is to say about a corpus and its teacher: rows of tables and computed text for notebook 1.
+"""What there is to say about a corpus and its teacher: rows of tables and the verdict of notebook 1.
 
-Not here: measuring (evaluation/, planning/machine.py) and drawing (figures.py).
+Out of scope: measuring (evaluation/, planning/machine.py) and drawing (report/figures.py).
 """
 
 from __future__ import annotations
@@ -52,61 +52,24 @@ def split_sizes(splits: Mapping[str, Dataset]) -> list[dict]:
     ]
 
 
-def package_shares(splits: Mapping[str, Dataset], num: int = 8) -> tuple[list[dict], str]:
-    """Return the largest packages' shares of train and test by the ids of `pydocs`, and a reading."""
+def package_shares(splits: Mapping[str, Dataset], num: int = 8) -> list[dict]:
+    """Return the largest packages' shares of train and test, by the ids of `pydocs`."""
     counts = {
         split: Counter(re.split("[.:]", i, maxsplit=1)[0] for i in splits[split]["id"]) for split in ("train", "test")
     }
     largest = [name for name, _ in counts["train"].most_common(num)]
-    rows = [
+    return [
         {"package": name, **{f"{split} (%)": 100 * count[name] / count.total() for split, count in counts.items()}}
         for name in largest
     ]
-    share = sum(row["train (%)"] for row in rows[:2])
-    known = sum(count for name, count in counts["test"].items() if name in counts["train"])
-    return rows, (
-        f"Two of {len(counts['train'])} packages, {' and '.join(largest[:2])}, give {share:.0f} % of the training "
-        f"pairs, and {100 * known / counts['test'].total():.0f} % of the test pairs come from packages that training "
-        "has seen."
-    )
 
 
-def lengths_reading(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]) -> tuple[str, str]:
-    """Return (alternative text, reading) of the figure of source and reference lengths in tokens."""
-    whole = {name: 100 * np.mean(np.asarray(lengths[name]) <= limits[name]) for name in limits}
-    lost = 100 * sum(max(n - limits["source"], 0) for n in lengths["source"]) / sum(lengths["source"])
-    ratio = np.median(lengths["source"]) / np.median(lengths["reference"])
-    verdict = "as it should be" if whole["reference"] >= 95 else "**too few: raise `max_target_length`**"
-    ratio = f"has {ratio:.1f} times the tokens of a"
-    alt = (
-        f"Cumulative distributions of lengths: a typical source {ratio} reference; the limits leave "
-        f"{whole['source']:.0f} % of sources and {whole['reference']:.0f} % of references whole."
-    )
-    return alt, (
-        f"The source limit leaves {whole['source']:.0f} % of the sources whole and hides {lost:.0f} % of all source "
-        f"tokens. Of the references {whole['reference']:.1f} % are whole: {verdict}. A typical source {ratio} typical "
-        "reference."
-    )
-
-
-def copying(pairs: Dataset) -> tuple[list[float], list[float], str, str]:
-    """Return (coverage, density) of every reference with a word, and (alternative text, reading) on how they copy."""
-    sources, references = list(pairs["document"]), list(pairs["summary"])
-    each = [metrics.text_diagnostics([s], [r]) for s, r in zip(sources, references, strict=True)]
+def copying(pairs: Dataset) -> tuple[list[float], list[float]]:
+    """Return coverage and density of every reference with a word."""
+    rows = zip(pairs["document"], pairs["summary"], strict=True)
+    each = [metrics.text_diagnostics([source], [reference]) for source, reference in rows]
     coverage, density = ([row[key] for row in each if row[key] is not None] for key in ("coverage", "density"))
-    novel = metrics.text_diagnostics(sources, references)
-    shares = [100 * (novel[f"novel_{n}gram"] or 0) for n in (1, 2, 3)]
-    alt = (
-        f"Scatter of references: half have a coverage below {np.median(coverage):.2f} and a density below "
-        f"{np.median(density):.1f}; points far up copy long phrases."
-    )
-    copied = 100 * np.mean(np.asarray(density) >= 4)
-    reading = (
-        f"Of the references' words {shares[0]:.0f} % do not occur in the source, of their word pairs {shares[1]:.0f} "
-        f"%, of their triples {shares[2]:.0f} %. Half of all have a coverage below {np.median(coverage):.2f}; "
-        f"{copied:.0f} % have at least the density of a text copied in runs of four words."
-    )
-    return coverage, density, alt, reading
+    return coverage, density
 
 
 # ------------------------------------------------------------------------------------------------------------ teacher
@@ -150,13 +113,6 @@ def card_rows(card: Mapping) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
-def relation(row: Mapping, other: Mapping, metric: str) -> str:
-    """Tell where one row's interval lies beside another's: "above", "below" or "overlaps"."""
-    if row[f"{metric}_low"] > other[f"{metric}_high"]:
-        return "above"
-    return "below" if row[f"{metric}_high"] < other[f"{metric}_low"] else "overlaps"
-
-
 def best_rule(rules: Sequence[Mapping], metric: str) -> Mapping:
     """Return the row with the highest mean in a metric."""
     return max(rules, key=lambda row: row[metric])
@@ -169,70 +125,45 @@ def with_interval(row: Mapping, metric: str) -> str:
 
 def against_rules(
     teacher: Mapping, teacher_scores: Mapping[str, np.ndarray], rules: Sequence[Mapping], scores: Mapping[str, Mapping]
-) -> tuple[list[dict], str]:
-    """Return one row a metric (every system, the paired difference from the better baseline) and a reading.
+) -> list[dict]:
+    """Return one row a metric: every system, and the teacher's paired difference from the better baseline.
 
-    `scores` maps a rule's method to its ROUGE of every document.
+    `scores` maps a rule's method to its ROUGE per document.
     """
     rows = []
     for metric in METRICS:
         systems = {method_label(row["method"]): with_interval(row, metric) for row in [*rules, teacher]}
         test = statistics.paired_test(teacher_scores[metric], scores[best_rule(rules, metric)["method"]][metric])
         rows.append({"metric": HEADINGS[metric], **systems, **test})
-    gained = ", ".join(row["metric"] for row in rows if row["low"] > 0)
-    lost = ", ".join(row["metric"] for row in rows if row["high"] < 0)
-    unclear = sum(row["low"] <= 0 <= row["high"] for row in rows)
-    text = f"The paired test puts the teacher above the better baseline in {gained or 'no metric'}"
-    text += f", below it in {lost}" if lost else ""
-    return rows, text + (f", and cannot tell in {unclear} of {len(rows)}." if unclear else ".")
+    return rows
 
 
-def describe_texts(sources: Sequence[str], written: Mapping[str, Sequence[str]]) -> tuple[list[dict], dict, str]:
-    """Return (one row a diagnostic, diagnostics by system, reading) of "reference", rules and "teacher"."""
+def text_rows(sources: Sequence[str], written: Mapping[str, Sequence[str]]) -> tuple[list[dict], dict]:
+    """Return one row a diagnostic, and the diagnostics by system, of "reference", rules and "teacher"."""
     found = {}
     for name, texts in written.items():
         found[name] = metrics.text_diagnostics(sources, texts) | {"different": len(set(texts)) / len(texts)}
     rows = []
     for key, title in DIAGNOSTICS.items():
         factor = 100 if "%" in title else 1
-        shown = {n: None if row[key] is None else factor * row[key] for n, row in found.items()}
-        rows.append({"of the texts": title} | {method_label(n): value for n, value in shown.items()})
-    ours, theirs = found["teacher"], found["reference"]
-    text = f"The teacher writes {ours['words']:.1f} words where the references have {theirs['words']:.1f}."
-    if ours["different"] < 0.8 * theirs["different"]:
-        text += f" **Only {100 * ours['different']:.0f} % of its summaries differ: it repeats stock sentences.**"
-    if ours["empty"] + ours["repeating"] > 0.05:
-        text += f" **{100 * (ours['empty'] + ours['repeating']):.0f} % of them are empty or repeat themselves.**"
-    if (ours["novel_2gram"] or 0) < (theirs["novel_2gram"] or 0):
-        text += " It stays closer to the source's words than the references do."
-    else:
-        text += " It has as many word pairs of its own as the references or more: new, not yet right."
-    return rows, found, text
+        values = {n: None if row[key] is None else factor * row[key] for n, row in found.items()}
+        rows.append({"of the texts": title} | {method_label(n): value for n, value in values.items()})
+    return rows, found
 
 
 # ----------------------------------------------------------------------------------------------- decoding and headline
 
 
-def beam_rows(decoded: Mapping[int, Path], own: Path) -> tuple[list[dict], str]:
-    """Return one row a number of beams, with the paired change of ROUGE-2 from the test in `own`, and a reading."""
+def beam_rows(decoded: Mapping[int, Path], own: Path) -> list[dict]:
+    """Return one row a number of beams, with the paired change of ROUGE-2 from the test in `own`."""
     rows = []
     for num_beams, path in decoded.items():
         change = dict.fromkeys(("change", "change_low", "change_high"))
         if path != own:
             test = statistics.paired_test(scoring.read_scores(path)["rouge2"], scoring.read_scores(own)["rouge2"])
             change = {"change": test["difference"], "change_low": test["low"], "change_high": test["high"]}
-        row = decoding_row("teacher", {"num_beams": num_beams}, path)
-        rows.append({**row, **change})
-    if len(rows) < 2:
-        return rows, "One number of beams only: nothing to compare."
-    first, last = rows[0], rows[-1]
-    text = (
-        f"{last['num_beams']} beams take {last['latency_ms'] / first['latency_ms']:.2f} times as long as "
-        f"{first['num_beams']} and score {last['rouge2'] - first['rouge2']:+.2f} ROUGE-2. "
-    )
-    real = [str(row["num_beams"]) for row in rows if (row["change_low"] or 0) > 0 or (row["change_high"] or 0) < 0]
-    separated = f"{', '.join(real)} beam(s)" if real else "no number of beams"
-    return rows, text + f"The paired test separates from the teacher's own decoding: {separated}."
+        rows.append(decoding_row("teacher", {"num_beams": num_beams}, path) | change)
+    return rows
 
 
 def pass_rows(model, passes: Sequence[Mapping], ms_per_token: float, ceiling: Mapping[str, float | None]) -> list[dict]:
@@ -249,47 +180,35 @@ def pass_rows(model, passes: Sequence[Mapping], ms_per_token: float, ceiling: Ma
     ]
 
 
-def speed_reading(row: Mapping, passes: Sequence[Mapping], ceiling: Mapping[str, float | None]) -> str:
-    """Return a reading of the encoder's part of the latency and of the shares of the machine's ceiling."""
-    shares = [each["share of ceiling (%)"] for each in passes]
-    part = 100 * row["encoder_ms"] / row["latency_ms"]
-    text = (
-        f"The encoder takes {part:.0f} % of the latency of one summary; the rest is decoding. Of the float32 ceiling "
-        f"the encoder uses {shares[0]:.0f} % on one document and {shares[-2]:.0f} % in the largest batch, decoding one "
-        f"token after another {shares[-1]:.1f} %."
-    )
-    if ceiling["bfloat16"]:
-        text += f" Products in bfloat16 are {ceiling['bfloat16'] / ceiling['float32']:.1f} times as fast here."
-    return text
+def verdict(
+    teacher: Mapping, rules: Sequence[Mapping], compared: Sequence[Mapping], texts: Mapping, num_test: int
+) -> str:
+    """Return the answer as Markdown: does the teacher beat the baselines, how large and fast is it, is it healthy.
 
-
-def headline(teacher: Mapping, rules: Sequence[Mapping], num_test: int, paired: str = "") -> str:
-    """Return the answer as Markdown: is the teacher above the baselines, by intervals, and how fast is it.
-
-    `paired` is the reading of `against_rules`, which tells more than intervals do.
+    `compared` are the rows of `against_rules`, `texts` the diagnostics by system.
     """
-    lines = []
-    if num_test < FEW_DOCUMENTS:
-        lines.append(f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
-    best = {metric: best_rule(rules, metric) for metric in ("rouge1", "rouge2")}
-    found = {metric: relation(teacher, row, metric) for metric, row in best.items()}
     names = " and ".join(method_label(row["method"]) for row in rules)
-    if set(found.values()) == {"above"}:
-        lines.append(f"**The teacher is clearly better than {names}**: no intervals overlap in ROUGE-1 and ROUGE-2.")
-    elif "below" in found.values():
-        lines.append(f"**The teacher is worse than a baseline** ({names}): it has nothing to teach yet.")
+    signs = [statistics.effect_sign(row) for row in compared]
+    lines = [f"**Smoke run:** {num_test} test documents show that the code runs, nothing else."]
+    lines = lines if num_test < FEW_DOCUMENTS else []
+    if min(signs) > 0:
+        lines.append(f"**The teacher is better than {names}** in every ROUGE metric.")
+    elif max(signs) < 0:
+        lines.append(f"**The teacher is worse than {names}**: it has nothing to teach yet.")
     else:
-        lines.append(f"**The teacher is not clearly better than {names}**: intervals overlap.")
-    for metric, row in best.items():
-        where = "overlaps" if found[metric] == "overlaps" else f"lies {found[metric]}"
+        above = [row["metric"] for row, sign in zip(compared, signs, strict=True) if sign > 0]
         lines.append(
-            f"{HEADINGS[metric]}: the teacher's {with_interval(teacher, metric)} {where} the better baseline's, "
-            f"{method_label(row['method'])} with {with_interval(row, metric)}."
+            f"**The teacher is not shown to be better than {names}**, but for {', '.join(above) or 'nothing'}."
         )
-    lines += [paired] if paired else []
+    rule = best_rule(rules, "rouge2")
     lines.append(
-        f"It has {teacher['parameters_m']:.1f} M parameters, takes {teacher['latency_ms']:.0f} ms a summary and "
-        f"{teacher['ms_per_token']:.2f} ms a generated token, and writes {teacher['words']:.1f} words. {num_test} test "
-        "documents; intervals are 95 % bootstrap over documents."
+        f"ROUGE-2 {with_interval(teacher, 'rouge2')}, the better baseline {with_interval(rule, 'rouge2')}. It has "
+        f"{teacher['parameters_m']:.1f} M parameters, takes {teacher['latency_ms']:.0f} ms a summary and "
+        f"{teacher['ms_per_token']:.2f} ms a token. {num_test} test documents, 95 % bootstrap intervals."
     )
+    ours, theirs = texts["teacher"], texts["reference"]
+    if ours["different"] < 0.8 * theirs["different"]:
+        lines.append(f"**Only {100 * ours['different']:.0f} % of its summaries differ: it repeats stock sentences.**")
+    if ours["empty"] + ours["repeating"] > 0.05:
+        lines.append(f"**{100 * (ours['empty'] + ours['repeating']):.0f} % are empty or repeat themselves.**")
     return "\n\n".join(lines)
