@@ -8,7 +8,9 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, PAD, tiny_bart, tiny_batch, tiny_tokenizer
 
+from distill_utils import device
 from distill_utils.artifacts import InputError
+from distill_utils.evaluation import statistics
 from distill_utils.experiments import layer_selection as selection
 from distill_utils.models.students import decoder_layers, encoder_layers, init_student
 from distill_utils.training.loop import Training
@@ -20,7 +22,7 @@ BATCHES = [tiny_batch(), tiny_batch(source_lengths=(4, 8), target_lengths=(5, 2)
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Compare in float32, whatever this machine would calculate in."""
-    monkeypatch.setattr(selection, "amp_dtype", lambda on: None)
+    monkeypatch.setattr(device, "amp_dtype", lambda on=None: None)
 
 
 def naive_loss(model) -> float:
@@ -156,7 +158,7 @@ def test_states_are_the_hidden_states_of_the_forward_pass(family):
 def test_similarity_of_a_layer_that_does_nothing_is_one():
     teacher = FAMILIES["pegasus"](3, 3)
     make_useless(encoder_layers(teacher)[1])
-    similarity = selection.input_output_similarity(selection.layer_states(teacher, BATCHES)["encoder"])
+    similarity = statistics.input_output_similarity(selection.layer_states(teacher, BATCHES)["encoder"])
     assert similarity[1] == pytest.approx(1.0, abs=1e-6) and max(similarity[0], similarity[2]) < 0.99
 
 
@@ -177,37 +179,37 @@ def test_cka_equals_its_definition_and_keeps_its_invariances():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(40, 6)) + 3.0
     y = x @ generator.normal(size=(6, 9)) + generator.normal(size=(40, 9))
-    found = selection.cka([torch.tensor(x), torch.tensor(y)])
+    found = statistics.cka([torch.tensor(x), torch.tensor(y)])
     assert found[0, 1] == found[1, 0] == pytest.approx(naive_cka(x, y), rel=1e-9)
     assert np.allclose(np.diag(found), 1.0)
     rotation = np.linalg.qr(generator.normal(size=(6, 6)))[0]
-    turned = selection.cka([torch.tensor(x @ rotation * 7.0 - 5.0), torch.tensor(y)])
+    turned = statistics.cka([torch.tensor(x @ rotation * 7.0 - 5.0), torch.tensor(y)])
     assert turned[0, 1] == pytest.approx(found[0, 1], rel=1e-9)
 
 
 def test_cka_of_unrelated_states_is_small_even_when_they_are_wide():
     generator = torch.Generator().manual_seed(0)
-    found = selection.cka([torch.randn(64, 256, generator=generator) for _ in range(2)])
+    found = statistics.cka([torch.randn(64, 256, generator=generator) for _ in range(2)])
     assert abs(found[0, 1]) < 0.1  # the plain estimator says about 0.8 here
     with pytest.raises(InputError, match="3 tokens are too few"):
-        selection.cka([torch.randn(3, 4)])
+        statistics.cka([torch.randn(3, 4)])
 
 
 # ---------------------------------------------------------------------------------------------------- what it is worth
 
 
 def test_rank_correlation():
-    perfect = selection.rank_correlation([1.0, 2.0, 4.0, 8.0, 9.0, 11.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    perfect = statistics.rank_correlation([1.0, 2.0, 4.0, 8.0, 9.0, 11.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     assert perfect["rho"] == perfect["low"] == perfect["high"] == pytest.approx(-1.0)
     assert perfect["p_value"] == pytest.approx(2 / 720, rel=1e-6)  # both extremes of all orders
     from scipy.stats import spearmanr
 
     x, y = [3.0, 1.0, 2.0, 5.0, 4.0, 4.0], [1.0, 1.5, 0.0, 2.0, 3.0, 2.5]
-    found = selection.rank_correlation(x, y)
+    found = statistics.rank_correlation(x, y)
     assert found["rho"] == pytest.approx(spearmanr(x, y).statistic)
     assert found["low"] <= found["rho"] <= found["high"] and 0 < found["p_value"] <= 1
     for few in (([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), ([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])):
-        assert selection.rank_correlation(*few)["rho"] is None
+        assert statistics.rank_correlation(*few)["rho"] is None
 
 
 def test_maps_are_drawn_and_joined():
@@ -231,7 +233,7 @@ def test_runs_name_the_layers_of_the_stacks_that_are_cut():
         selection.runs.check_runs([run], tiny_bart(3, 2))
 
 
-def test_headline_tells_a_win_from_noise():
+def test_verdict_tells_a_win_from_noise():
     searched, other = np.full(60, 9.0), np.full(60, 8.0)
     win = selection.compare("searched", searched, "the published table", other)
     same = selection.compare("searched", searched, "even spacing", searched)
@@ -245,11 +247,11 @@ def test_headline_tells_a_win_from_noise():
         "ms_per_token": 2.0,
         "latency_ms": 30.0,
     }
-    text = selection.headline([0, 1, 5], [win, same], known, [noise], take, 0.9, 300, 1, 60)
+    text = selection.verdict([0, 1, 5], [win, same], known, [noise], take, 0.9, 300, 1, 60)
     assert "beats the published table (+1.00, 1.00 to 1.00) and is the same map as even spacing" in text
     assert "cannot be separated from" in text and "ranks the maps as training does" in text and "Take 6-3" in text
     assert "Smoke" not in text
-    text = selection.headline([0, 1, 5], [win], {**known, "p_value": 0.2}, [], None, 0.9, 24, 1, 2)
-    assert all(part in text for part in ("Smoke run", "cannot be shown to rank", "falls short of 90 %", "No student"))
-    assert "too few" in selection.describe_correlation({**known, "rho": None}, "it")
-    assert "wrong way" in selection.describe_correlation({**known, "low": 0.2, "high": 0.9}, "it")
+    text = selection.verdict([0, 1, 5], [win], {**known, "p_value": 0.2}, [], None, 0.9, 24, 1, 2)
+    assert all(part in text for part in ("Smoke run", "is not shown to rank", "falls short of 90 %", "No student"))
+    for changed, words in (({"rho": None}, "too few"), ({"low": 0.2, "high": 0.9}, "wrong way")):
+        assert words in selection.verdict([0, 1, 5], [win], {**known, **changed}, [], take, 0.9, 300, 1, 60)

@@ -1,6 +1,6 @@
-"""Intervals and paired tests: what a difference between two systems is worth.
+"""Intervals, paired tests, correlations and similarities: what a difference between two systems is worth.
 
-Out of scope: what is scored (metrics.py, tasks.py). Everything here takes plain arrays, one value a document.
+Out of scope: what is scored (metrics.py, tasks.py). Most functions take plain arrays, one value per document.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from distill_utils.artifacts import InputError
 
 
 def bootstrap_interval(
@@ -90,3 +95,59 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = worst
     return adjusted
+
+
+def input_output_similarity(states: Sequence[Tensor]) -> list[float]:
+    """Return of each layer the mean cosine between its input and its output; near 1, the layer changes little."""
+    pairs = zip(states[:-1], states[1:], strict=True)
+    return [torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in pairs]
+
+
+def cka(states: Sequence[Tensor]) -> np.ndarray:
+    """Return the linear CKA between all pairs of states, debiased; 1 on the diagonal, about 0 when unrelated.
+
+    Kornblith et al. 2019, with the unbiased estimator of HSIC (Song et al. 2012), which does not grow with the width
+    where tokens are few. It is computed from (dim, dim) products: no (tokens, tokens) matrix is built. Unchanged by
+    rotations and by scaling. Raises InputError for fewer than four tokens.
+    """
+    num = len(states[0])
+    if num < 4:
+        raise InputError(f"{num} tokens are too few to compare layers: give at least 4")
+    centred = [state.double() - state.double().mean(0) for state in states]  # (tokens, dim); HSIC ignores the mean
+    squares = [state.square().sum(1) for state in centred]  # the kernel's diagonal, which the estimator leaves out
+    hsic = np.zeros((len(states), len(states)))
+    for i, (one, a) in enumerate(zip(centred, squares, strict=True)):
+        for j, (two, b) in enumerate(zip(centred[: i + 1], squares[: i + 1], strict=True)):
+            # Centred, every row of a kernel sums to 0, so without its diagonal to -a.
+            value = (one.T @ two).square().sum() - (a * b).sum()
+            value += a.sum() * b.sum() / ((num - 1) * (num - 2)) - 2 * (a * b).sum() / (num - 2)
+            hsic[i, j] = hsic[j, i] = value.item()
+    own = np.sqrt(np.clip(np.diag(hsic), 1e-30, None))
+    return hsic / np.outer(own, own)
+
+
+def rank_correlation(
+    scores: Sequence[float], outcomes: Sequence[float], num_samples: int = 2000, seed: int = 0
+) -> dict[str, float | None]:
+    """Return Spearman's `rho` of two values per map, its 95 % bootstrap interval over maps, and a `p_value`.
+
+    All None with fewer than four maps or where one side does not vary: then nothing can be said.
+    """
+    x, y = np.asarray(scores, dtype=float), np.asarray(outcomes, dtype=float)
+    if len(x) < 4 or not np.ptp(x) or not np.ptp(y):
+        return {"maps": len(x), "rho": None, "low": None, "high": None, "p_value": None}
+    drawn = np.random.default_rng(seed).integers(len(x), size=(num_samples, len(x)))
+    low, high = np.nanquantile(_spearman(x[drawn], y[drawn]), [0.025, 0.975])
+    test = stats.permutation_test(
+        (x,), lambda x, axis: _spearman(x, y), vectorized=True, permutation_type="pairings", n_resamples=num_samples,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    values = {"rho": _spearman(x, y), "low": low, "high": high, "p_value": test.pvalue}
+    return {"maps": len(x), **{name: float(value) for name, value in values.items()}}
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a draw of one map only has no ranks
+        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))

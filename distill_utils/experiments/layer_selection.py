@@ -1,6 +1,6 @@
 """Which layers to keep: evidence before training, on training documents, and what it says about students after it.
 
-Not here: the maps that need no data and the cut itself (students.py), training (runs.py). A student is judged by a
+Out of scope: the maps that need no data and the cut itself (students.py), training (runs.py). A student is judged by a
 `score` function of a model, so the same sweep serves the loss and ROUGE. A *view* is a student on the teacher's own
 weights (`init_student(..., share_weights=True)`): a layer is left out without copying or loading anything.
 """
@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy import stats
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill_utils.artifacts import InputError
 from distill_utils.data.batches import batch_list
-from distill_utils.device import amp_dtype
+from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED, chunked_token_losses
 from distill_utils.distillation.objectives import decode, encode
 from distill_utils.evaluation import generation, metrics, scoring, statistics
@@ -40,17 +39,17 @@ FASTER = 0.9  # a student's time per token over its teacher's, at most; closer o
 
 
 def calibration_batches(rows: Dataset, pad_token_id: int, batch_size: int, device) -> list[dict]:
-    """Return tokenized training pairs as batches on the device; refuse fewer documents than one batch holds."""
+    """Return tokenized training pairs as batches on the device; reject fewer documents than one batch holds."""
     if not 1 <= batch_size <= len(rows):
         raise InputError(f"{len(rows)} calibration documents for batches of {batch_size}: give at least one full batch")
     batches = batch_list(rows, pad_token_id, batch_size)
-    return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
+    return [to_device(batch, device) for batch in batches]
 
 
 @torch.no_grad()
 def encode_all(teacher: PreTrainedModel, batches: Sequence[dict]) -> list[Tensor]:
     """Return the teacher's encoder outputs, (batch, source, dim) each: a sweep over decoder layers reuses them."""
-    with _autocast(teacher):
+    with mixed_precision(teacher.device):
         return [encode(teacher, batch)[0] for batch in batches]
 
 
@@ -60,7 +59,7 @@ def calibration_loss(model: PreTrainedModel, batches: Sequence[dict], encoded: S
     total, tokens = 0.0, 0
     for i, batch in enumerate(batches):
         count = int((batch["labels"] != IGNORED).sum())
-        with _autocast(model):
+        with mixed_precision(model.device):
             hidden, _ = decode(model, batch, encode(model, batch)[0] if encoded is None else encoded[i])
             loss = chunked_token_losses(hidden, partial(students.project, model), batch["labels"])["ce_loss"]
         total += float(loss) * count
@@ -74,11 +73,6 @@ def greedy_rouge2(model: PreTrainedModel, tokenizer, documents: Sequence[str], r
         raise InputError("no documents to summarize: give at least 1")
     predictions = generation.summarize(model, tokenizer, documents, num_beams=1, **options)
     return metrics.rouge_scores(predictions, references)["rouge2"]
-
-
-def _autocast(model: PreTrainedModel):
-    half = amp_dtype(model.device)
-    return torch.autocast(model.device.type, half, enabled=half is not None)
 
 
 @contextmanager
@@ -188,7 +182,7 @@ def layer_states(teacher: PreTrainedModel, batches: Sequence[dict], max_tokens: 
     hooks = [_layers(teacher, stack)[0].register_forward_pre_hook(partial(keep_input, stack)) for stack in STACKS]
     try:
         for batch in batches:
-            with _autocast(teacher):
+            with mixed_precision(teacher.device):
                 encoded, outputs = encode(teacher, batch, every["encoder"])
                 found = {"encoder": outputs, "decoder": decode(teacher, batch, encoded, every["decoder"])[1]}
             valid = {"encoder": batch["attention_mask"] == 1, "decoder": batch["labels"] != IGNORED}
@@ -204,63 +198,46 @@ def layer_states(teacher: PreTrainedModel, batches: Sequence[dict], max_tokens: 
     return {stack: [torch.cat(parts) for parts in kept] for stack, kept in states.items()}
 
 
-def input_output_similarity(states: Sequence[Tensor]) -> list[float]:
-    """Return of each layer the mean cosine between its input and its output; near 1, the layer changes little."""
-    pairs = zip(states[:-1], states[1:], strict=True)
-    return [torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in pairs]
+# ------------------------------------------------------------------------------------------------------- all evidence
 
 
-def cka(states: Sequence[Tensor]) -> np.ndarray:
-    """Return the linear CKA between all pairs of states, debiased; 1 on the diagonal, about 0 when unrelated.
+def gather_evidence(
+    teacher: PreTrainedModel, batches: list[dict], rouge2: Callable, kept_layers: int, search_budget: int
+) -> dict:
+    """Return all that is known of layers before training: `rows` by layer, `search`, `cka`, `loss`, and what each cost.
 
-    Kornblith et al. 2019, with the unbiased estimator of HSIC (Song et al. 2012), which does not grow with the width
-    where tokens are few. It is computed from (dim, dim) products: no (tokens, tokens) matrix is built. Unchanged by
-    rotations and by scaling. Raises InputError for fewer than four tokens.
+    `rouge2(model)` scores the teacher's own summaries, per document. Each `measured` block is one line of `cost`.
     """
-    num = len(states[0])
-    if num < 4:
-        raise InputError(f"{num} tokens are too few to compare layers: give at least 4")
-    centred = [state.double() - state.double().mean(0) for state in states]  # (tokens, dim); HSIC ignores the mean
-    squares = [state.square().sum(1) for state in centred]  # the kernel's diagonal, which the estimator leaves out
-    hsic = np.zeros((len(states), len(states)))
-    for i, (one, a) in enumerate(zip(centred, squares, strict=True)):
-        for j, (two, b) in enumerate(zip(centred[: i + 1], squares[: i + 1], strict=True)):
-            # Centred, every row of a kernel sums to 0, so without its diagonal to -a.
-            value = (one.T @ two).square().sum() - (a * b).sum()
-            value += a.sum() * b.sum() / ((num - 1) * (num - 2)) - 2 * (a * b).sum() / (num - 2)
-            hsic[i, j] = hsic[j, i] = value.item()
-    own = np.sqrt(np.clip(np.diag(hsic), 1e-30, None))
-    return hsic / np.outer(own, own)
+    rows, cost, search = [], [], {}
+    for stack in STACKS:
+        depth = len(_layers(teacher, stack))
+        with measured(teacher) as spent:
+            encoded = encode_all(teacher, batches) if stack == "decoder" else None
+            loss = partial(calibration_loss, batches=batches, encoded=encoded)
+            search[stack] = search_layers(teacher, stack, kept_layers, loss, search_budget)
+        cost.append({"evidence": f"search, {stack}", "candidates": search[stack]["evaluations"], **spent})
+        with measured(teacher) as spent:
+            before = loss(teacher)
+            losses = leave_one_out(teacher, stack, loss)
+        cost.append({"evidence": f"leave one out, loss, {stack}", "candidates": depth, **spent})
+        with measured(teacher) as spent:
+            own = rouge2(teacher)
+            scores = leave_one_out(teacher, stack, rouge2)
+        cost.append({"evidence": f"leave one out, ROUGE-2, {stack}", "candidates": depth, **spent})
+        for layer, (left, values) in enumerate(zip(losses, scores, strict=True)):
+            change = statistics.paired_test(values, own)
+            ends = {"rouge2": change["difference"], "rouge2_low": change["low"], "rouge2_high": change["high"]}
+            rows.append({"stack": stack, "layer": layer, "loss_change": left - before, **ends})
+    with measured(teacher) as spent:
+        states = layer_states(teacher, batches)
+        similarity = [value for stack in STACKS for value in statistics.input_output_similarity(states[stack])]
+        alike = {stack: statistics.cka(states[stack][1:]).tolist() for stack in STACKS}
+    cost.append({"evidence": "similarity and CKA", "candidates": None, **spent})
+    rows = [{**row, "similarity": value} for row, value in zip(rows, similarity, strict=True)]
+    return {"rows": rows, "cost": cost, "search": search, "cka": alike, "loss": before}
 
 
 # ------------------------------------------------------------------------------------------------ what it is worth
-
-
-def rank_correlation(
-    scores: Sequence[float], outcomes: Sequence[float], num_samples: int = 2000, seed: int = 0
-) -> dict[str, float | None]:
-    """Return Spearman's `rho` of two values a map, its 95 % bootstrap interval over maps, and a permutation `p_value`.
-
-    All None with fewer than four maps or where one side does not vary: then nothing can be told.
-    """
-    x, y = np.asarray(scores, dtype=float), np.asarray(outcomes, dtype=float)
-    if len(x) < 4 or not np.ptp(x) or not np.ptp(y):
-        return {"maps": len(x), "rho": None, "low": None, "high": None, "p_value": None}
-    drawn = np.random.default_rng(seed).integers(len(x), size=(num_samples, len(x)))
-    low, high = np.nanquantile(_spearman(x[drawn], y[drawn]), [0.025, 0.975])
-    test = stats.permutation_test(
-        (x,), lambda x, axis: _spearman(x, y), vectorized=True, permutation_type="pairings", n_resamples=num_samples,
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    values = {"rho": _spearman(x, y), "low": low, "high": high, "p_value": test.pvalue}
-    return {"maps": len(x), **{name: float(value) for name, value in values.items()}}
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # a draw of one map only has no ranks
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 
 def run_of(
@@ -277,7 +254,7 @@ def run_of(
 
 
 def mean_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> dict[tuple[str, str], np.ndarray]:
-    """Return ROUGE-2 of every (shape, variant), one value a test document, averaged over seeds."""
+    """Return ROUGE-2 of every (shape, variant), per test document, averaged over seeds."""
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for run in plan:
         found.setdefault((run.shape, run.variant), []).append(scoring.read_scores(tested[run.name])["rouge2"])
@@ -291,32 +268,87 @@ def compare(name: str, values: np.ndarray, rival: str, others: np.ndarray) -> di
     return {"name": name, "rival": rival, "same": False, **statistics.paired_test(values, others)}
 
 
-# ------------------------------------------------------------------------------------------------------- computed text
+def judge_maps(
+    teacher: PreTrainedModel, batches: list[dict], maps: Mapping[str, Sequence[int]], plan: Sequence[runs.StudentRun],
+    layers: Sequence[Mapping], means: Sequence[Mapping],
+) -> list[dict]:  # fmt: skip
+    """Return one row a decoder map: what was known before training, beside what training made of it.
+
+    `plan` holds one run for each map, `layers` the evidence by layer, `means` the results rows.
+    """
+    encoded = encode_all(teacher, batches)
+    lone = [row for row in layers if row["stack"] == "decoder"]
+    by_variant = {row.get("variant"): row for row in means}
+    rows = []
+    for (name, ids), run in zip(maps.items(), plan, strict=True):
+        gone = [row for row in lone if row["layer"] not in ids]
+        after = by_variant[run.variant]
+        rows.append(
+            {
+                "map": name,
+                "layers": ids,
+                "loss before": calibration_loss(view(teacher, "decoder", ids), batches, encoded),
+                "sum left out": sum(row["loss_change"] for row in gone),
+                "change left out": sum(1 - row["similarity"] for row in gone),
+                **{key: after[key] for key in ("validation_ce", "rouge2", "rouge2_low", "rouge2_high")},
+            }
+        )
+    return rows
 
 
-def verdict(test: Mapping) -> str:
-    """Return in words what a paired difference of ROUGE-2 says, or that it cannot tell."""
-    if test["same"]:
-        return f"is the same map as {test['rival']}"
-    return statistics.format_comparison("", test, test["rival"]).strip()
+def grid_rows(
+    means: Sequence[Mapping], grid: Sequence[runs.StudentRun], last: str, whole: str
+) -> tuple[list[dict], dict]:
+    """Return the results rows of the grid's students and that of the teacher, each with a `label`.
+
+    `last` is the variant of the one-layer decoder that is made of the last layer, `whole` the teacher's shape.
+    """
+    chosen = {(run.shape, run.variant) for run in grid}
+    note = f" from layer {last.rpartition(' ')[2]}"
+    cells = [
+        row | {"label": row["student"] + (note if row["variant"] == last else "")}
+        for row in means[1:]
+        if (row["student"], row["variant"]) in chosen
+    ]
+    return cells, {**means[0], "label": f"{whole} (teacher)"}
 
 
-def describe_correlation(found: Mapping, score: str) -> str:
-    """Return in words whether a cheap score, lower being better, ranks maps as training does."""
-    if found["rho"] is None:
-        return f"{found['maps']} maps are too few, or too equal, to say whether {score} predicts the trained ROUGE-2."
-    says = "ranks the maps as training does" if found["high"] < 0 else "ranks the maps the wrong way round"
-    if found["low"] <= 0 <= found["high"] or found["p_value"] >= 0.05:
-        says = "cannot be shown to rank the maps as training does"
-    return (
-        f"{score[0].upper()}{score[1:]} {says}: Spearman {found['rho']:+.2f} ({found['low']:+.2f} to "
-        f"{found['high']:+.2f}; permutation p = {found['p_value']:.3f}) over {found['maps']} maps."
-    )
+def front_rows(rows: Sequence[Mapping], last: str) -> list[dict]:
+    """Return rows for `plot_trade_off`: a line for each encoder, a number for each decoder."""
+    found = []
+    for row in rows:
+        encoder, decoder = row["label"].partition(" ")[0].split("-")
+        name = row["label"] if row.get("variant") == last else f"{encoder} encoder layer(s)"
+        found.append({**row, "student": f"{encoder}-{decoder}", "setting": decoder, "name": name})
+    return sorted(found, key=lambda row: (row["label"] == row["name"], -int(row["student"].split("-")[0])))
 
 
-def headline(
+def pairs_of_cuts(
+    labels: Mapping[str, object], depths: Mapping[str, int], encoders: Sequence[int], decoders: Sequence[int], last: int
+) -> list[tuple[str, str, str, str]]:
+    """Return (one, its name, other, its name) of students to compare: decoder cut or encoder cut, first or last layer.
+
+    `labels` maps the students there are to rows with `latency_ms`.
+    """
+    pairs = []
+    for depth in [depth for depth in encoders if depth in decoders and depth < min(depths.values())]:
+        one, two = f"{depths['encoder']}-{depth}", f"{depth}-{depths['decoder']}"
+        if {one, two} <= labels.keys():
+            times = [f"{labels[label]['latency_ms']:.0f} ms a document" for label in (one, two)]
+            names = f"cutting the decoder ({one}, {times[0]})", f"cutting the encoder ({two}, {times[1]})"
+            pairs.append((one, names[0], two, names[1]))
+    one, two = f"{depths['encoder']}-1", f"{depths['encoder']}-1 from layer {last}"
+    if {one, two} <= labels.keys():
+        pairs.append((one, "a single decoder layer made of layer 0", two, f"one made of layer {last}"))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def verdict(
     searched: Sequence[int], versus: Sequence[Mapping], correlation: Mapping, cuts: Sequence[Mapping],
-    take: Mapping | None, keep_share: float, num_test: int, seeds: int, max_steps: int,
+    take: Mapping | None, keep_share: float, num_test: int, num_seeds: int, max_steps: int,
 ) -> str:  # fmt: skip
     """Return what the notebook found as Markdown, computed; it says so where the run cannot tell.
 
@@ -324,40 +356,42 @@ def headline(
     the results row of the fastest student not shown to fall short of `keep_share` of the teacher's ROUGE-2, if any is
     faster than the teacher.
     """
-    lines = []
-    if num_test < FEW_DOCUMENTS:
-        lines.append(f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
-    found = " and ".join(verdict(test) for test in versus)
-    lines.append(
-        f"**The search** by loss before training keeps decoder layers {', '.join(map(str, searched))}: it {found}."
-    )
-    lines.append(describe_correlation(correlation, "the loss before training"))
-    lines += [f"{test['name'][0].upper()}{test['name'][1:]} {verdict(test)}." for test in cuts]
+    lines = [f"**Smoke run:** {num_test} test documents show that the code runs, nothing else."]
+    lines = lines if num_test < FEW_DOCUMENTS else []
+    share = f"{100 * keep_share:.0f} % of the teacher's ROUGE-2"
     if take:
         lines.append(
-            f"**Take {take['label']}**: the fastest student here that is not shown to fall short of "
-            f"{100 * keep_share:.0f} % of the teacher's ROUGE-2 ({take['rouge2']:.2f}, {take['rouge2_low']:.2f} to "
-            f"{take['rouge2_high']:.2f}), at {take['ms_per_token']:.2f} ms a token and {take['latency_ms']:.0f} ms a "
-            "document."
+            f"**Take {take['label']}**: the fastest student here that is not shown to fall short of {share} "
+            f"({take['rouge2']:.2f}, {take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), at "
+            f"{take['ms_per_token']:.2f} ms a token and {take['latency_ms']:.0f} ms a document."
         )
     else:
-        lines.append(
-            "**No student to take here**: each is as slow as the teacher or falls short of "
-            f"{100 * keep_share:.0f} % of its ROUGE-2."
-        )
+        lines.append(f"**No student to take here**: each is as slow as the teacher or falls short of {share}.")
+    found = " and ".join(_in_words(test) for test in versus)
     lines.append(
-        f"{num_test} test documents, {seeds} seed(s), {max_steps} updates a student; intervals over documents."
+        f"The search by loss before training keeps decoder layers {', '.join(map(str, searched))}: it {found}."
     )
+    lines.append(_ranking(correlation))
+    lines += [f"{test['name'][0].upper()}{test['name'][1:]} {_in_words(test)}." for test in cuts]
+    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    scope = f"{num_test} test documents, {seeds}, {max_steps} updates a student."
+    lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
     return "\n\n".join(lines)
 
 
-def describe_layers(rows: Sequence[Mapping], key: str, quantity: str) -> str:
-    """Return one sentence on which layers of each stack have the most and the least of something."""
-    parts = []
-    for stack in dict.fromkeys(row["stack"] for row in rows):
-        own = sorted((row for row in rows if row["stack"] == stack), key=lambda row: row[key])
-        low, high = own[0], own[-1]
-        parts.append(
-            f"{stack}: highest {high[key]:.2f} at layer {high['layer']}, lowest {low[key]:.2f} at {low['layer']}"
-        )
-    return f"{quantity} of every layer; {'; '.join(parts)}."
+def _in_words(test: Mapping) -> str:
+    if test["same"]:
+        return f"is the same map as {test['rival']}"
+    return statistics.format_comparison("", test, test["rival"]).strip()
+
+
+def _ranking(found: Mapping) -> str:
+    if found["rho"] is None:
+        return f"{found['maps']} maps are too few, or too equal, to say whether the loss before training ranks them."
+    says = "ranks the maps as training does" if found["high"] < 0 else "ranks the maps the wrong way round"
+    if found["low"] <= 0 <= found["high"] or found["p_value"] >= 0.05:
+        says = "is not shown to rank the maps as training does"
+    return (
+        f"The loss before training {says}: Spearman {found['rho']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, "
+        f"p = {found['p_value']:.3f}) over {found['maps']} maps."
+    )
