@@ -21,7 +21,7 @@ from distill_utils.artifacts import InputError, read_json
 from distill_utils.device import device
 from distill_utils.distillation import objectives
 from distill_utils.models.hooks import projections
-from distill_utils.training import checkpoints, loop
+from distill_utils.training import loop
 from distill_utils.training.loop import Training, fit
 
 
@@ -384,9 +384,9 @@ def plant(moment: str) -> None:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-        checkpoints.save_file = half
+        loop.save_file = half
     elif moment == "state":  # all tensors, no state
-        checkpoints.write_json = lambda *_: die()
+        loop.write_json = lambda *_: die()
     elif moment == "rename":  # all files, under the temporary name
         replace = os.replace
         os.replace = lambda source, target: (

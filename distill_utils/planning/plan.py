@@ -1,6 +1,6 @@
 """A training run before it starts: time, disk and memory from simulated steps, and what to change where it cannot fit.
 
-Not here: the simulated step itself (step.py) and the machine's ceilings (machine.py).
+Out of scope: the simulated step itself (step.py) and the machine's ceilings (machine.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations
 
 import torch
 from transformers import PreTrainedConfig
@@ -120,8 +119,8 @@ def check_fits(
 
     `reserve` is the share of memory that the plan may not use: the CUDA context, workspaces and fragmentation. Raises
     InputError otherwise, which names the three cheapest changes that make it fit, each planned anew: a smaller
-    micro-batch, activation checkpointing, a bfloat16 teacher, shorter text, more devices, or two of them where one does
-    not do. They are ordered by the device time a token that they add, at this machine's ceilings unless given.
+    micro-batch, activation checkpointing, a bfloat16 teacher, shorter text or more devices, by the device time they add
+    per token, at this machine's ceilings unless given.
     """
     memory = machine.device_memory() if memory is None else memory
     room = (1 - reserve) * memory
@@ -134,19 +133,16 @@ def check_fits(
     def cost(planned: dict) -> float:
         return step_seconds(planned, ceilings)["total"] * planned["settings"]["devices"] / planned["tokens"]
 
-    singles = _changes(step["settings"])
-    planned = [(change, again(change)) for change in _fitting(singles, again, room)]
-    if len(planned) < 3:  # together
-        pairs = _fitting([[a | b for b in y for a in x] for x, y in combinations(singles, 2)], again, room)
-        known = [change.items() for change, _ in planned]
-        planned += [(change, again(change)) for change in pairs if not any(one <= change.items() for one in known)]
+    planned = [(change, again(change)) for change in _fitting(_changes(step["settings"]), again, room)]
     causes = sorted(step["memory"].items(), key=lambda item: -item[1])[:2]
     needs = (
         f"a step needs {step['peak_bytes'] / 1e9:.2f} GB ({', '.join(f'{c} {b / 1e9:.2f}' for c, b in causes)}), of "
         f"{memory / 1e9:.2f} GB {room / 1e9:.2f} may be used"
     )
     if not planned:
-        raise InputError(f"{needs}; no change of batch, text, precision or devices fits: use a smaller model")
+        raise InputError(
+            f"{needs}; no single change of batch, text, precision or devices fits: combine them, or use a smaller model"
+        )
     planned.sort(key=lambda pair: cost(pair[1]))
     shown = [
         f"{' and '.join(f'{name}={value}' for name, value in change.items())} "

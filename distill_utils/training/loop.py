@@ -1,11 +1,11 @@
 """One flat training loop: schedule, mixed precision, accumulation, checkpoints, exact resume, history rows.
 
-Not here: losses (objectives.py) and data order (data.py), what checkpoints hold (checkpoints.py), how models are
-sharded and processes started (distributed.py). Everything random in a step is a function of the seed and the step, so a
-run that was killed and started again ends with the weights of one that was not.
+Out of scope: losses (objectives.py), data order (data/batches.py), how models are sharded and processes started
+(distributed.py, experiments/launch.py). Everything random in a step is a function of the seed and the step, so a run
+that was killed and started again ends with the weights of one that was not.
 
-The loop is the same in one process and in several that share a run: each takes its own rows of every micro-batch, and
-what they add up, gradients, losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
+In several processes that share a run each takes its own rows of every micro-batch, and what they add up, gradients,
+losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -14,27 +14,33 @@ import csv
 import io
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from distill_utils.artifacts import InputError, report_progress, write_atomic
-from distill_utils.device import amp_dtype, device
-from distill_utils.training.checkpoints import restore_checkpoint, save_checkpoint
+from distill_utils.artifacts import InputError, folder_atomic, read_json, report_progress, write_atomic, write_json
+from distill_utils.device import device, mixed_precision, to_device
 from distill_utils.training.distributed import (
     clip_gradients,
+    gather,
     is_sharded,
     local_rows,
+    part_like,
     rank_and_world_size,
     reset_fsdp_state,
     sum_over_processes,
 )
 
 MUON_RATE = 2.0  # times the learning rate, for updates of root mean square 0.4 of it, an AdamW update's usual size
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
 
 
@@ -57,6 +63,26 @@ class Training:
     precision: str = "auto"  # "auto" = bf16 where the device has it, or "float32"
 
 
+@dataclass
+class TrainingState:
+    """One training run under way: what is trained, by what, and how far it has come; a checkpoint holds all of it."""
+
+    folder: Path
+    settings: Training
+    model: torch.nn.Module
+    parameters: dict[str, torch.nn.Parameter]  # the trainable ones
+    optimizers: list
+    memory: dict  # what `after_step` keeps, plain JSON
+    step: int = 0  # updates done
+    history: list[dict] = field(default_factory=list)
+    window: dict = field(default_factory=dict)  # sums since the last history row
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
 def fit(
     model: torch.nn.Module,
     loss_fn: Callable[[torch.nn.Module, dict], dict],
@@ -76,8 +102,7 @@ def fit(
     `after_step(done, losses)` sees the losses of every update; what it keeps for the next ones belongs in `memory`,
     plain JSON, which is saved in checkpoints and restored from them.
     The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued, by any
-    number of processes. Where several share the run, all call `fit` with the same arguments, `batches(step)` is the
-    same in all, and rows are weighted by their target tokens as micro-batches are.
+    number of processes. Where several share the run, all call `fit` with the same arguments and batches.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
     rank, world = rank_and_world_size()
@@ -89,22 +114,18 @@ def fit(
     if not parameters:
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
     optimizers = make_optimizers(model, parameters, settings)
-    half = amp_dtype(on) if settings.precision == "auto" else None
-    state = restore_checkpoint(folder, model, parameters, optimizers, settings)
-    history, window = state["history"], state["window"]
-    if memory is not None:
-        memory |= state.get("memory") or {}
-    began = time.monotonic() - state["seconds"]
+    dtype = "auto" if settings.precision == "auto" else None
+    state = TrainingState(folder, settings, model, parameters, optimizers, {} if memory is None else memory)
+    restore_checkpoint(state)
 
-    for step in range(state["step"], settings.max_steps):
+    for step in range(state.step, settings.max_steps):
         torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
         micro_batches = batches(step)
         counts = [_count_targets(batch) for batch in micro_batches]
         sums: dict[str, torch.Tensor] = {}
         for batch in map(local_rows, micro_batches):
-            moved = {k: v.to(on, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with torch.autocast(on.type, half, enabled=half is not None):
-                losses = loss_fn(model, moved)
+            with mixed_precision(on, dtype):
+                losses = loss_fn(model, to_device(batch, on))
             share = _count_targets(batch) / max(sum(counts), 1)
             (losses["loss"] * share).backward()
             reset_fsdp_state(model)
@@ -126,50 +147,59 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
+        state.step = step + 1
         if after_step:
-            after_step(done, values)
-        for name, value in values.items():
-            window[name] = window.get(name, 0.0) + value
-        window["steps"] = window.get("steps", 0) + 1
-        window["examples"] = window.get("examples", 0) + sum(len(batch["ids"]) for batch in micro_batches)
-        cells = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in micro_batches)
-        used = sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + sum(counts)
-        window["cells"], window["used"] = window.get("cells", 0) + cells, window.get("used", 0) + used
-        seconds = time.monotonic() - began
+            after_step(state.step, values)
+        _count(state.window, values, micro_batches, sum(counts))
         if rank == 0:
-            report_progress(folder, stage, done, settings.max_steps, loss=round(values["loss"], 3))
-        evaluates = evaluate and (
-            done == settings.max_steps or (settings.eval_every and done % settings.eval_every == 0)
-        )
-        if done % settings.log_every == 0 or evaluates or done == settings.max_steps:
-            row = {name: window[name] / window["steps"] for name in values}
-            row = {"step": done, **row, "lr": learning_rate_at(step, settings), "seconds": round(seconds, 2)}
-            row["padding"] = round(1 - window["used"] / max(window["cells"], 1), 4)
-            row["examples_per_second"] = round(window["examples"] / max(seconds - window.get("began", 0.0), 1e-9), 2)
-            window = {"began": seconds}
+            report_progress(folder, stage, state.step, settings.max_steps, loss=round(values["loss"], 3))
+        last = state.step == settings.max_steps
+        evaluates = evaluate and (last or (settings.eval_every and state.step % settings.eval_every == 0))
+        if state.step % settings.log_every == 0 or evaluates or last:
+            row = _history_row(state, values)
             if evaluates:
                 model.eval()
-                with torch.no_grad(), torch.autocast(on.type, half, enabled=half is not None):
+                with torch.no_grad(), mixed_precision(on, dtype):
                     row |= evaluate(model)
                 reset_fsdp_state(model)
                 train_mode(model)
                 if rank == 0:
                     print(format_row(stage, row, settings.max_steps), flush=True)
-            history.append(row)
-        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.max_steps:
-            seconds = time.monotonic() - began
-            save_checkpoint(folder, model, parameters, optimizers, settings, done, history, window, seconds, memory)
+            state.history.append(row)
+        if settings.checkpoint_every and state.step % settings.checkpoint_every == 0 and not last:
+            save_checkpoint(state)
             if rank == 0:
-                write_history(folder, history)
+                write_history(folder, state.history)
     model.eval()
     if rank == 0:
-        write_history(folder, history)
-    return history
+        write_history(folder, state.history)
+    return state.history
+
+
+def _count(window: dict, values: dict[str, float], micro_batches: list[dict], targets: int) -> None:
+    """Add one update to the sums that a history row averages."""
+    for name, value in values.items():
+        window[name] = window.get(name, 0.0) + value
+    cells = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in micro_batches)
+    used = sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + targets
+    examples = sum(len(batch["ids"]) for batch in micro_batches)
+    for name, value in (("steps", 1), ("examples", examples), ("cells", cells), ("used", used)):
+        window[name] = window.get(name, 0) + value
+
+
+def _history_row(state: TrainingState, values: dict[str, float]) -> dict:
+    """Return the means since the last row, and begin the next window."""
+    window, seconds = state.window, state.seconds
+    row = {"step": state.step, **{name: window[name] / window["steps"] for name in values}}
+    row |= {"lr": learning_rate_at(state.step - 1, state.settings), "seconds": round(seconds, 2)}
+    row["padding"] = round(1 - window["used"] / max(window["cells"], 1), 4)
+    row["examples_per_second"] = round(window["examples"] / max(seconds - window.get("began", 0.0), 1e-9), 2)
+    state.window = {"began": seconds}
+    return row
 
 
 def check_training(settings: Training, num_processes: int = 1) -> None:
-    """Refuse impossible settings before anything is computed."""
+    """Reject impossible settings before anything is computed."""
     for name in ("max_steps", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} {getattr(settings, name)} is too small: use at least 1")
@@ -181,20 +211,15 @@ def check_training(settings: Training, num_processes: int = 1) -> None:
             f"micro_batch_size {settings.micro_batch_size} does not divide batch_size {settings.batch_size}: "
             "use one that does"
         )
-    if not settings.learning_rate > 0:
-        raise InputError(f"learning_rate {settings.learning_rate} is not positive: use for example 0.0003")
-    if not settings.max_grad_norm > 0:
-        raise InputError(f"max_grad_norm {settings.max_grad_norm} is not positive: use for example 1.0")
-    if settings.optimizer not in ("adamw", "muon"):
-        raise InputError(f"optimizer {settings.optimizer!r} is unknown: use adamw or muon")
-    if settings.precision not in ("auto", "float32"):
-        raise InputError(f"precision {settings.precision!r} is unknown: use auto or float32")
+    for name, usual in (("learning_rate", 0.0003), ("max_grad_norm", 1.0)):
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{name} {getattr(settings, name)} is not positive: use for example {usual}")
+    for name, known in (("optimizer", ("adamw", "muon")), ("precision", ("auto", "float32"))):
+        if getattr(settings, name) not in known:
+            raise InputError(f"{name} {getattr(settings, name)!r} is unknown: use {' or '.join(known)}")
     name = "micro_batch_size" if settings.micro_batch_size else "batch_size"
-    if getattr(settings, name) % num_processes:
-        raise InputError(
-            f"{num_processes} processes do not divide {name} {getattr(settings, name)}: use a multiple of "
-            f"{num_processes}, or another number of processes"
-        )
+    if (rows := getattr(settings, name)) % num_processes:
+        raise InputError(f"{num_processes} processes do not divide {name} {rows}: use a multiple of {num_processes}")
 
 
 def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: Training) -> list:
@@ -237,11 +262,7 @@ def train_mode(model: torch.nn.Module) -> None:
 
 
 def recompute_activations(model) -> None:
-    """Let training keep only what enters each layer and compute the rest again in the backward pass.
-
-    Less memory for a third more arithmetic, and the same gradients: dropout is repeated, hooks that read attention see
-    the first pass only.
-    """
+    """Keep only what enters each layer and compute the rest again in the backward pass: a third more arithmetic."""
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -257,9 +278,9 @@ def choose_attention(model, max_length: int) -> None:
 
 
 def format_row(stage: str, row: dict, max_steps: int) -> str:
-    """Return one line for the log of a batch run."""
-    shown = {k: v for k, v in row.items() if k not in ("step", "seconds", "padding", "lr", "examples_per_second")}
-    numbers = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    """Return one line for the log."""
+    left_out = ("step", "seconds", "padding", "lr", "examples_per_second")
+    numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in left_out)
     rate = f"{row['examples_per_second']:.1f} examples/s"
     return f"{stage}  step {row['step']:>5}/{max_steps}  {numbers}  lr {row['lr']:.1e}  {rate}"
 
@@ -282,3 +303,98 @@ def read_history(folder: Path) -> list[dict]:
     """Read a history as rows of numbers; empty cells are left out."""
     with open(folder / "history.csv", newline="") as file:
         return [{k: json.loads(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(state: TrainingState) -> None:
+    """Write checkpoint-NNNNNN/ with whole tensors, for any number of processes, and remove older ones.
+
+    All processes call this together.
+    """
+    moments = {}
+    for name, parameter in state.parameters.items():
+        for key, value in _moments_of(parameter, state.optimizers).items():
+            moments[f"{name}|{key}"] = value
+    # named_parameters lists a tied matrix once, which is what safetensors wants.
+    weights = gather({name: p.detach() for name, p in state.model.named_parameters()})
+    moments = gather(moments)
+    if rank_and_world_size()[0] > 0:
+        return
+    target = state.folder / f"checkpoint-{state.step:06d}"
+    with folder_atomic(target) as temporary:
+        save_file(weights, temporary / "model.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        kept = {name: getattr(state, name) for name in ("step", "seconds", "history", "window", "memory")}
+        write_json(temporary / "state.json", kept | {"settings": asdict(state.settings)})
+    for old in (
+        *state.folder.glob("checkpoint-*"),
+        *state.folder.glob(".checkpoint-*"),
+    ):  # the latter left by killed processes
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_checkpoint(state: TrainingState) -> None:
+    """Put a run back to the newest checkpoint of its folder: weights, moments and progress; without one it is fresh.
+
+    Raises InputError when it lacks a file, is of other settings or another model, or processes see different folders.
+    """
+    folder, model = state.folder, state.model
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    rank, world = rank_and_world_size()
+    if world > 1:
+        mine = int(found[-1].name.split("-")[1]) if found else 0
+        seen = torch.tensor([mine, -mine], device=device())
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        if seen[0] != -seen[1]:
+            raise InputError(
+                f"processes see different checkpoints in {folder.name}, the newest of steps {-seen[1]} and {seen[0]}: "
+                "set DISTILL_RUNS to a folder that all machines share"
+            )
+    if not found:
+        return
+    newest = found[-1]
+    lacking = [name for name in CHECKPOINT_FILES if not (newest / name).exists()]
+    if lacking:
+        raise InputError(f"{newest.name} lacks {lacking[0]}: put it back, or remove the folder to go without it")
+    kept = read_json(newest / "state.json")
+    now, before = asdict(state.settings), kept.get("settings") or {}  # older checkpoints do not say
+    for name in now.keys() & before.keys():
+        if now[name] != before[name]:
+            raise InputError(
+                f"{newest.name} was written with {name} {before[name]}, this run has {now[name]}: use that, or "
+                "another folder"
+            )
+    with torch.no_grad(), safe_open(newest / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
+        other = [name for name in (*shapes, *theirs) if shapes.get(name) != theirs.get(name)]
+        if other:
+            raise InputError(
+                f"{newest.name} is of another model, {other[0]} has shape {theirs.get(other[0])} there and "
+                f"{shapes.get(other[0])} here: use the model it was made with, or another folder"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.copy_(part_like(file.get_tensor(name), parameter))
+    with safe_open(newest / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118, a safetensors handle is no dictionary
+            name, moment = key.rsplit("|", 1)
+            like = state.parameters[name]
+            # The fused optimizer keeps its step count beside the parameter, too.
+            _moments_of(like, state.optimizers)[moment] = part_like(file.get_tensor(key), like)
+    if rank == 0:
+        print(f"continuing from {newest.name}", flush=True)
+    state.step, state.history, state.window = kept["step"], kept["history"], kept["window"]
+    state.memory |= kept.get("memory") or {}
+    state.began = time.monotonic() - kept["seconds"]
+
+
+def _moments_of(parameter, optimizers) -> dict:
+    """Return the state dictionary of a parameter in the optimizer that has it."""
+    for optimizer in optimizers:
+        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+            return optimizer.state[parameter]
+    raise KeyError("a trainable parameter belongs to no optimizer")
