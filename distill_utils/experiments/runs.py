@@ -306,7 +306,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
 
     def build(folder: Path) -> dict:
         return write_targets(
-            folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths), settings=inputs,
+            folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths),
             pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, **kept,
             progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
         )  # fmt: skip
