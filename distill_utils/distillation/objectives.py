@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import eval_mode
 from distill_utils.distillation.losses import (
     IGNORED,
     check_divergence,
@@ -49,10 +50,7 @@ def sft(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[s
 
 
 def kd(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
     encoder_layer_ids: Sequence[int],
     decoder_layer_ids: Sequence[int],
     ce_weight: float = 0.2,
@@ -65,7 +63,7 @@ def kd(
     match: str = "outputs",
     normalize_hidden: bool = True,
     teacher_dropout: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation: labels, the teacher's distribution and its hidden states (Shleifer & Rush 2020).
 
     The output of student layer i imitates the output of teacher layer ids[i]; with `match="inputs"`, as published, it
@@ -101,14 +99,9 @@ def kd(
 
 
 def pl_kl(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
-    ce_weight: float = 0.8,
-    kl_weight: float = 1.0,
-    **options,
-) -> dict[str, Tensor]:
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
+    ce_weight: float = 0.8, kl_weight: float = 1.0, **options,
+) -> dict[str, Tensor]:  # fmt: skip
     """Pseudo-labels with KL: the teacher's summaries and its distribution over them (Gandhi et al. 2023).
 
     It is `kd` without hidden states, in other proportions; `options` are those of `kd`.
@@ -118,16 +111,10 @@ def pl_kl(
 
 
 def on_policy(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
-    max_new_tokens: int,
-    share: float = 0.5,
-    ce_weight: float = 0.8,
-    kl_weight: float = 1.0,
-    **options,
-) -> dict[str, Tensor]:
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
+    max_new_tokens: int, share: float = 0.5,
+    ce_weight: float = 0.8, kl_weight: float = 1.0, **options,
+) -> dict[str, Tensor]:  # fmt: skip
     """On-policy distillation: on a share of the rows the student is corrected on its own samples (Agarwal et al. 2024).
 
     These rows' labels are replaced by summaries drawn from the student's own distribution, and only the divergence
@@ -151,13 +138,9 @@ def on_policy(
 
 
 def kd_cached(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batch: dict[str, Tensor],
-    *,
-    ce_weight: float = 0.2,
-    kl_weight: float = 0.8,
-) -> dict[str, Tensor]:
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *,
+    ce_weight: float = 0.2, kl_weight: float = 0.8,
+) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation from cached targets: `kd` without hidden states, the teacher unused.
 
     The batch comes from `targets.with_targets` and carries target_ids and target_probs (batch, target, k), and the
@@ -174,10 +157,7 @@ def kd_cached(
 
 
 def miniend(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batch: dict[str, Tensor],
-    *,
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *,
     encoder_self_weight: float = 1.0,
     decoder_self_weight: float = 1.0,
     cross_weight: float = 1.0,
@@ -187,7 +167,7 @@ def miniend(
     num_relation_heads: int = 32,
     temperature: float = 1.0,
     mix: float = 1.0,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Relation distillation of self- and cross-attention, as we read the abstract of MiniEnD (Zhang et al. 2023).
 
     The student's last layers imitate the teacher's last layers. `loss` is the weighted *mean* of the relation terms
@@ -348,20 +328,17 @@ def draw_samples(student: PreTrainedModel, batch: dict[str, Tensor], max_new_tok
     start token from the end of the labels, where a sample cut by its length has none.
     """
     config, own = student.config, student.generation_config
-    modes = [(module, module.training) for module in student.modules()]
     special = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     # Settings left out would be filled up from those the student carries, so these are replaced as a whole.
     student.generation_config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max_new_tokens, bad_words_ids=own.bad_words_ids,  # Marian's padding
         **{name: getattr(config, name) for name in special},
     )  # fmt: skip
-    student.eval()
     try:
-        drawn = student.generate(**batch)  # (batch, 1 + length), the start token first
+        with eval_mode(student):
+            drawn = student.generate(**batch)  # (batch, 1 + length), the start token first
     finally:
         student.generation_config = own
-        for module, training in modes:
-            module.training = training
     labels = drawn[:, 1:]
     is_end = torch.isin(labels, torch.tensor(config.eos_token_id, device=labels.device))
     labels = labels.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORED)
