@@ -52,6 +52,7 @@ def test_all_ids_give_the_online_loss_and_gradients(family, tmp_path):
         expected = gradients(student, online["loss"])
         cached = kd_cached(student, None, batch)
         torch.testing.assert_close(cached, online, rtol=2e-3, atol=2e-3)  # probabilities are kept in float16
+        assert list(kd_cached(student, None, batch, ce_weight=0.0)) == ["loss", "kl_loss"]
         for name, gradient in gradients(student, cached["loss"]).items():
             torch.testing.assert_close(gradient, expected[name], rtol=5e-3, atol=5e-3)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from distill_utils.artifacts import InputError
+
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
@@ -219,11 +221,11 @@ class _RelationLoss(torch.autograd.Function):
 
 
 def check_divergence(divergence: str, jsd_beta: float = 0.5) -> None:
-    """Raise ValueError for an unknown divergence or a mixture weight outside of (0, 1)."""
+    """Raise InputError for an unknown divergence or a mixture weight outside of (0, 1)."""
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence {divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
+        raise InputError(f"divergence {divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
     if not 0 < jsd_beta < 1:
-        raise ValueError(f"jsd_beta {jsd_beta} is not between 0 and 1: use 0.5, or forward_kl, reverse_kl for the ends")
+        raise InputError(f"jsd_beta {jsd_beta} is not between 0 and 1: use 0.5, or forward_kl, reverse_kl for the ends")
 
 
 def _mean_over_chunks(

@@ -214,10 +214,7 @@ def check_options(
     divergence: str = "forward_kl", jsd_beta: float = 0.5, match: str = "outputs", share: float = 1.0, **others
 ) -> None:
     """Reject an unknown name or an impossible number among an objective's options, before anything is computed."""
-    try:
-        check_divergence(divergence, jsd_beta)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    check_divergence(divergence, jsd_beta)
     if match not in MATCHES:
         raise InputError(f"match {match!r} is unknown: use {', '.join(MATCHES)}")
     if not 0 < share <= 1:

@@ -228,11 +228,11 @@ def _labeller(model_folder, folder, settings, batch_size) -> Callable:
 
 def _check_settings(path: Path, settings: dict) -> None:
     """Raise InputError where shards of other settings are there: as of an engine that the machine chose before."""
-    found = settings | artifacts.read_json(path) if path.exists() else settings
+    found = artifacts.read_json(path) if path.exists() else settings
     for name, value in settings.items():
-        if found[name] != value:
+        if found.get(name) != value:
             raise InputError(
-                f"{path.parent.name} holds pseudo-labels made with {name} {found[name]!r}, now {value!r}: "
+                f"{path.parent.name} holds pseudo-labels made with {name} {found.get(name)!r}, now {value!r}: "
                 "delete the folder"
             )
     artifacts.write_json(path, settings)
