@@ -69,10 +69,10 @@ def terms(path: str) -> list[str]:
 
 def read_both(path: str, student, teacher, batch):
     """Return queries, keys and values of student and teacher as `miniend` reads them."""
-    layers = {objectives.RELATION_TERMS[name][0]: -1 for name in terms(path)}
-    ours, _ = objectives.forward_with_attention(student, batch, layers, False)
+    sites = [objectives.RELATION_TERMS[name][0] for name in terms(path)]
+    ours, _ = objectives.forward_with_attention(student, batch, sites, False)
     with objectives.teacher_mode(teacher):
-        theirs, _ = objectives.forward_with_attention(teacher, batch, layers, False)
+        theirs, _ = objectives.forward_with_attention(teacher, batch, sites, False)
     return ours, theirs
 
 
@@ -97,8 +97,7 @@ def relations(path: str, student, teacher, batch):
     def step() -> None:
         for name in terms(path):
             site, sides = objectives.RELATION_TERMS[name]
-            sides = dict(zip("qkv", sides, strict=True))
-            objectives.match_relations(ours[site], theirs[site], objectives.RELATIONS, sides, masks, 32).backward()
+            objectives.match_relations(ours[site], theirs[site], sides, masks, 32).backward()
 
     return step
 

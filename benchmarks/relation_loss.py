@@ -28,7 +28,7 @@ from distill_utils.distillation import losses
 
 
 def ours(student, teacher, mask, heads):
-    return losses.relation_loss(student, student, teacher, teacher, mask, mask, heads)
+    return losses.relation_loss(student, teacher, mask, heads)
 
 
 def scores(x, mask, heads):

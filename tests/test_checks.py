@@ -8,72 +8,75 @@ from test_generation import make_documents
 from tiny_models import EOS, FAMILIES, tiny_bart, tiny_batch, tiny_t5_v1_1, tiny_tokenizer
 
 from distill_utils import artifacts
+from distill_utils.artifacts import InputError
 from distill_utils.evaluation import ctranslate
 from distill_utils.experiments import checks
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
 
-# -------------------------------------------------------------------------------------------------------------- gates
+# ------------------------------------------------------------------------------------------------------ before training
 
 
-def gate(student, teacher, tokenizer=None, **changes):
+def check(student, teacher):
     documents = make_documents(6)
-    settings = {"max_source_length": 24, "max_new_tokens": 8} | changes
+    settings = {"max_source_length": 24, "max_new_tokens": 8}
     return checks.check_initial_student(
-        student, teacher, tokenizer or tiny_tokenizer(), tiny_batch(), documents, documents, **settings
+        student, teacher, tiny_tokenizer(), tiny_batch(), documents, documents, **settings
     )
 
 
 @pytest.mark.parametrize("family", ["bart", "pegasus", "t5_v1_1"])
-def test_gate_passes_a_cut_student_and_measures_its_gap(family):
+def test_a_cut_student_passes_and_its_gap_is_measured(family):
     teacher = FAMILIES[family]()
-    same = gate(teacher, teacher, teacher_rouge2=0.0)
+    same = check(teacher, teacher)
     assert same["kl_loss"] == pytest.approx(0, abs=1e-5)
     assert same["encoder_gap"] == pytest.approx(0, abs=1e-6) and same["decoder_gap"] == pytest.approx(0, abs=1e-6)
-    assert same["rouge2_kept"] is None  # nothing to keep
     student = students.init_student(teacher, 3, 1)[0].train()
-    row = gate(student, teacher, teacher_rouge2=50.0)
+    row = check(student, teacher)
     assert row["kl_loss"] > 0.01 and row["decoder_gap"] > 0.01
     assert row["encoder_gap"] == pytest.approx(0, abs=1e-6)
-    assert row["rouge2_kept"] == pytest.approx(row["rouge2"] / 50)
-    assert student.training
+    assert student.training and all(module.training for module in student.modules())
     json.dumps(row, allow_nan=False)
 
 
-def test_gate_refuses_a_student_with_nan():
-    teacher, student = tiny_bart(), tiny_bart()
+def with_nan(student):
     student.model.decoder.layers[1].fc1.weight.data[0, 0] = float("nan")
-    with pytest.raises(artifacts.InputError, match=r"student weights are not finite, first .*decoder.layers.1.fc1"):
-        gate(student, teacher)
 
 
-def test_gate_refuses_another_vocabulary():
-    with pytest.raises(artifacts.InputError, match="student 90, teacher 96, tokenizer 96"):
-        gate(tiny_bart(vocab_size=90), tiny_bart())
-
-
-def test_gate_refuses_stale_layer_ids():
-    teacher, student = tiny_bart(), tiny_bart()
+def with_stale_layer_ids(student):
     student.model.decoder.layers = torch.nn.ModuleList([student.model.decoder.layers[i] for i in (0, 2)])
     student.config.decoder_layers = 2
-    with pytest.raises(artifacts.InputError, match="layer_idx"):
-        gate(student, teacher)
 
 
-def test_gate_refuses_layers_that_share_a_cache_slot():
-    teacher, student = tiny_bart(), tiny_bart()
+def with_a_shared_cache_slot(student):
     for attention in ("self_attn", "encoder_attn"):
         getattr(student.model.decoder.layers[2], attention).layer_idx = 1
-    with pytest.raises(artifacts.InputError, match="cached generation"):
-        gate(student, teacher)
 
 
-def test_gate_refuses_a_student_that_writes_nothing():
-    teacher, student = tiny_bart(), tiny_bart()
+def that_ends_at_once(student):
     student.generation_config.min_length = 0
     student.final_logits_bias[0, EOS] = 1e4
-    with pytest.raises(artifacts.InputError, match="writes nothing for all 6"):
-        gate(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (with_nan, r"student weights are not finite, first .*decoder.layers.1.fc1"),
+        (with_stale_layer_ids, "layer_idx"),
+        (with_a_shared_cache_slot, "cached generation"),
+        (that_ends_at_once, "writes nothing for all 6"),
+    ],
+)
+def test_a_broken_student_is_rejected_before_training(breaks, message):
+    student = tiny_bart()
+    breaks(student)
+    with pytest.raises(InputError, match=message):
+        check(student, tiny_bart())
+
+
+def test_another_vocabulary_is_rejected_before_training():
+    with pytest.raises(InputError, match="student 90, teacher 96, tokenizer 96"):
+        check(tiny_bart(vocab_size=90), tiny_bart())
 
 
 # --------------------------------------------------------------------------------------------------------- round trip
@@ -111,7 +114,7 @@ def test_round_trip_names_a_changed_generation_setting(tmp_path, documents, monk
     save_model(model, tokenizer, tmp_path / "student")
     path = tmp_path / "student" / "generation_config.json"
     artifacts.write_json(path, artifacts.read_json(path) | {"min_length": 5})
-    with pytest.raises(ValueError, match="generation settings: min_length is '3' in memory, '5' reloaded"):
+    with pytest.raises(ValueError, match="generation settings, min_length: '3' in memory, '5' reloaded"):
         checks.round_trip(tmp_path / "student", model, tokenizer, documents, **ROUND_TRIP)
 
 
@@ -119,8 +122,8 @@ def test_round_trip_names_other_weights_and_tokenizers(tmp_path, documents, monk
     observe_here(monkeypatch)
     model, tokenizer = tiny_bart(), tiny_tokenizer()
     save_model(model, tokenizer, tmp_path / "student")
-    passed = checks.round_trip(tmp_path / "student", model, tokenizer, documents, **ROUND_TRIP, ct2=False)
-    assert passed == {"logits_difference": 0, "same_summaries": 7}
+    passed = checks.round_trip(tmp_path / "student", model, tokenizer, documents, **ROUND_TRIP)
+    assert passed.items() >= {"logits_difference": 0, "same_summaries": 7}.items()
     changed = tiny_bart()
     changed.model.decoder.layers[0].fc1.weight.data += 0.1
     with pytest.raises(ValueError, match="logits by"):
@@ -138,8 +141,9 @@ def test_round_trip_finds_a_wrong_conversion(tmp_path, documents, monkeypatch):
     monkeypatch.setattr(ctranslate, "to_ctranslate2", lambda _, output: real(tmp_path / "other", output))
     with pytest.raises(ValueError, match="CTranslate2 writes other summaries"):
         checks.round_trip(tmp_path / "student", model, tokenizer, documents, **ROUND_TRIP)
-    with pytest.raises(ValueError, match="nats a token off"):
-        checks.round_trip(tmp_path / "student", model, tokenizer, documents, min_agreement=0, **ROUND_TRIP)
+    monkeypatch.setattr(checks, "MIN_AGREEMENT", 0)
+    with pytest.raises(ValueError, match="nats per token off"):
+        checks.round_trip(tmp_path / "student", model, tokenizer, documents, **ROUND_TRIP)
 
 
 def test_round_trip_skips_what_does_not_convert(tmp_path, documents, monkeypatch):

@@ -7,16 +7,17 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_pegasus, tiny_t5
-from torch import nn
+from test_losses import ce_loss, kl_loss
+from tiny_models import EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch
 from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives
-from distill_utils.distillation.losses import DIVERGENCES, ce_loss, hidden_loss, kl_loss, relation_loss
-from distill_utils.distillation.objectives import draw_samples, kd, kd_cached, miniend, on_policy, pl_kl, sft
+from distill_utils.distillation.losses import DIVERGENCES, hidden_loss, relation_loss
+from distill_utils.distillation.objectives import draw_samples, kd, miniend, on_policy, pl_kl, sft
 from distill_utils.models.hooks import capture
 from distill_utils.models.students import freeze, has_teacher_encoder, init_student, supervision_map
+from distill_utils.training.loop import train_mode
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_KD = partial(kd, encoder_layer_ids=[0, 2], decoder_layer_ids=[2])
@@ -72,20 +73,11 @@ def test_kd_equals_dense_losses_on_the_models_own_outputs(family):
     losses = kd(student, teacher, batch, encoder_layer_ids=[1, 0], decoder_layer_ids=[0, 1])
     with torch.no_grad():
         ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
-    labels, valid = batch["labels"], batch["labels"] != -100
-    ce, kl = ce_loss(ours.logits, labels), kl_loss(ours.logits, theirs.logits, labels, 2.0)
+    labels = batch["labels"]
+    ce, kl = ce_loss(ours.logits, labels).float(), kl_loss(ours.logits, theirs.logits, labels, 2.0).float()
     torch.testing.assert_close(losses["ce_loss"], ce)
     torch.testing.assert_close(losses["kl_loss"], kl)
-    if family not in ("bart", "marian"):
-        return  # their last hidden state is after the final norm; the next test is for them
-    hidden = 0.0
-    for stack, mask, pairs in (
-        ("encoder_hidden_states", batch["attention_mask"], [(1, 2), (2, 1)]),  # index 0 is the embedding output
-        ("decoder_hidden_states", valid, [(1, 1), (2, 2)]),
-    ):
-        hidden += sum(hidden_loss(ours[stack][i], theirs[stack][j], mask) for i, j in pairs) / 2
-    torch.testing.assert_close(losses["hidden_loss"], hidden)
-    torch.testing.assert_close(losses["loss"], 0.2 * ce + 0.8 * kl + 3.0 * hidden)
+    torch.testing.assert_close(losses["loss"], 0.2 * ce + 0.8 * kl + 3.0 * losses["hidden_loss"])
 
 
 @each_family
@@ -127,7 +119,7 @@ def test_shared_encoder_runs_once_and_changes_nothing(family, objective):
     student, _, _ = init_student(teacher, 3, 1)
     freeze(student)
     assert has_teacher_encoder(student, teacher)
-    student.train()
+    train_mode(student)
     student.get_decoder().eval()  # dropout of the trained part would differ by chance; the frozen part has none
     teacher_calls, student_calls = calls(teacher.get_encoder()), calls(student.get_encoder())
     alone = objective(student, teacher, batch)
@@ -144,22 +136,24 @@ def test_shared_encoder_runs_once_and_changes_nothing(family, objective):
 
 
 @each_family
-@pytest.mark.parametrize("normalize", [True, False])
-def test_inputs_are_the_models_own_hidden_states(family, normalize):
+@pytest.mark.parametrize(("match", "normalize"), [("inputs", True), ("inputs", False), ("outputs", True)])
+def test_matched_states_are_the_models_own(family, match, normalize):
+    if match == "outputs" and family not in ("bart", "marian"):
+        pytest.skip("the last of the models' own hidden states is after the final norm")
     teacher, batch = FAMILIES[family](3, 3), tiny_batch(padding=1)
     student, _, _ = init_student(teacher, 2, 2)
     options = {"encoder_layer_ids": [1, 2], "decoder_layer_ids": [0, 2], "normalize_hidden": normalize}
-    losses = kd(student, teacher, batch, match="inputs", **options)
+    found = kd(student, teacher, batch, match=match, **options)["hidden_loss"]
     with torch.no_grad():
         ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
-    expected = 0.0
+    expected, shift = 0.0, int(match == "outputs")  # index 0 is the embedding output
     for stack, mask, pairs in (
-        ("encoder_hidden_states", batch["attention_mask"], [(0, 1), (1, 2)]),  # index 0 is the embedding output
+        ("encoder_hidden_states", batch["attention_mask"], [(0, 1), (1, 2)]),
         ("decoder_hidden_states", batch["labels"] != -100, [(0, 0), (1, 2)]),
     ):
-        expected += sum(hidden_loss(ours[stack][i], theirs[stack][j], mask, normalize) for i, j in pairs) / 2
-    torch.testing.assert_close(losses["hidden_loss"], expected, rtol=1e-4, atol=1e-5)
-    assert not torch.isclose(losses["hidden_loss"], kd(student, teacher, batch, **options)["hidden_loss"], rtol=1e-3)
+        states = [(ours[stack][i + shift], theirs[stack][j + shift]) for i, j in pairs]
+        expected += sum(hidden_loss(*pair, mask, normalize) for pair in states) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_family
@@ -169,7 +163,7 @@ def test_objectives_use_the_divergence_they_are_given(family, divergence):
     student, _, _ = init_student(teacher, 2, 1)
     with torch.no_grad():
         ours, theirs = (model(**batch).logits for model in (student, teacher))
-    expected = kl_loss(ours, theirs, batch["labels"], 2.0, divergence, 0.3)
+    expected = kl_loss(ours, theirs, batch["labels"], 2.0, divergence, 0.3).float()
     options = {"divergence": divergence, "jsd_beta": 0.3}
     torch.testing.assert_close(pl_kl(student, teacher, batch, **options)["kl_loss"], expected)
     torch.testing.assert_close(
@@ -213,10 +207,6 @@ def test_teacher_dropout_is_drawn_from_the_seed_and_switched_off_again(frozen):
     student.requires_grad_(True)
     gradients(student, losses["loss"])
     assert all(weight.grad is None for weight in teacher.parameters())
-
-
-def test_a_teacher_is_back_in_eval_mode_after_an_error():
-    teacher = tiny_bart()
     with pytest.raises(ZeroDivisionError), objectives.teacher_mode(teacher, dropout=True):
         assert teacher.training
         raise ZeroDivisionError
@@ -273,21 +263,11 @@ def test_on_policy_is_the_divergence_on_samples_and_pl_kl_on_the_rest(family):
     assert list(OWN(student, teacher, batch, share=1.0)) == ["loss", "own_kl_loss"]
 
 
-def test_samples_without_tokens_count_for_nothing(monkeypatch):
-    teacher, batch = tiny_bart(), tiny_batch()
-    student, _, _ = init_student(teacher, 2, 1)
-    monkeypatch.setattr(objectives, "draw_samples", lambda *a: a[1] | {"labels": torch.full((3, 2), -100)})
-    losses = OWN(student, teacher, batch, share=1.0)
-    losses["loss"].backward()
-    assert losses["loss"].item() == 0.0
-
-
 def test_sampling_leaves_modes_settings_and_gradients_of_the_training_pass_alone():
     teacher, batch = tiny_bart(), tiny_batch()
     student, _, _ = init_student(teacher, 3, 1)
     freeze(student)
-    student.train()
-    student.get_encoder().eval()
+    train_mode(student)
     modes = [module.training for module in student.modules()]
     settings = student.generation_config
     with torch.autocast("cpu", torch.bfloat16):  # whose cache of weights must not keep those cast for sampling
@@ -299,23 +279,7 @@ def test_sampling_leaves_modes_settings_and_gradients_of_the_training_pass_alone
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-@each_family
-def test_kd_cached_of_every_id_is_kd_without_hidden_states(family):
-    teacher, batch = FAMILIES[family](2, 2), tiny_batch(padding=1)
-    student, _, _ = init_student(teacher, 2, 1)
-    with torch.no_grad():
-        probs, ids = (teacher(**batch).logits / 2).softmax(-1).topk(96)
-    online = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0)
-    expected = gradients(student, online["loss"])
-    batch |= {"target_ids": ids, "target_probs": probs, "target_temperature": 2.0}
-    cached = kd_cached(student, None, batch)
-    torch.testing.assert_close(cached, online, rtol=1e-4, atol=1e-5)
-    for name, gradient in gradients(student, cached["loss"]).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
-    assert list(kd_cached(student, None, batch, ce_weight=0.0)) == ["loss", "kl_loss"]
-
-
-def test_unknown_options_are_refused_before_any_pass():
+def test_unknown_options_are_rejected_before_any_pass():
     for options, message in (
         ({"divergence": "kl"}, "divergence 'kl' is unknown: use forward_kl, reverse_kl, jsd, tvd"),
         ({"jsd_beta": 1.5}, "jsd_beta 1.5 is not between 0 and 1"),
@@ -335,12 +299,13 @@ def test_padding_amount_changes_no_loss(family):
     teacher = FAMILIES[family](3, 3)
     student, _, _ = init_student(teacher, 2, 1)
     for objective in (sft, ALL_KD, pl_kl):
-        tight, loose = (objective(student, teacher, tiny_batch(padding=padding)) for padding in (0, 6))
+        tight, loose = (objective(student, teacher, tiny_batch(padding=n) | {"ids": ["a"]}) for n in (0, 6))
         for name, value in tight.items():
             torch.testing.assert_close(value, loose[name], rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
 
 
-def test_a_batch_without_labels_gives_zero_token_losses():
+def test_a_batch_without_labels_gives_zero_token_losses(monkeypatch):
     teacher, batch = tiny_bart(), tiny_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     student, _, _ = init_student(teacher, 3, 1)
@@ -348,22 +313,26 @@ def test_a_batch_without_labels_gives_zero_token_losses():
     losses["loss"].backward()
     assert all(value.item() == 0.0 for value in losses.values())
     assert all(torch.isfinite(weight.grad).all() for weight in student.parameters() if weight.grad is not None)
+    monkeypatch.setattr(objectives, "draw_samples", lambda student, rows, _: rows | {"labels": batch["labels"]})
+    assert OWN(student, teacher, batch, share=1.0)["loss"].item() == 0.0
 
 
-def test_extra_keys_of_a_batch_are_ignored_and_hooks_removed():
-    teacher, batch = tiny_pegasus(), tiny_batch() | {"ids": ["a", "b", "c"]}
-    student, _, _ = init_student(teacher, 2, 1)
-    ALL_KD(student, teacher, batch)
-    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
-
-
-def test_a_frozen_encoder_has_no_dropout_and_a_trained_one_has():
-    student, batch = tiny_bart(dropout=0.5).train(), tiny_batch()
-    first, second = (objectives.encode(student, batch)[0] for _ in range(2))
-    assert not torch.equal(first, second)
-    freeze(student)
-    first, second = (objectives.encode(student, batch)[0] for _ in range(2))
-    assert torch.equal(first, second) and not first.requires_grad and student.get_decoder().training
+@each_family
+def test_dropout_belongs_to_what_is_trained_and_a_pass_changes_no_mode(family):
+    """Frozen layers beneath trained embeddings stay without dropout: what `train_mode` set holds in every objective."""
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch()
+    for options, frozen in (({}, True), ({"embeddings": False}, True), ({"encoder": False}, False)):
+        student, _, _ = init_student(teacher, 3, 1)
+        freeze(student, **options)
+        train_mode(student)
+        modes = [module.training for module in student.modules()]
+        assert any(layer.training for layer in objectives.decoder_layers(student))
+        assert all(layer.training != frozen for layer in objectives.encoder_layers(student))
+        for objective in (sft, ALL_KD, pl_kl, OWN, RELATED):
+            objective(student, teacher, batch)
+            assert [module.training for module in student.modules()] == modes
+        first, second = (objectives.encode(student, batch)[0] for _ in range(2))
+        assert torch.equal(first, second) == (frozen and not options)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -384,27 +353,6 @@ def test_half_precision_teacher_and_autocast_give_float32_losses(family):
     assert trained and all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in trained)
 
 
-def test_a_student_of_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="student has 96 vocabulary entries and teacher 97"):
-        pl_kl(tiny_bart(), tiny_bart(vocab_size=97), tiny_batch())
-
-
-def test_learning_from_the_teacher_brings_the_student_closer():
-    teacher, batch = tiny_bart(), tiny_batch()
-    student, _, _ = init_student(teacher, 3, 1)
-    freeze(student)
-    optimizer = torch.optim.AdamW([weight for weight in student.parameters() if weight.requires_grad], lr=0.02)
-    values = []
-    for _ in range(30):
-        losses = pl_kl(student, teacher, batch, ce_weight=0.0, shared_encoder=True)
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        values.append(losses["kl_loss"].item())
-    assert values[-1] < 0.5 * values[0]
-
-
 def narrow(family, encoder_layers=2, decoder_layers=2):
     sizes = {"d_kv": 4} if family.startswith("t5") else {}
     return FAMILIES[family](encoder_layers, decoder_layers, seed=1, d_model=8, **sizes)
@@ -413,30 +361,29 @@ def narrow(family, encoder_layers=2, decoder_layers=2):
 @each_family
 def test_miniend_is_the_mean_of_relations_by_hand(family):
     teacher, student, batch = FAMILIES[family](3, 3), narrow(family), tiny_batch(padding=1)
-    losses = RELATED(student, teacher, batch, teacher_encoder_layer=1, cross_weight=2.0)
+    losses = RELATED(student, teacher, batch, cross_weight=2.0)
     sites = ("encoder_self", "decoder_self", "decoder_cross")
     with capture(student, [(site, 1) for site in sites]) as ours:
         student(**batch)
-    with capture(teacher, [("encoder_self", 1), *((site, 2) for site in sites[1:])]) as theirs:
+    with capture(teacher, [(site, 2) for site in sites]) as theirs:
         teacher(**batch)
     source, target = batch["attention_mask"], batch["labels"] != -100
 
-    def relation(site, teacher_layer, name, mask, causal):
-        a, b = ours[site, 1][name], theirs[site, teacher_layer][name]
-        return relation_loss(a, a, b, b, mask, mask, 4, causal)
+    def relation(site, name, mask, causal):
+        return relation_loss(ours[site, 1][name], theirs[site, 2][name], mask, 4, causal) / 3
 
     expected = {
-        "encoder_self_loss": sum(relation(sites[0], 1, name, source, False) for name in "qkv") / 3,
-        "decoder_self_loss": sum(relation(sites[1], 2, name, target, True) for name in "qkv") / 3,
-        "cross_loss": relation(sites[2], 2, "q", target, True) / 3
-        + sum(relation(sites[2], 2, name, source, False) for name in "kv") / 3,
+        "encoder_self_loss": sum(relation(sites[0], name, source, False) for name in "qkv"),
+        "decoder_self_loss": sum(relation(sites[1], name, target, True) for name in "qkv"),
+        "cross_loss": relation(sites[2], "q", target, True)
+        + sum(relation(sites[2], name, source, False) for name in "kv"),
     }
     assert list(losses) == ["loss", *expected]
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-6)
     encoder, decoder, cross = expected.values()
     torch.testing.assert_close(losses["loss"], (encoder + decoder + 2 * cross) / 4, rtol=1e-4, atol=1e-6)
-    loose = RELATED(student, teacher, tiny_batch(padding=6), teacher_encoder_layer=1, cross_weight=2.0)
+    loose = RELATED(student, teacher, tiny_batch(padding=6), cross_weight=2.0)
     torch.testing.assert_close(losses["loss"], loose["loss"], rtol=1e-4, atol=1e-6)
 
 
@@ -444,8 +391,7 @@ def test_miniend_is_the_mean_of_relations_by_hand(family):
 def test_miniend_of_a_teacher_with_itself_is_zero_in_every_term(family):
     teacher, batch = FAMILIES[family](2, 2), tiny_batch()
     student, _, _ = init_student(teacher, 2, 2)
-    relations = ("qq", "kk", "vv", "qk")
-    losses = RELATED(student, teacher, batch, kl_weight=1.0, hidden_weight=1.0, cross_relations=relations)
+    losses = RELATED(student, teacher, batch, kl_weight=1.0, hidden_weight=1.0)
     assert list(losses) == ["loss", *ONLY, "kl_loss", "hidden_loss"]
     assert all(value.item() == pytest.approx(0.0, abs=1e-5) for value in losses.values())
 
@@ -518,32 +464,12 @@ def test_miniend_runs_no_further_than_its_terms_need(family):
     assert not any(module._forward_hooks and "capture" in str(module._forward_hooks) for module in teacher.modules())
 
 
-@pytest.mark.parametrize("make", [tiny_bart, tiny_t5])
-def test_cross_distributions_are_the_models_own(make):
-    teacher, batch = make(2, 2), tiny_batch()
-    student = make(1, 2, seed=1, d_model=8)
-    losses = RELATED(student, teacher, batch, **ONLY["cross_loss"], cross_relations=["qk"])
-    logs = []
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
-        logs.append(model(**batch, output_attentions=True).cross_attentions[-1].double().clamp(min=1e-300).log())
-    rows = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean(1)  # (batch, target)
-    assert losses["loss"].item() == pytest.approx(rows[batch["labels"] != -100].mean().item(), rel=1e-4)
-
-
-def test_miniend_refuses_what_cannot_be_compared():
+def test_miniend_rejects_what_cannot_be_compared():
     teacher, batch = tiny_bart(2, 2), tiny_batch()
-    with pytest.raises(InputError, match="qk needs as many heads in both models, the student has 4 and the teacher 2"):
-        RELATED(tiny_bart(2, 2, decoder_attention_heads=4), teacher, batch, cross_relations=["qk"])
-    for relations in (["qv"], []):
-        with pytest.raises(InputError, match="cross_relations .* are unknown: use some of qq, kk, vv, qk"):
-            RELATED(teacher, teacher, batch, cross_relations=relations)
     with pytest.raises(
         ValueError, match="num_relation_heads 3 does not divide the inner widths 16 of the student and 16"
     ):
         miniend(teacher, teacher, batch, num_relation_heads=3)
-    with pytest.raises(InputError, match="layer 4 of decoder_self does not exist: give 0 to 1"):
-        RELATED(teacher, teacher, batch, teacher_decoder_layer=4)
     with pytest.raises(ValueError, match="need the same width"):
         RELATED(tiny_bart(2, 2, d_model=8), teacher, batch, hidden_weight=1.0)
     with pytest.raises(ValueError, match="student has 96 vocabulary entries and teacher 97"):
@@ -575,9 +501,7 @@ def test_miniend_serves_models_of_one_stack(causal):
             model(**batch)
         vectors.append(captured[site, -1])
     mask = batch["attention_mask"]
-    expected = sum(
-        relation_loss(*[vectors[0][name]] * 2, *[vectors[1][name]] * 2, mask, mask, 4, causal) for name in "qkv"
-    )
+    expected = sum(relation_loss(vectors[0][name], vectors[1][name], mask, 4, causal) for name in "qkv")
     torch.testing.assert_close(losses[f"{site}_loss"], expected / 3)
     same = RELATED(teacher, teacher, batch, **only, kl_weight=1.0, hidden_weight=1.0)
     assert same["loss"].item() == pytest.approx(0.0, abs=1e-5)

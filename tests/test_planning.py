@@ -223,7 +223,7 @@ def test_target_cache_is_what_the_writer_writes(tmp_path):
     teacher = tiny_models.tiny_t5()
     rows = [{"id": str(i), "input_ids": [5, 6, 7], "labels": [8, 9, 2]} for i in range(4)]
     targets.write_targets(
-        tmp_path / "targets", teacher, datasets.Dataset.from_list(rows), settings={},
+        tmp_path / "targets", teacher, datasets.Dataset.from_list(rows),
         pad_token_id=0, temperature=1.0, top_k=5, batch_size=2,
     )  # fmt: skip
     written = sum(path.stat().st_size for path in (tmp_path / "targets").glob("*.bin"))

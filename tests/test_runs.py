@@ -12,8 +12,7 @@ from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import batch_list, tokenize_pairs
-from distill_utils.distillation.label_filters import measure_labels
-from distill_utils.distillation.pseudo_labels import cross_fit_halves
+from distill_utils.distillation.pseudo_labels import cross_fit_halves, measure_labels
 from distill_utils.evaluation import scoring
 from distill_utils.evaluation.generation import summarize
 from distill_utils.experiments import comparison, runs

@@ -1,4 +1,4 @@
-"""Cached teacher targets against the online divergence, plain enumeration, and what was said to determine them."""
+"""Cached teacher targets against the online divergence and plain enumeration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from test_objectives import gradients
 from tiny_models import FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch
 
 from distill_utils.artifacts import InputError, read_json
@@ -17,7 +18,7 @@ from distill_utils.distillation import targets
 from distill_utils.distillation.objectives import kd, kd_cached
 from distill_utils.models.students import init_student
 
-SETTINGS = {"teacher": "abc", "data": "def", "max_source_length": 16, "max_target_length": 8, "prefix": ""}
+TOKEN_LOSSES = partial(kd, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +37,7 @@ def make_rows(count=7):
 
 
 def write(folder, teacher, rows, **options):
-    return targets.write_targets(folder, teacher, rows, settings=SETTINGS, pad_token_id=PAD, batch_size=3, **options)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return targets.write_targets(folder, teacher, rows, pad_token_id=PAD, batch_size=3, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,10 +48,11 @@ def test_all_ids_give_the_online_loss_and_gradients(family, tmp_path):
     batches = targets.with_targets(pair_stream(rows, PAD, 4, seed=0, micro_batch_size=2), tmp_path / "all")
     for batch in batches(0):
         assert batch["target_ids"].shape == batch["target_probs"].shape == (*batch["labels"].shape, VOCAB_SIZE)
-        online = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0)
+        online = TOKEN_LOSSES(student, teacher, batch)
         expected = gradients(student, online["loss"])
         cached = kd_cached(student, None, batch)
         torch.testing.assert_close(cached, online, rtol=2e-3, atol=2e-3)  # probabilities are kept in float16
+        assert list(kd_cached(student, None, batch, ce_weight=0.0)) == ["loss", "kl_loss"]
         for name, gradient in gradients(student, cached["loss"]).items():
             torch.testing.assert_close(gradient, expected[name], rtol=5e-3, atol=5e-3)
 
@@ -65,7 +61,7 @@ def test_fewer_ids_give_a_lower_bound_that_rises_with_their_number(tmp_path):
     teacher, rows = tiny_bart(2, 2), make_rows()
     student, _, _ = init_student(teacher, 2, 1)
     (batch,) = batch_list(rows, PAD, 7)
-    exact = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0)
+    exact = TOKEN_LOSSES(student, teacher, batch)
     values, residuals = [], []
     for top_k in (1, 4, 16, 64, VOCAB_SIZE):
         facts = write(tmp_path / str(top_k), teacher, rows, top_k=top_k)
@@ -114,7 +110,7 @@ def test_sampled_targets_give_the_gradient_in_expectation(tmp_path):
         for weight in student.get_decoder().parameters():
             weight.mul_(0.9)
     (batch,) = batch_list(rows, PAD, 3)
-    losses = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[], hidden_weight=0.0, ce_weight=0.0)
+    losses = TOKEN_LOSSES(student, teacher, batch, ce_weight=0.0)
     exact = torch.cat([g.flatten() for g in gradients(student, losses["loss"]).values()])
     single = []
     for seed in range(24):
@@ -160,21 +156,7 @@ def test_large_vocabularies_and_bf16_teachers_are_kept_too(tmp_path, monkeypatch
     assert (batch["target_ids"][valid] == 69_999).all() and (batch["target_probs"][valid] == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("teacher", "other"), ("data", "other"), ("max_source_length", 17), ("top_k", 3), ("temperature", 1.0)],
-)
-def test_targets_of_something_else_are_refused_by_name(tmp_path, name, value):
-    write(tmp_path / "top", tiny_bart(1, 1), make_rows(2), top_k=2)
-    asked = SETTINGS | {"top_k": 2, "samples": 0, "temperature": 2.0}
-    assert targets.check_targets(tmp_path / "top", asked)["vocab_size"] == VOCAB_SIZE
-    with pytest.raises(InputError, match=f"^top holds targets made with {name} .*, now {value!r}: .*again$"):
-        targets.check_targets(tmp_path / "top", asked | {name: value})
-    with pytest.raises(InputError, match="nowhere holds no cached targets"):
-        targets.check_targets(tmp_path / "nowhere", asked)
-
-
-def test_rows_of_other_tokens_are_refused_while_training(tmp_path):
+def test_rows_of_other_tokens_are_rejected_while_training(tmp_path):
     rows = make_rows(3)
     write(tmp_path / "top", tiny_bart(1, 1), rows, top_k=2)
     attach = partial(targets.with_targets, folder=tmp_path / "top")
@@ -198,18 +180,17 @@ def test_rows_of_other_tokens_are_refused_while_training(tmp_path):
         ({"top_k": 2, "temperature": 0.0}, "temperature 0.0 is not positive"),
     ],
 )
-def test_impossible_numbers_are_refused_before_the_teacher_runs(tmp_path, monkeypatch, options, message):
+def test_impossible_numbers_are_rejected_before_the_teacher_runs(tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(targets, "encode", None)
     with pytest.raises(InputError, match=message):
         write(tmp_path / "top", tiny_bart(1, 1), make_rows(2), **options)
+    for rows, problem in (
+        (make_rows(2).map(lambda row: {"id": "d"}), "two rows have the same id"),
+        (make_rows(2).select([]), "there are no rows"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            write(tmp_path / "top", tiny_bart(1, 1), rows, top_k=2)
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_without_an_id_of_their_own_are_refused(tmp_path):
-    with pytest.raises(InputError, match="two rows have the same id"):
-        write(tmp_path / "top", tiny_bart(1, 1), make_rows(2).map(lambda row: {"id": "d"}), top_k=2)
-    with pytest.raises(InputError, match="there are no rows"):
-        write(tmp_path / "top", tiny_bart(1, 1), make_rows(2).select([]), top_k=2)
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Distillation losses as pure functions of tensors, in float32, averaged over valid tokens only.
 
-Not here: models, batches and weights between terms; those are in objectives.py.
+Out of scope: models, batches and weights between terms (objectives.py).
 """
 
 from __future__ import annotations
@@ -15,53 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from distill_utils.artifacts import InputError
+
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
 CUDA_RELATION_ELEMENTS = 2**23  # there launching kernels costs more than memory does
 MASKED = -1e30  # swallows every score, yet stays finite: a row without any column has two equal distributions, not NaN
-
-
-def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy per target token in nats.
-
-    Shapes: logits (batch, target, vocab), labels (batch, target) with -100 for padding. Without any valid token the
-    result is 0 and still has a gradient path. Raises ValueError when the shapes do not fit.
-    """
-    valid = _valid_tokens(labels, logits)
-    return _ce_sum(logits[valid], labels[valid]) / valid.sum().clamp(min=1)
-
-
-def kl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    mix: float = 1.0,
-) -> Tensor:
-    """Return a divergence between teacher p and student q per target token: KL(p || q) in nats unless told otherwise.
-
-    `forward_kl` is KL(p || q), `reverse_kl` KL(q || p). `jsd` is b KL(p || m) + (1 - b) KL(q || m) with the mixture
-    m = b p + (1 - b) q and b = `jsd_beta` (Agarwal et al. 2024, GKD): for small b it is b times the forward KL, near 1
-    it is 1 - b times the reverse. `tvd` is half the sum of |p - q|, without unit (Wen et al. 2023).
-
-    Both distributions are softened by the temperature, and the result is multiplied by its square, which keeps the size
-    of the gradient when it changes (Hinton et al. 2015, section 2). TVD is multiplied by the temperature itself: its
-    gradient holds the sign of p - q, not the difference, and so shrinks by one power only. It lies in [0, temperature].
-
-    With `mix` below 1 the teacher is not p itself but the softmax of (1 - mix) times the student's logits, held fixed,
-    plus mix times the teacher's (Shing et al. 2025, TAID).
-
-    Shapes: logits (batch, target, vocab), labels (batch, target) with -100 for padding. Without any valid token the
-    result is 0 and still has a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
-    """
-    check_divergence(divergence, jsd_beta)
-    valid = _valid_tokens(labels, student_logits)
-    _valid_tokens(labels, teacher_logits)
-    total = _divergence_sum(student_logits[valid], teacher_logits[valid], temperature, divergence, jsd_beta, mix)
-    return total / valid.sum().clamp(min=1)
 
 
 def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
@@ -100,14 +60,26 @@ def chunked_token_losses(
     with_ce: bool = True,
     mix: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return `ce_loss`, and the divergence as `kl_loss` when a teacher is given, without ever holding all logits.
+    """Return `ce_loss` and, given a teacher, `kl_loss` in nats per target token, without ever holding all logits.
 
-    Same values and gradients as the dense functions on the projected states. Padding is dropped before the projection
-    to the vocabulary; then `chunk_tokens` tokens at a time are projected, and projected again in the backward pass, so
-    the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher is projected without gradients.
-    Without `with_ce` the cross-entropy is neither computed nor returned.
+    `kl_loss` is a divergence between teacher p and student q. `forward_kl` is KL(p || q), `reverse_kl` KL(q || p).
+    `jsd` is b KL(p || m) + (1 - b) KL(q || m) with the mixture m = b p + (1 - b) q and b = `jsd_beta` (Agarwal et al.
+    2024, GKD): b times the forward KL for small b, 1 - b times the reverse near 1. `tvd` is half the sum of |p - q|,
+    without unit (Wen et al. 2023).
 
-    Shapes: hidden (batch, target, dim), labels (batch, target); the projections map (tokens, dim) to (tokens, vocab).
+    Both distributions are softened by the temperature. The result is multiplied by its square, which keeps the size of
+    the gradient when it changes (Hinton et al. 2015, section 2). TVD is multiplied by the temperature itself: its
+    gradient holds the sign of p - q, not the difference, and so shrinks by one power only. With `mix` below 1 the
+    target is the softmax of (1 - mix) times the student's logits, held fixed, plus mix times the teacher's (Shing et
+    al. 2025, TAID).
+
+    Padding is dropped before the projection; then `chunk_tokens` tokens at a time are projected, and again in the
+    backward pass, so the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher has no gradient.
+    Without `with_ce` the cross-entropy is neither computed nor returned. Without any valid token the losses are 0 and
+    still have a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
+
+    Shapes: hidden (batch, target, dim), labels (batch, target) with -100 for padding; the projections map (tokens, dim)
+    to (tokens, vocab).
     """
     check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_hidden)
@@ -121,7 +93,9 @@ def chunked_token_losses(
             sums["kl_loss"] = _divergence_sum(student_logits, teacher_logits, temperature, divergence, jsd_beta, mix)
         return sums
 
-    teacher_hidden = None if teacher_hidden is None else teacher_hidden[valid]
+    if teacher_hidden is not None:
+        _valid_tokens(labels, teacher_hidden)
+        teacher_hidden = teacher_hidden[valid]
     return _mean_over_chunks(chunk_sums, (student_hidden[valid], labels[valid], teacher_hidden), chunk_tokens)
 
 
@@ -135,13 +109,13 @@ def chunked_cached_losses(
     chunk_tokens: int = 1024,
     with_ce: bool = True,
 ) -> dict[str, Tensor]:
-    """Return `ce_loss` and `kl_loss` as `chunked_token_losses` does, from k of the teacher's probabilities a token.
+    """Return `ce_loss` and `kl_loss` as `chunked_token_losses` does, from k of the teacher's probabilities per token.
 
     The rest of the vocabulary is one bucket that holds what is missing to 1, on both sides: a lower bound of the
-    forward KL at the temperature the targets were made with, and equal to it when all ids are there. Probabilities
-    that are shares of samples drawn from the teacher (`targets.choose_targets`) add up to 1 and leave no rest: the
-    gradient is then that of the forward KL in expectation, whereas the value, KL(shares || q), lies above it on
-    average (Anshumann et al. 2025, Sparse Logit Sampling).
+    forward KL at the temperature of the targets, and equal to it when all ids are there. Probabilities that are shares
+    of samples (`targets.choose_targets`) add up to 1 and leave no rest: the gradient is then that of the forward KL in
+    expectation, whereas the value, KL(shares || q), is above it on average (Anshumann et al. 2025, Sparse Logit
+    Sampling).
 
     Shapes: hidden (batch, target, dim), labels (batch, target), ids and probabilities (batch, target, k). An id may
     come twice with probability 0, as padding.
@@ -159,46 +133,30 @@ def chunked_cached_losses(
 
 
 def relation_loss(
-    student_a: Tensor,
-    student_b: Tensor,
-    teacher_a: Tensor,
-    teacher_b: Tensor,
-    row_mask: Tensor,
-    column_mask: Tensor,
-    num_relation_heads: int = 32,
-    causal: bool = False,
-    scale: tuple[float, float] | None = None,
+    student: Tensor, teacher: Tensor, mask: Tensor, num_relation_heads: int = 32, causal: bool = False
 ) -> Tensor:
-    """Return KL(teacher || student) in nats between relations softmax(a b^T scale + mask) per relation head and row.
+    """Return KL(teacher || student) in nats between relations softmax(x x^T / sqrt(d) + mask) per head and token.
 
-    The vectors of all attention heads are taken together and split anew into relation heads, so that teacher and
-    student may differ in width and number of heads (Wang et al. 2021, MiniLMv2, section 3). The mean is over all heads
-    and all valid rows of the batch; with `causal` row 0 sees itself only and counts as 0. The scale is
-    1 / sqrt(width of a relation head) of each model, or a pair (student, teacher).
+    x are the queries, keys or values of a layer, those of all attention heads taken together and split anew into
+    relation heads of width d, so that the models may differ in width and number of heads (Wang et al. 2021, MiniLMv2,
+    section 3). The mean is over all heads and valid tokens; with `causal` token 0 sees only itself and counts as 0.
 
     A few heads at a time are compared, and their gradient is taken in the same pass: the memory does not grow with the
     number of heads and nothing is computed twice. Float64 stays float64, all else is computed in float32.
 
-    Shapes: a (batch, rows, inner), b (batch, columns, inner), inner of either model; masks (batch, rows) and (batch,
-    columns), true or 1 where a token counts. Without any valid row the result is 0 and still has a gradient path.
-    Raises ValueError when the shapes do not fit or the heads do not divide the widths.
+    Shapes: student and teacher (batch, length, inner), inner of either model; mask (batch, length), true or 1 where a
+    token counts. Without any valid token the result is 0 and still has a gradient path. Raises ValueError when the
+    shapes do not fit or the heads do not divide the widths.
     """
-    widths = (student_a.shape[-1], teacher_a.shape[-1])
-    check_relation_heads(num_relation_heads, *widths)
-    for a, b, width in zip((student_a, teacher_a), (student_b, teacher_b), widths, strict=True):
-        fits = a.shape[:-1] == row_mask.shape and b.shape == (*column_mask.shape, width)
-        if not fits or len(row_mask) != len(column_mask) or (causal and row_mask.shape != column_mask.shape):
-            raise ValueError(
-                f"vectors {tuple(a.shape)} and {tuple(b.shape)} do not fit masks {tuple(row_mask.shape)} and "
-                f"{tuple(column_mask.shape)}; give (batch, rows or columns, inner), and as many of both when causal"
-            )
-    scales = scale or tuple((width / num_relation_heads) ** -0.5 for width in widths)
-    students = (student_a,) if student_a is student_b else (student_a, student_b)
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in students)
-    vectors = [x.detach() for x in (student_a, student_b, teacher_a, teacher_b)]
-    with torch.autocast(student_a.device.type, enabled=False):
-        masks = (row_mask.bool(), column_mask.bool())
-        return _RelationLoss.apply(vectors, masks, num_relation_heads, causal, scales, with_grad, *students)
+    check_relation_heads(num_relation_heads, student.shape[-1], teacher.shape[-1])
+    if not student.shape[:-1] == teacher.shape[:-1] == mask.shape:
+        raise ValueError(
+            f"vectors {tuple(student.shape)} and {tuple(teacher.shape)} do not fit mask {tuple(mask.shape)}; "
+            "give (batch, length, inner) and (batch, length)"
+        )
+    with_grad = torch.is_grad_enabled() and student.requires_grad
+    with torch.autocast(student.device.type, enabled=False):
+        return _RelationLoss.apply(student, teacher.detach(), mask.bool(), num_relation_heads, causal, with_grad)
 
 
 def check_relation_heads(num_relation_heads: int, student_width: int, teacher_width: int) -> None:
@@ -216,60 +174,58 @@ class _RelationLoss(torch.autograd.Function):
     """The value, and the gradient along with it: d KL / d scores is just q - p, and both are at hand by then."""
 
     @staticmethod
-    def forward(ctx, vectors, masks, num_heads, causal, scales, with_grad, *students):  # a and b, or one if the same
-        dtype = torch.promote_types(students[0].dtype, torch.float32)
-        row_mask, column_mask = masks
-        (batch, rows), columns = row_mask.shape, column_mask.shape[1]
-        weight = row_mask / (num_heads * row_mask.sum().clamp(min=1)).to(dtype)  # (batch, rows)
-        bias = torch.zeros_like(column_mask, dtype=dtype).masked_fill_(~column_mask, MASKED)[:, None, None]
+    def forward(ctx, student, teacher, mask, num_heads, causal, with_grad):
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        batch, length = mask.shape
+        scales = [(x.shape[-1] / num_heads) ** -0.5 for x in (student, teacher)]
+        weight = mask / (num_heads * mask.sum().clamp(min=1)).to(dtype)  # (batch, length)
+        bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, MASKED)[:, None, None]
         if causal:
-            bias = bias + bias.new_full((rows, columns), MASKED).triu(1)
+            bias = bias + bias.new_full((length, length), MASKED).triu(1)
         total = bias.new_zeros(())
-        gradients = [torch.empty_like(x) for x in students] if with_grad else []
+        gradient = torch.empty_like(student) if with_grad else None
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (batch, heads, length, width of a head), a view
 
-        pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(rows * columns, 1))
+        pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(length**2, 1))
         examples, heads = min(batch, max(1, pairs // num_heads)), min(pairs, num_heads)
-        work = bias.new_empty(4, examples * heads * rows * columns)  # memory of its own each time costs more than sums
+        work = bias.new_empty(4, examples * heads * length**2)  # allocating it for each chunk costs more than the sums
         for i, j in itertools.product(range(0, batch, examples), range(0, num_heads, heads)):
             chunk = (slice(i, i + examples), slice(j, j + heads))
-            # What padding holds must not reach the sums, not even as 0 * inf.
-            a, b, teacher_a, teacher_b = (
-                split(x)[chunk].to(dtype).masked_fill(~mask[chunk[0], None, :, None], 0.0)
-                for x, mask in zip(vectors, masks * 2, strict=True)
-            )
-            shape = (*a.shape[:3], columns)
+            padding = ~mask[chunk[0], None, :, None]
+            # The content of padding must not reach the sums, not even as 0 * inf.
+            vectors = [split(x.detach())[chunk].to(dtype).masked_fill(padding, 0.0) for x in (student, teacher)]
+            shape = (*vectors[0].shape[:3], length)
             s, t, q, p = (x[: math.prod(shape)].view(shape) for x in work)  # scores and relations of both models
             log_sums = []
-            for x, y, scale, scores, relation in ((a, b, scales[0], s, q), (teacher_a, teacher_b, scales[1], t, p)):
-                torch.bmm((x * scale).flatten(0, 1), y.mT.flatten(0, 1), out=scores.flatten(0, 1))
+            for x, scale, scores, relation in zip(vectors, scales, (s, t), (q, p), strict=True):
+                torch.bmm((x * scale).flatten(0, 1), x.mT.flatten(0, 1), out=scores.flatten(0, 1))
                 torch.softmax(scores.add_(bias[chunk[0]]), -1, out=relation)
                 log_sums.append(scores.amax(-1, True) - relation.amax(-1, True).log())  # what log_softmax subtracts
+
             row_weight = weight[chunk[0], None, :, None]
             log_ratio = t.sub_(s).add_(log_sums[0] - log_sums[1])
             total += (log_ratio.mul_(p).sum(-1, keepdim=True) * row_weight).sum()
             if with_grad:
-                d_scores = q.sub_(p).mul_(scales[0] * row_weight)
-                d_ab = b.mT.matmul(d_scores.mT).mT, a.mT.matmul(d_scores).mT  # long rows: faster than d_scores @ b
-                for gradient, value in zip(gradients, d_ab if len(students) == 2 else (sum(d_ab),), strict=True):
-                    split(gradient)[chunk] = value
-        ctx.save_for_backward(*gradients)
+                x, d_scores = vectors[0], q.sub_(p).mul_(scales[0] * row_weight)
+                # x is on both sides of the scores; transposed, long rows make it faster than d_scores @ x
+                split(gradient)[chunk] = x.mT.matmul(d_scores.mT).mT + x.mT.matmul(d_scores).mT
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        return (*[None] * 6, *(gradient * d_loss for gradient in ctx.saved_tensors))
+        return (ctx.saved_tensors[0] * d_loss, *[None] * 5)
 
 
 def check_divergence(divergence: str, jsd_beta: float = 0.5) -> None:
-    """Raise ValueError for an unknown divergence or a mixture weight outside of (0, 1)."""
+    """Raise InputError for an unknown divergence or a mixture weight outside of (0, 1)."""
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence {divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
+        raise InputError(f"divergence {divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
     if not 0 < jsd_beta < 1:
-        raise ValueError(f"jsd_beta {jsd_beta} is not between 0 and 1: use 0.5, or forward_kl, reverse_kl for the ends")
+        raise InputError(f"jsd_beta {jsd_beta} is not between 0 and 1: use 0.5, or forward_kl, reverse_kl for the ends")
 
 
 def _mean_over_chunks(
@@ -290,7 +246,7 @@ def _mean_over_chunks(
 def _valid_tokens(labels: Tensor, values: Tensor) -> Tensor:
     if values.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit values {tuple(values.shape)}; give one label a position"
+            f"labels {tuple(labels.shape)} do not fit values {tuple(values.shape)}; give one label per position"
         )
     return labels != IGNORED
 
@@ -300,9 +256,8 @@ def _ce_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _divergence_sum(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float,
-    mix: float = 1.0,
-) -> Tensor:  # fmt: skip
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float, mix: float
+) -> Tensor:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student has {student_logits.shape[-1]} vocabulary entries and teacher {teacher_logits.shape[-1]}; "

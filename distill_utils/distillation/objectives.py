@@ -1,7 +1,7 @@
 """Training objectives: each takes student, teacher and one batch, and returns `loss` and its terms.
 
-Not here: the mathematics of the terms (losses.py) and the loop around them (training.py). Pseudo-labels (PL) need no
-objective of their own: they are `sft` on summaries that the teacher wrote.
+Out of scope: the mathematics of the terms (losses.py) and the training loop, which alone sets the student's dropout.
+Pseudo-labels (PL) need no objective of their own: they are `sft` on summaries that the teacher wrote.
 
 A batch holds input_ids and attention_mask (batch, source) and labels (batch, target) with -100 for padding. Decoder
 inputs come from the labels by the model's own shift. `shared_encoder` says that the student's encoder is the teacher's,
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import eval_mode
 from distill_utils.distillation.losses import (
     IGNORED,
     check_divergence,
@@ -33,7 +34,6 @@ from distill_utils.models.hooks import capture
 from distill_utils.models.students import decoder_layers, encoder_layers, project
 
 MATCHES = ("outputs", "inputs")
-RELATIONS = ("qq", "kk", "vv")
 # Terms of `miniend`: the site, and whether its queries, keys and values are of source or of target tokens.
 RELATION_TERMS = {
     "encoder_self_loss": ("encoder_self", "sss"),
@@ -50,10 +50,7 @@ def sft(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[s
 
 
 def kd(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
     encoder_layer_ids: Sequence[int],
     decoder_layer_ids: Sequence[int],
     ce_weight: float = 0.2,
@@ -66,7 +63,7 @@ def kd(
     match: str = "outputs",
     normalize_hidden: bool = True,
     teacher_dropout: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation: labels, the teacher's distribution and its hidden states (Shleifer & Rush 2020).
 
     The output of student layer i imitates the output of teacher layer ids[i]; with `match="inputs"`, as published, it
@@ -102,59 +99,37 @@ def kd(
 
 
 def pl_kl(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
-    ce_weight: float = 0.8,
-    kl_weight: float = 1.0,
-    temperature: float = 2.0,
-    shared_encoder: bool = False,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    teacher_dropout: bool = False,
-) -> dict[str, Tensor]:
-    """Pseudo-labels with KL: the teacher's summaries and its distribution over them (Gandhi et al. 2023)."""
-    return kd(
-        student, teacher, batch, encoder_layer_ids=(), decoder_layer_ids=(), hidden_weight=0.0, ce_weight=ce_weight,
-        kl_weight=kl_weight, temperature=temperature, shared_encoder=shared_encoder, divergence=divergence,
-        jsd_beta=jsd_beta, teacher_dropout=teacher_dropout,
-    )  # fmt: skip
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
+    ce_weight: float = 0.8, kl_weight: float = 1.0, **options,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Pseudo-labels with KL: the teacher's summaries and its distribution over them (Gandhi et al. 2023).
+
+    It is `kd` without hidden states, in other proportions; `options` are those of `kd`.
+    """
+    layers = {"encoder_layer_ids": (), "decoder_layer_ids": (), "hidden_weight": 0.0}
+    return kd(student, teacher, batch, ce_weight=ce_weight, kl_weight=kl_weight, **layers, **options)
 
 
 def on_policy(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: dict[str, Tensor],
-    *,
-    max_new_tokens: int,
-    share: float = 0.5,
-    ce_weight: float = 0.8,
-    kl_weight: float = 1.0,
-    temperature: float = 2.0,
-    shared_encoder: bool = False,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    teacher_dropout: bool = False,
-) -> dict[str, Tensor]:
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], *,
+    max_new_tokens: int, share: float = 0.5,
+    ce_weight: float = 0.8, kl_weight: float = 1.0, **options,
+) -> dict[str, Tensor]:  # fmt: skip
     """On-policy distillation: on a share of the rows the student is corrected on its own samples (Agarwal et al. 2024).
 
     These rows' labels are replaced by summaries drawn from the student's own distribution, and only the divergence
-    counts there, as `own_kl_loss`; the others are `pl_kl`. Each kind counts by its share of rows, so that long samples
-    do not outweigh labels. Sampling has no gradient.
+    counts there, as `own_kl_loss`; the others are `pl_kl`, which gets the `options`. Each kind counts by its share of
+    rows, so that long samples do not outweigh labels. Sampling has no gradient.
     """
     check_options(share=share)
     rows = len(batch["labels"])
     num_own = max(1, round(share * rows))
     own = torch.arange(num_own) * rows // num_own  # evenly over the batch, whose rows are sorted by length
     given = torch.ones(rows, dtype=torch.bool).index_fill(0, own, False).nonzero().flatten()
-    imitate = partial(
-        pl_kl, student, teacher, temperature=temperature, shared_encoder=shared_encoder, divergence=divergence,
-        jsd_beta=jsd_beta, teacher_dropout=teacher_dropout,
-    )  # fmt: skip
-    samples = draw_samples(
-        student, {name: batch[name][own] for name in ("input_ids", "attention_mask")}, max_new_tokens
-    )
+    imitate = partial(pl_kl, student, teacher, **options)
+
+    sources = {name: batch[name][own] for name in ("input_ids", "attention_mask")}
+    samples = draw_samples(student, sources, max_new_tokens)
     losses = {"own_kl_loss": imitate(samples, ce_weight=0.0)["kl_loss"]}
     if len(given):
         labelled = {name: batch[name][given] for name in ("input_ids", "attention_mask", "labels")}
@@ -163,13 +138,9 @@ def on_policy(
 
 
 def kd_cached(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batch: dict[str, Tensor],
-    *,
-    ce_weight: float = 0.2,
-    kl_weight: float = 0.8,
-) -> dict[str, Tensor]:
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *,
+    ce_weight: float = 0.2, kl_weight: float = 0.8,
+) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation from cached targets: `kd` without hidden states, the teacher unused.
 
     The batch comes from `targets.with_targets` and carries target_ids and target_probs (batch, target, k), and the
@@ -186,10 +157,7 @@ def kd_cached(
 
 
 def miniend(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batch: dict[str, Tensor],
-    *,
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *,
     encoder_self_weight: float = 1.0,
     decoder_self_weight: float = 1.0,
     cross_weight: float = 1.0,
@@ -197,45 +165,36 @@ def miniend(
     kl_weight: float = 0.0,
     hidden_weight: float = 0.0,
     num_relation_heads: int = 32,
-    teacher_encoder_layer: int = -1,
-    teacher_decoder_layer: int = -1,
-    cross_relations: Sequence[str] = RELATIONS,
     temperature: float = 1.0,
     mix: float = 1.0,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Relation distillation of self- and cross-attention, as we read the abstract of MiniEnD (Zhang et al. 2023).
 
-    The student's last layers imitate the given layers of the teacher. `loss` is the weighted *mean* of the relation
-    terms plus the weighted others. qk among `cross_relations` is the cross-attention itself, which needs as many heads
-    in both models. `hidden_loss` is that of the encoder's last state plus that of the decoder's. `mix` is the teacher's
-    share in the logits that `kl_loss` aims at, the rest is the student's own (`losses.kl_loss`, `grow_mix`).
+    The student's last layers imitate the teacher's last layers. `loss` is the weighted *mean* of the relation terms
+    plus the weighted others. `hidden_loss` is that of the encoder's last state plus that of the decoder's. `mix` is the
+    teacher's share in the logits that `kl_loss` aims at, the rest is the student's own (`grow_mix`).
 
     Both models run only as far as the terms need. BERT-like and GPT-like ones have but the self-attention of their one
     stack, so the other sites need weight 0; the labels of the latter are the input ids and are shifted here.
     """
-    if not cross_relations or not set(cross_relations) <= {*RELATIONS, "qk"}:
-        raise InputError(f"cross_relations {list(cross_relations)} are unknown: use some of {', '.join(RELATIONS)}, qk")
     weights = {
         "encoder_self_loss": encoder_self_weight, "decoder_self_loss": decoder_self_weight, "cross_loss": cross_weight,
     }  # fmt: skip
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
     sites = [RELATION_TERMS[name][0] for name in weights]
-    layers = {site: teacher_encoder_layer if site == "encoder_self" else teacher_decoder_layer for site in sites}
-    own = cross_attention(student, teacher) if cross_weight and "qk" in cross_relations else None
-    needs_states = bool(ce_weight or kl_weight or hidden_weight)
-    ours, states = forward_with_attention(student, batch, dict.fromkeys(sites, -1), needs_states)
+    with_teacher_states = bool(kl_weight or hidden_weight)
+    ours, states = forward_with_attention(student, batch, sites, with_teacher_states or bool(ce_weight))
     theirs, teacher_states = {}, [None]
-    if sites or kl_weight or hidden_weight:
+    if sites or with_teacher_states:
         with teacher_mode(teacher):
-            theirs, teacher_states = forward_with_attention(teacher, batch, layers, bool(kl_weight or hidden_weight))
+            theirs, teacher_states = forward_with_attention(teacher, batch, sites, with_teacher_states)
+
     labels, masks = batch["labels"], {"s": batch["attention_mask"].bool()}
     masks["t"] = labels != IGNORED if student.config.is_encoder_decoder else masks["s"]
     losses = {}
     for name in weights:
         site, sides = RELATION_TERMS[name]
-        relations = cross_relations if name == "cross_loss" else RELATIONS
-        sides = dict(zip("qkv", sides, strict=True))
-        losses[name] = match_relations(ours[site], theirs[site], relations, sides, masks, num_relation_heads, own)
+        losses[name] = match_relations(ours[site], theirs[site], sides, masks, num_relation_heads)
     if ce_weight or kl_weight:
         if student.config.model_type == "opt":
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -254,11 +213,8 @@ def miniend(
 def check_options(
     divergence: str = "forward_kl", jsd_beta: float = 0.5, match: str = "outputs", share: float = 1.0, **others
 ) -> None:
-    """Refuse an unknown name or an impossible number among an objective's options, before anything is computed."""
-    try:
-        check_divergence(divergence, jsd_beta)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    """Reject an unknown name or an impossible number among an objective's options, before anything is computed."""
+    check_divergence(divergence, jsd_beta)
     if match not in MATCHES:
         raise InputError(f"match {match!r} is unknown: use {', '.join(MATCHES)}")
     if not 0 < share <= 1:
@@ -278,13 +234,10 @@ def encode(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
-    A frozen encoder runs without dropout: it is a fixed function, the same for teacher, student and every objective.
+    Dropout is as the model's modes say: those of `training.loop.train_mode` for a student, `teacher_mode`'s else.
     """
-    encoder = model.get_encoder()
-    if torch.is_grad_enabled():  # not for a teacher, whose mode is `teacher_mode`'s
-        encoder.train(model.training and any(weight.requires_grad for weight in encoder.parameters()))
     with layer_outputs(encoder_layers(model), layer_ids, match) as states:
-        encoded = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return encoded.last_hidden_state, [states[i] for i in layer_ids]
 
 
@@ -306,41 +259,38 @@ def decode(
 
 
 def forward_with_attention(
-    model: PreTrainedModel, batch: dict[str, Tensor], layers: dict[str, int], to_the_end: bool
+    model: PreTrainedModel, batch: dict[str, Tensor], sites: Sequence[str], to_the_end: bool
 ) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
-    """Return queries, keys and values, {site: {"q", "k", "v"}}, of one layer a site, and each stack's last state.
+    """Return queries, keys and values of each site's last layer, {site: {"q", "k", "v"}}, and each stack's last state.
 
     Unless `to_the_end`, the pass stops once the former are there, and the states are those known by then.
     """
     states = []
-    with capture(model, list(layers.items()), stop=not to_the_end) as captured:
+    with capture(model, [(site, -1) for site in sites], stop=not to_the_end) as captured:
         if model.config.is_encoder_decoder:
             states.append(encode(model, batch)[0])
             states.append(decode(model, batch, states[0])[0])
         else:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             states.append(model.base_model(**inputs).last_hidden_state)
-    return {site: captured[site, layer_id] for site, layer_id in layers.items()}, states
+    return {site: captured[site, -1] for site in sites}, states
 
 
 def match_relations(
     ours: dict[str, Tensor],
     theirs: dict[str, Tensor],
-    relations: Sequence[str],
-    sides: dict[str, str],
+    sides: str,
     masks: dict[str, Tensor],
     num_relation_heads: int,
-    own: tuple[int, tuple[float, float]] | None = None,
 ) -> Tensor:
-    """Return the mean `relation_loss` over relations such as qq; the two sides of a vector's tokens name its mask.
+    """Return the mean `relation_loss` of queries, keys and values; `sides` names the mask of each (RELATION_TERMS).
 
-    Relations among target tokens are causal. `own` is the models' own number of heads and scales, used for qk.
+    Relations among target tokens are causal.
     """
-    losses = []
-    for a, b in relations:
-        heads, scale = (num_relation_heads, None) if a == b else own
-        vectors, causal = (ours[a], ours[b], theirs[a], theirs[b]), sides[a] + sides[b] == "tt"
-        losses.append(relation_loss(*vectors, masks[sides[a]], masks[sides[b]], heads, causal, scale))
+    losses = [
+        relation_loss(ours[name], theirs[name], masks[side], num_relation_heads, causal=side == "t")
+        for name, side in zip("qkv", sides, strict=True)
+    ]
     return torch.stack(losses).mean()
 
 
@@ -361,20 +311,6 @@ def grow_mix(
     mixing |= {"mix": min(1.0, max(faster, line)), "momentum": momentum, "kl_loss": now}
 
 
-def cross_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, tuple[float, float]]:
-    """Return the number of heads of both models' cross-attention and its scales, or refuse different numbers."""
-    heads, scales = [], []
-    for config in (student.config, teacher.config):
-        heads.append(getattr(config, "decoder_attention_heads", config.num_attention_heads))
-        scales.append(1.0 if config.model_type == "t5" else (config.d_model / heads[-1]) ** -0.5)  # T5 has no scale
-    if heads[0] != heads[1]:
-        raise InputError(
-            f"relation qk needs as many heads in both models, the student has {heads[0]} and the teacher {heads[1]}: "
-            "use qq, kk, vv only"
-        )
-    return heads[0], tuple(scales)
-
-
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Return the map of last states (..., dim) to logits (..., vocab); BERT's has layers of its own."""
     return getattr(model, "cls", None) or partial(project, model)
@@ -389,20 +325,17 @@ def draw_samples(student: PreTrainedModel, batch: dict[str, Tensor], max_new_tok
     start token from the end of the labels, where a sample cut by its length has none.
     """
     config, own = student.config, student.generation_config
-    modes = [(module, module.training) for module in student.modules()]
     special = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     # Settings left out would be filled up from those the student carries, so these are replaced as a whole.
     student.generation_config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max_new_tokens, bad_words_ids=own.bad_words_ids,  # Marian's padding
         **{name: getattr(config, name) for name in special},
     )  # fmt: skip
-    student.eval()
     try:
-        drawn = student.generate(**batch)  # (batch, 1 + length), the start token first
+        with eval_mode(student):
+            drawn = student.generate(**batch)  # (batch, 1 + length), the start token first
     finally:
         student.generation_config = own
-        for module, training in modes:
-            module.training = training
     labels = drawn[:, 1:]
     is_end = torch.isin(labels, torch.tensor(config.eos_token_id, device=labels.device))
     labels = labels.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORED)

@@ -1,36 +1,44 @@
-"""The teacher's summaries as labels: written in shards, resumed after a kill, joined, cut in halves for cross-fitting.
+"""The teacher's summaries as labels: written with resume, filtered by measures, joined, cut in halves.
 
-Not here: how a summary is generated (generation.py, ctranslate.py), filters by measures (label_filters.py), training.
+Out of scope: how a summary is generated (generation.py, ctranslate.py), how a measure is computed (metrics.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
+from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import amp_dtype, device
-from distill_utils.evaluation import ctranslate, generation
-from distill_utils.models.loading import load_model, save_model
+from distill_utils.evaluation import ctranslate, generation, metrics
+from distill_utils.models.loading import load_model, model_fingerprint, save_model
 
+SHARD_SIZE = 512  # documents whose labels are written at a time, and lost by a kill at most
 DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size", "min_length")
 SAMPLING = ("temperature", "top_k", "top_p")
-# What a folder made before these settings existed was made with.
-OLD_SETTINGS = {"num_candidates": 1, **dict.fromkeys((*SAMPLING, "seed"))}
 LABEL_FEATURES = Features(
     {**{name: Value("string") for name in ("id", "document", "summary", "reference")}, "score": Value("float64")}
 )
+# Each measure of a label and the side on which a single number bounds it; a ratio is bounded on both.
+MEASURES = {
+    "reference_rouge2": "low",
+    "copy_rate": "high",
+    "length_ratio": "both",
+    "repeating": "high",
+    "unsupported_numbers": "high",
+    "unsupported_names": "high",
+}
 
 
 def pseudo_labels(
@@ -53,24 +61,21 @@ def pseudo_labels(
     prefix: str = "",
     quantization: str = "float32",
     batch_size: int = 32,
-    shard_size: int = 512,
-    num_threads: int = 0,
 ) -> Dataset:
     """Label a data set with the teacher's summaries; start again after a kill and it goes on where it stopped.
 
-    Returns the data set with columns id, document, summary (the pseudo-label), reference (the summary before) and
-    score. Decoding settings that are not given are the teacher's own. `folder` gets settings.json (decoding settings,
-    engine, fingerprints of teacher and documents), shards of `shard_size` rows written atomically while it runs, and at
-    the end pseudo_labels.jsonl, which `load_pairs` reads. A folder made with other settings is refused, and so is one
-    that another live process fills. Shleifer & Rush 2020, section 3.3.
+    Returns columns id, document, summary (the pseudo-label), reference (the summary before) and score, as they are in
+    pseudo_labels.jsonl of the folder; labels come in shards until it is there. The folder is an artifact's
+    (`experiments.runs.label`), one for each set of arguments; another engine or data set is rejected there. Decoding
+    settings that are not given are the teacher's own. Shleifer & Rush 2020, section 3.3.
 
     With several candidates a document has so many rows, one after another, best first, with the ids `<id>#0`,
     `<id>#1`, ...: as beam search ranks them (by log-probability over length ** length_penalty), or independent samples
     by score. Some may be the same text; `join_labels` drops those.
 
     Args:
-        model_folder: a saved model, or a name that `models.students.load_model` knows.
-        num_candidates: labels a document; at most `num_beams` unless they are sampled.
+        model_folder: a saved model, or a name that `models.loading.load_model` knows.
+        num_candidates: labels per document; at most `num_beams` unless they are sampled.
         temperature: sample at this temperature in place of beams, from the `top_k` likeliest tokens or from the
             likeliest that together reach the probability `top_p`. The labels of a shard follow from `seed`, the shard
             and `batch_size`, whether or not a kill came between. Without it the teacher never samples.
@@ -78,66 +83,48 @@ def pseudo_labels(
             `generate`, in bf16 on CUDA.
         quantization: weights in CTranslate2; "int8" is faster and changes some labels.
     """
-    folder = Path(folder)
+    folder, source = Path(folder), Path(model_folder)
     if engine not in ("auto", "ctranslate2", "transformers"):
         raise InputError(f"engine {engine!r} is unknown: give auto, ctranslate2 or transformers")
     if not len(dataset):
         raise InputError("the data set to label is empty: give at least one document")
-    folder.mkdir(parents=True, exist_ok=True)
-    final, given = folder / "pseudo_labels.jsonl", [num_beams, max_new_tokens, length_penalty]
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    if not (source / "config.json").is_file():
+        source = folder / "model"
+        save_model(*load_model(str(model_folder)), source)
+    config = ctranslate.read_config(source)
+    generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
+    engine = _choose_engine(source, engine)
+    given = [num_beams, max_new_tokens, length_penalty]
     if temperature is not None:
         given = [num_beams or 1, max_new_tokens, 1.0]  # the penalty is for beams
-    with artifacts.lock(folder / "shards"), _local_model(model_folder, folder) as local_folder:
-        config = ctranslate.read_config(local_folder)
-        generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
-        own = ctranslate.read_generation_config(local_folder)
-        settings = {
-            "engine": _choose_engine(local_folder, engine),
-            "quantization": quantization,
-            "max_source_length": max_source_length,
-            "num_candidates": num_candidates,
-            **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
-            "seed": None if temperature is None else seed,
-            **generation.decoding_settings(own, *given, no_repeat_ngram_size, min_length),
-            "prefix": prefix,
-            "shard_size": shard_size,
-            "model": _model_fingerprint(local_folder),
-            "documents": _documents_fingerprint(dataset),
-        }
-        if settings["engine"] == "transformers":
-            settings["quantization"] = str(_dtype())
-        if settings["min_length"] > settings["max_new_tokens"]:
-            raise InputError(
-                f"min_length {settings['min_length']} is beyond max_new_tokens {settings['max_new_tokens']}: raise "
-                "max_target_length, or give a smaller min_length"
-            )
-        _check_candidates(settings, config.get("vocab_size"))
-        _check_settings(folder / "settings.json", settings)
-        if not final.exists():
-            shards = _write_shards(local_folder, dataset, folder, settings, batch_size, num_threads)
-            _merge_shards(dataset, shards, final, num_candidates)
-            shutil.rmtree(folder / "ctranslate2", ignore_errors=True)
-    shutil.rmtree(folder / "shards")
-    with open(final, encoding="utf-8") as file:
-        rows = [[row[name] for name in LABEL_FEATURES if name != "document"] for row in map(json.loads, file)]
-    labelled = dataset.select_columns(["document"])
-    if num_candidates > 1:
-        labelled = labelled.select([i for i in range(len(dataset)) for _ in range(num_candidates)])
-    for name, values in zip(("id", "summary", "reference", "score"), zip(*rows, strict=True), strict=True):
-        labelled = labelled.add_column(name, list(values))
-    return labelled.select_columns(list(LABEL_FEATURES))
+    own = ctranslate.read_generation_config(source)
+    settings = {
+        "engine": engine,
+        "quantization": quantization if engine == "ctranslate2" else str(_dtype()),
+        "max_source_length": max_source_length,
+        "num_candidates": num_candidates,
+        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        "seed": None if temperature is None else seed,
+        **generation.decoding_settings(own, *given, no_repeat_ngram_size, min_length),
+        "prefix": prefix,
+        "teacher": model_fingerprint(str(source), None),
+        "data": data_fingerprint(dataset),
+    }
+    _check_decoding(settings, config.get("vocab_size"))
+    _check_settings(folder / "settings.json", settings)
+    if not (folder / "pseudo_labels.jsonl").exists():
+        shards = _write_shards(source, dataset, folder, settings, batch_size)
+        artifacts.write_atomic(folder / "pseudo_labels.jsonl", b"".join(shard.read_bytes() for shard in shards))
+    for left in ("shards", "ctranslate2", "model"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    return read_labels(folder)
 
 
-def filter_pseudo_labels(dataset: Dataset) -> tuple[Dataset, dict[str, int]]:
-    """Drop empty and repeating labels (`generation.is_empty`, `is_repeating`); return (kept rows, counts by reason)."""
-    reasons = [
-        "empty" if generation.is_empty(text) else "repeating" if generation.is_repeating(text) else "kept"
-        for text in dataset["summary"]
-    ]
-    counts = {"total": len(reasons), **{name: reasons.count(name) for name in ("kept", "empty", "repeating")}}
-    if not counts["kept"]:
-        raise InputError(f"no pseudo-label of {counts['total']} is left (empty or repeating): train the teacher first")
-    return dataset.select([i for i, reason in enumerate(reasons) if reason == "kept"]), counts
+def read_labels(folder: Path) -> Dataset:
+    """Return all rows of a folder's pseudo_labels.jsonl, unusable ones included."""
+    with open(folder / "pseudo_labels.jsonl", encoding="utf-8") as file:
+        return Dataset.from_list([json.loads(line) for line in file], features=LABEL_FEATURES)
 
 
 def join_labels(datasets: Sequence[Dataset]) -> tuple[Dataset, int]:
@@ -191,15 +178,15 @@ def cross_fit_halves(dataset: Dataset, seed: int = 0) -> tuple[Dataset, Dataset]
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def _write_shards(model_folder, dataset, folder, settings, batch_size, num_threads) -> list[Path]:
-    """Label the shards that are not there yet (each is written whole); one line a row."""
-    size, total = settings["shard_size"], len(dataset)
-    shards = [folder / "shards" / f"{start:09d}.jsonl" for start in range(0, total, size)]
+def _write_shards(model_folder, dataset, folder, settings, batch_size) -> list[Path]:
+    """Write the shards that are not there yet, each whole: JSON Lines of documents, labels, references and scores."""
+    total, candidates = len(dataset), settings["num_candidates"]
+    shards = [folder / "shards" / f"{start:09d}.jsonl" for start in range(0, total, SHARD_SIZE)]
     missing = [path for path in shards if not path.exists()]
-    label = _labeller(model_folder, folder, settings, batch_size, num_threads) if missing else None
+    label = _labeller(model_folder, folder, settings, batch_size) if missing else None
     for path in missing:
         start = int(path.stem)
-        rows = dataset.select(range(start, min(start + size, total)))
+        rows = dataset.select(range(start, min(start + SHARD_SIZE, total)))
 
         def report(done: int, _: int, start: int = start) -> None:
             artifacts.report_progress(folder, "pseudo-labels", start + done, total, "documents")
@@ -208,11 +195,17 @@ def _write_shards(model_folder, dataset, folder, settings, batch_size, num_threa
         seed = int(artifacts.config_hash([settings["seed"], start])[:7], 16)
         options = {} if settings["temperature"] is None else {"seed": seed}
         labels = zip(*label(rows["document"], progress=report, **options), strict=True)
-        artifacts.write_atomic(path, "".join(_json_line({"summary": text, "score": score}) for text, score in labels))
+        lines = []
+        for i, (text, score) in enumerate(labels):
+            row = rows[i // candidates]
+            id_ = row["id"] if candidates == 1 else f"{row['id']}#{i % candidates}"
+            values = {"id": id_, "document": row["document"], "summary": text, "reference": row["summary"]}
+            lines.append(json.dumps(values | {"score": score}, allow_nan=False) + "\n")
+        artifacts.write_atomic(path, "".join(lines))
     return shards
 
 
-def _labeller(model_folder, folder, settings, batch_size, num_threads) -> Callable:
+def _labeller(model_folder, folder, settings, batch_size) -> Callable:
     """Return the function (documents, progress) -> (summaries, scores) of the chosen engine."""
     options = {name: settings[name] for name in ("max_source_length", "prefix", "num_candidates", *DECODING)}
     if settings["engine"] == "ctranslate2":
@@ -220,8 +213,8 @@ def _labeller(model_folder, folder, settings, batch_size, num_threads) -> Callab
 
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         converted = ctranslate.to_ctranslate2(model_folder, folder / "ctranslate2", settings["quantization"])
-        options |= {"batch_tokens": batch_size * settings["max_source_length"], "num_threads": num_threads}
         options |= {name: settings[name] for name in SAMPLING}
+        options["batch_tokens"] = batch_size * settings["max_source_length"]
         return partial(ctranslate.summarize_ctranslate2, converted, tokenizer, **options)
     model, tokenizer = load_model(str(model_folder), dtype=_dtype())
     model.to(device())
@@ -233,36 +226,25 @@ def _labeller(model_folder, folder, settings, batch_size, num_threads) -> Callab
     return partial(generation.summarize_with_scores, model, tokenizer, **options)
 
 
-def _merge_shards(dataset: Dataset, shards: list[Path], final: Path, num_candidates: int) -> None:
-    """Write one JSON Lines file with documents, pseudo-labels, references and scores, row by row."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    candidates = ((row, f"#{place}") for row in dataset for place in range(num_candidates))
-    try:
-        with artifacts.disk_space_named(final), open(temporary, "w", encoding="utf-8") as file:
-            for shard in shards:
-                for line in shard.read_text(encoding="utf-8").splitlines():
-                    label, (row, suffix) = json.loads(line), next(candidates)
-                    id_ = row["id"] if num_candidates == 1 else f"{row['id']}{suffix}"
-                    values = {"id": id_, "document": row["document"], "summary": label["summary"]}
-                    values |= {"reference": row.get("summary", ""), "score": label["score"]}
-                    file.write(_json_line(values))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _check_settings(path: Path, settings: dict) -> None:
+    """Raise InputError where shards of other settings are there: as of an engine that the machine chose before."""
+    found = artifacts.read_json(path) if path.exists() else settings
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{path.parent.name} holds pseudo-labels made with {name} {found.get(name)!r}, now {value!r}: "
+                "delete the folder"
+            )
+    artifacts.write_json(path, settings)
 
 
-def _json_line(value: dict) -> str:
-    # ASCII only: str.splitlines also breaks at U+2028 and its like, which text may hold.
-    return json.dumps(value, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
-
-
-def _check_candidates(settings: dict, vocab_size: int | None) -> None:
-    """Raise InputError where beams, candidates and sampling do not go together."""
+def _check_decoding(settings: dict, vocab_size: int | None) -> None:
+    """Raise InputError where lengths, or beams, candidates and sampling, do not go together."""
+    if settings["min_length"] > settings["max_new_tokens"]:
+        raise InputError(
+            f"min_length {settings['min_length']} is beyond max_new_tokens {settings['max_new_tokens']}: raise "
+            "max_target_length, or give a smaller min_length"
+        )
     temperature, top_k, top_p = (settings[name] for name in SAMPLING)
     num_beams, num_candidates = settings["num_beams"], settings["num_candidates"]
     if temperature is None:
@@ -288,17 +270,6 @@ def _check_candidates(settings: dict, vocab_size: int | None) -> None:
         raise InputError(f"top_p {top_p} is no probability above 0: give at most 1")
 
 
-def _check_settings(path: Path, settings: dict) -> None:
-    found = OLD_SETTINGS | artifacts.read_json(path) if path.exists() else settings
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{path.parent.name} holds pseudo-labels made with {name} {found.get(name)!r}, now {value!r}: "
-                "choose another folder or delete it"
-            )
-    artifacts.write_json(path, settings)
-
-
 def _choose_engine(model_folder: Path, engine: str) -> str:
     if engine == "transformers" or (engine == "auto" and torch.cuda.is_available()):
         return "transformers"
@@ -316,27 +287,97 @@ def _dtype() -> torch.dtype:
     return (amp_dtype() if torch.cuda.is_available() else None) or torch.float32
 
 
-@contextlib.contextmanager
-def _local_model(name_or_folder: Path | str, folder: Path):
-    """Yield a folder with the model: the given one, or a temporary copy of a model known by name."""
-    if (Path(name_or_folder) / "config.json").is_file():
-        yield Path(name_or_folder)
-        return
-    save_model(*load_model(str(name_or_folder)), folder / "model")
-    try:
-        yield folder / "model"
-    finally:
-        shutil.rmtree(folder / "model", ignore_errors=True)
+# ------------------------------------------------------------------------------------------------------------ filters
 
 
-def _model_fingerprint(model_folder: Path) -> str:
-    names = ("config.json", "generation_config.json", "tokenizer.json")
-    paths = [model_folder / name for name in names] + sorted(model_folder.glob("*.safetensors"))
-    return artifacts.config_hash({path.name: artifacts.file_hash(path) for path in paths if path.exists()})
+def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> dict[str, list[float]]:
+    """Return the named measures, one value per label.
+
+    `reference_rouge2`: ROUGE-2 F1 x 100 against the column `reference` (Distil-Whisper filters by an error rate so).
+    `copy_rate`: share of the label's words in fragments copied from the document, single words included (coverage).
+    `length_ratio`: words over those of the reference, or of the document where the data set has no references.
+    `repeating`: 1 or 0, by `generation.is_repeating`. `unsupported_numbers`, `unsupported_names`: share of those
+    written that the document lacks, 0 where none is written. An empty label has copy rate 0.
+    Raises InputError for `reference_rouge2` unless every row has a reference.
+    """
+    labels = dataset["summary"]
+    references = dataset["reference"] if "reference" in dataset.column_names else [""] * len(dataset)
+    missing = sum(not (reference or "").strip() for reference in references)
+    columns: dict[str, list[float]] = {}
+    if "reference_rouge2" in names:
+        if missing:
+            raise InputError(
+                f"reference_rouge2 needs references, {missing} of {len(dataset)} rows have none: "
+                "leave reference_rouge2 out"
+            )
+        columns["reference_rouge2"] = metrics.rouge_scores(labels, references)["rouge2"].tolist()
+    if "repeating" in names:
+        columns["repeating"] = [float(generation.is_repeating(text)) for text in labels]
+    if set(names) <= columns.keys():
+        return columns
+
+    documents = dataset["document"]
+    found = pd.DataFrame([metrics.text_diagnostics([a], [b]) for a, b in zip(documents, labels, strict=True)])
+    lengths = [len(generation.words(text)) for text in (documents if missing else references)]
+    columns |= {
+        "copy_rate": found["coverage"].astype(float).fillna(0.0).tolist(),
+        "length_ratio": (found["words"] / pd.Series(lengths).clip(lower=1)).tolist(),
+        "unsupported_numbers": (1 - found["numbers_supported"].astype(float).fillna(1.0)).tolist(),
+        "unsupported_names": (1 - found["names_supported"].astype(float).fillna(1.0)).tolist(),
+    }
+    return {name: columns[name] for name in names}
 
 
-def _documents_fingerprint(dataset: Dataset) -> str:
-    digest = hashlib.sha256()
-    for row in dataset.select_columns(["id", "document"]):
-        digest.update(json.dumps([row["id"], row["document"]]).encode())
-    return digest.hexdigest()[:10]
+def filter_labels(dataset: Dataset, thresholds: dict[str, float | list[float]]) -> tuple[Dataset, dict[str, int]]:
+    """Drop empty labels, then those beyond each threshold, in the order given; return (kept rows, counts by reason).
+
+    A threshold is [low, high], both allowed values, or one number: the lowest for `reference_rouge2`, the highest for
+    the others (`length_ratio` takes two). `counts` has total, kept, empty and one number per threshold: the labels that
+    it removed first.
+    Raises InputError for an unknown name, a threshold that is no range, missing references, and when no label is left.
+    """
+    bounds = bounds_of(thresholds)
+    measured = measure_labels(dataset, list(thresholds))
+    reasons = ["empty" if generation.is_empty(text) else "kept" for text in dataset["summary"]]
+    for name, (low, high) in bounds.items():
+        for i, value in enumerate(measured[name]):
+            if reasons[i] == "kept" and not low <= value <= high:
+                reasons[i] = name
+    counts = {"total": len(reasons), **{name: reasons.count(name) for name in ("kept", "empty", *thresholds)}}
+    if not counts["kept"]:
+        raise InputError(
+            f"no pseudo-label is left, {counts}: widen the threshold that removes most, or train the teacher first"
+        )
+    return dataset.select([i for i, reason in enumerate(reasons) if reason == "kept"]), counts
+
+
+def threshold_rows(dataset: Dataset, thresholds: dict[str, float | list[float]]) -> pd.DataFrame:
+    """Return rows for a histogram per measure, one per label: measure, value, removed, low, high, share_removed.
+
+    `removed` and `share_removed` are those of this threshold alone, empty labels left out before; an absent bound is
+    infinite.
+    """
+    bounds = bounds_of(thresholds)
+    measured = measure_labels(dataset, list(thresholds))
+    full = [i for i, text in enumerate(dataset["summary"]) if not generation.is_empty(text)]
+    tables = []
+    for name, (low, high) in bounds.items():
+        table = pd.DataFrame({"measure": name, "value": [measured[name][i] for i in full]})
+        table["removed"] = ~table["value"].between(low, high)
+        tables.append(table.assign(low=low, high=high, share_removed=table["removed"].mean()))
+    return pd.concat(tables, ignore_index=True)
+
+
+def bounds_of(thresholds: dict[str, float | list[float]]) -> dict[str, tuple[float, float]]:
+    """Return the lowest and highest allowed value of each threshold, or reject it."""
+    bounds = {}
+    for name, value in thresholds.items():
+        if name not in MEASURES:
+            raise InputError(f"label filter {name!r} is unknown: give some of {', '.join(MEASURES)}")
+        if isinstance(value, (int, float)) and MEASURES[name] != "both":
+            value = [value, float("inf")] if MEASURES[name] == "low" else [float("-inf"), value]
+        numbers = isinstance(value, (list, tuple)) and all(isinstance(bound, (int, float)) for bound in value)
+        if not numbers or len(value) != 2 or not value[0] <= value[1]:
+            raise InputError(f"threshold {value!r} of {name} is no range: give [low, high], such as [0.5, 2.0]")
+        bounds[name] = tuple(value)
+    return bounds

@@ -1,10 +1,10 @@
 """Cached teacher targets: the teacher's distribution over each target token, on disk, so that it runs only once.
 
-Not here: the loss on them (`losses.chunked_cached_losses`) and the objective (`objectives.kd_cached`).
+Out of scope: the loss on them (`losses.chunked_cached_losses`) and the objective (`objectives.kd_cached`).
 
 A folder holds, one token after the other: entries.bin (int32, ids kept of this token), ids.bin (uint16, or int32 for a
 vocabulary above 65,536), probs.bin (float16: probabilities, or how often an id was drawn); index.json with {id: [first
-token, first entry, checksum of the row's token ids]}; and settings.json with what determined them.
+token, first entry, checksum of the row's token ids]}; and settings.json with the numbers that they were made with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def write_targets(
     teacher,
     rows: Dataset,
     *,
-    settings: dict,
     pad_token_id: int,
     top_k: int = 0,
     samples: int = 0,
@@ -46,17 +45,14 @@ def write_targets(
 ) -> dict[str, float]:
     """Write the teacher's targets for tokenized rows (id, input_ids, labels); the folder appears whole or not at all.
 
-    Either the `top_k` likeliest ids of each token, or `samples` ids drawn from the teacher's distribution. `settings`
-    says what else determines them (teacher and data fingerprints, lengths, prefix), for `check_targets`. Returns rows,
-    tokens, bytes, bytes_per_token, entries_per_token, mean_residual (probability outside of the kept ids) and seconds.
-    Raises InputError for impossible numbers, repeated ids or a full disk.
+    Either the `top_k` likeliest ids of each token, or `samples` ids drawn from the teacher's distribution. Returns
+    rows, tokens, bytes, bytes_per_token, entries_per_token, mean_residual (probability outside of the kept ids) and
+    seconds. Raises InputError for impossible numbers, repeated ids or a full disk.
     """
     began, on = time.monotonic(), teacher.device
     vocab_size = teacher.get_output_embeddings().weight.shape[0]
     _check_numbers(rows, top_k, samples, temperature, vocab_size)
-    settings = settings | {"top_k": top_k, "samples": samples, "temperature": temperature, "vocab_size": vocab_size}
-    settings |= {"seed": seed} if samples else {}
-    id_dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+    id_dtype = _id_dtype(vocab_size)
     generator = torch.Generator(on).manual_seed(seed)
     half = amp_dtype(on)
     index, tokens, entries, residual = {}, 0, 0, 0.0
@@ -89,6 +85,7 @@ def write_targets(
             if progress:
                 progress(len(index), len(rows))
         write_json(temporary / "index.json", index)
+        settings = {"top_k": top_k, "samples": samples, "temperature": temperature, "vocab_size": vocab_size}
         write_json(temporary / "settings.json", settings)
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     return {
@@ -118,31 +115,14 @@ def choose_targets(
     return counts.topk(min(samples, probs.shape[-1]))
 
 
-def check_targets(folder: Path, settings: dict) -> dict:
-    """Return what the targets in a folder were made with; refuse by name where it differs from `settings`."""
-    folder = Path(folder)
-    if not (folder / "settings.json").exists():
-        raise InputError(f"{folder.name} holds no cached targets: write them first, with write_targets")
-    found = read_json(folder / "settings.json")
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{folder.name} holds targets made with {name} {found.get(name)!r}, now {value!r}: choose another "
-                "folder or write them again"
-            )
-    return found
-
-
 def with_targets(batches: Callable[[int], list[dict]], folder: Path) -> Callable[[int], list[dict]]:
     """Return `batches` with target_ids and target_probs (batch, target, k) and target_temperature in each batch.
 
     Rows are found by their ids. Raises InputError for a row that is not there, or whose source or target tokens are
     not those the teacher saw.
     """
-    folder, found = Path(folder), check_targets(folder, {})
-    index = read_json(folder / "index.json")
-    id_dtype = np.uint16 if found["vocab_size"] <= 2**16 else np.int32
-    files = {"entries": np.int32, "ids": id_dtype, "probs": np.float16}
+    settings, index = (read_json(folder / f"{name}.json") for name in ("settings", "index"))
+    files = {"entries": np.int32, "ids": _id_dtype(settings["vocab_size"]), "probs": np.float16}
     stored = {name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in files.items()}
 
     def attach(batch: dict) -> dict:
@@ -165,12 +145,16 @@ def with_targets(batches: Callable[[int], list[dict]], folder: Path) -> Callable
             tokens, used = slice(len(counts)), np.arange(width) < counts[:, None]
             probs[row, tokens][used] = row_probs
             ids[row, tokens][used] = row_ids
-            ids[row, tokens] = np.where(used, ids[row, tokens], ids[row, tokens, :1])  # padding is no id of its own
-        probs /= found["samples"] or 1
+            ids[row, tokens] = np.where(used, ids[row, tokens], ids[row, tokens, :1])  # padding repeats the first id
+        probs /= settings["samples"] or 1
         attached = {"target_ids": torch.from_numpy(ids), "target_probs": torch.from_numpy(probs)}
-        return batch | attached | {"target_temperature": found["temperature"]}
+        return batch | attached | {"target_temperature": settings["temperature"]}
 
     return lambda step: [attach(batch) for batch in batches(step)]
+
+
+def _id_dtype(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
 def _row_facts(batch: dict) -> tuple[list[int], list[int]]:

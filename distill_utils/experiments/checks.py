@@ -1,17 +1,16 @@
-"""Two gates that save a wasted day: a student that works before training, a saved student that is the trained one.
+"""Two checks that save a wasted day: a student that works before training, a saved student that is the trained one.
 
-Not here: the scores themselves (evaluation/speed), generation (generation.py, ctranslate.py).
+Out of scope: the scores themselves (metrics.py), generation (generation.py, ctranslate.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,15 @@ import torch
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
-from distill_utils.distillation import losses
+from distill_utils.device import eval_mode
+from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.models.loading import load_model
+
+LOGITS_TOLERANCE = 1e-3  # of a reloaded student, in standard deviations of the logits, or absolute where that is more
+MIN_AGREEMENT = 95.0  # mean ROUGE-L of CTranslate2's summaries against the student's own
+MAX_SCORE_GAP = 0.01  # nats per token between their log-probabilities of the same texts
 
 # ------------------------------------------------------------------------------------------------------ before training
 
@@ -30,16 +34,15 @@ from distill_utils.models.loading import load_model
 @torch.no_grad()
 def check_initial_student(
     student, teacher, tokenizer, batch: dict[str, torch.Tensor], documents: Sequence[str], references: Sequence[str], *,
-    max_source_length: int, max_new_tokens: int = 32, batch_size: int = 32, prefix: str = "",
-    teacher_rouge2: float | None = None,
+    max_source_length: int, max_new_tokens: int = 32, prefix: str = "",
 ) -> dict[str, float | None]:  # fmt: skip
-    """Measure a student before any update, and refuse one that is broken at birth.
+    """Measure a student before any update, and reject one that cannot work.
 
-    Returns its greedy ROUGE, `teacher_rouge2` and `rouge2_kept` (their ratio, when the teacher's is given), `kl_loss`
-    to the teacher per token of the batch's labels, `encoder_gap` and `decoder_gap` (`hidden_loss` between the last
-    layers; None where the widths differ), and the share of `empty` summaries. A low ROUGE is not refused. Raises
-    InputError with the likely cause: different vocabularies, weights or logits that are not finite, cached generation
-    that differs from uncached, only empty summaries while `kl_loss` is above that of guessing evenly.
+    Returns its greedy ROUGE, `kl_loss` to the teacher per token of the batch's labels, `encoder_gap` and `decoder_gap`
+    (`hidden_loss` between the last layers; None where the widths differ), and the share of `empty` summaries. A low
+    ROUGE is not rejected. Raises InputError with the likely cause: different vocabularies, weights or logits that are
+    not finite, cached generation that differs from uncached, only empty summaries while `kl_loss` is above that of
+    guessing evenly.
     """
     sizes = student.config.vocab_size, teacher.config.vocab_size, len(tokenizer)
     if sizes[0] != sizes[1] or sizes[2] > sizes[0]:
@@ -47,22 +50,28 @@ def check_initial_student(
             f"vocabularies differ: student {sizes[0]}, teacher {sizes[1]}, tokenizer {sizes[2]} entries; "
             "cut the student from this teacher and use its tokenizer"
         )
-    modes = student.training, teacher.training
-    student.eval(), teacher.eval()
-    options = {"max_source_length": max_source_length, "batch_size": batch_size, "prefix": prefix, "num_beams": 1}
-    options["min_length"] = 0  # the model's own may be beyond max_new_tokens
-    try:
-        teacher_out, student_out = _forward("teacher", teacher, batch), _forward("student", student, batch)
-        labels = batch["labels"].to(student.device)
+    with eval_mode(student, teacher):
+        theirs, ours = _forward("teacher", teacher, batch), _forward("student", student, batch)
+        labels, same = batch["labels"].to(student.device), torch.nn.Identity()
+        terms = chunked_token_losses(
+            ours.logits,
+            same,
+            labels,
+            theirs.logits.to(student.device),
+            same,
+            chunk_tokens=labels.numel(),
+            with_ce=False,
+        )
         row: dict[str, float | None] = {
-            "kl_loss": losses.kl_loss(student_out.logits, teacher_out.logits.to(student.device), labels).item(),
-            "encoder_gap": _gap(student_out, teacher_out, "encoder", batch["attention_mask"]),
-            "decoder_gap": _gap(student_out, teacher_out, "decoder", labels != -100),
+            "kl_loss": terms["kl_loss"].item(),
+            "encoder_gap": _gap(ours, theirs, "encoder", batch["attention_mask"]),
+            "decoder_gap": _gap(ours, theirs, "decoder", labels != -100),
         }
         _check_cache(student, batch, max_new_tokens=min(16, max_new_tokens))
-        predictions = generation.summarize(student, tokenizer, documents, max_new_tokens=max_new_tokens, **options)
-    finally:
-        student.train(modes[0]), teacher.train(modes[1])
+        predictions = generation.summarize(
+            student, tokenizer, documents, max_source_length=max_source_length, max_new_tokens=max_new_tokens,
+            prefix=prefix, num_beams=1, min_length=0,  # the model's own may be beyond max_new_tokens
+        )  # fmt: skip
     row["empty"] = sum(map(generation.is_empty, predictions)) / len(predictions)
     # A decoder cut to a layer or two may stop at once and still learn; one that is worse than guessing is broken.
     if row["empty"] == 1 and row["kl_loss"] > math.log(student.config.vocab_size):
@@ -70,11 +79,7 @@ def check_initial_student(
             f"the student writes nothing for all {len(predictions)} documents: its first token is the end token; "
             "check decoder_start_token_id and the special tokens, or keep more decoder layers"
         )
-    row |= {metric: float(values.mean()) for metric, values in rouge_scores(predictions, references).items()}
-    if teacher_rouge2 is not None:
-        kept = row["rouge2"] / teacher_rouge2 if teacher_rouge2 else None
-        row |= {"teacher_rouge2": teacher_rouge2, "rouge2_kept": kept}
-    return row
+    return row | {metric: float(values.mean()) for metric, values in rouge_scores(predictions, references).items()}
 
 
 def _forward(name: str, model, batch: dict[str, torch.Tensor]):
@@ -84,15 +89,18 @@ def _forward(name: str, model, batch: dict[str, torch.Tensor]):
         return out
     broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
-        cause = "the saved model is broken, or layers were copied wrong"
-        raise InputError(f"{name} weights are not finite, first {broken[0]}: {cause}")
-    cause = f"though its weights are: activations overflow in {model.dtype}; load it in float32 or bfloat16"
-    raise InputError(f"{name} logits are not finite {cause}")
+        raise InputError(
+            f"{name} weights are not finite, first {broken[0]}: the saved model is broken, or layers were copied wrong"
+        )
+    raise InputError(
+        f"{name} logits are not finite though its weights are: activations overflow in {model.dtype}; load it in "
+        "float32 or bfloat16"
+    )
 
 
 def _gap(student_out, teacher_out, stack: str, mask: torch.Tensor) -> float | None:
     pair = [getattr(out, f"{stack}_hidden_states")[-1].to(mask.device) for out in (student_out, teacher_out)]
-    return losses.hidden_loss(*pair, mask).item() if pair[0].shape == pair[1].shape else None
+    return hidden_loss(*pair, mask).item() if pair[0].shape == pair[1].shape else None
 
 
 def _check_cache(student, batch: dict[str, torch.Tensor], max_new_tokens: int) -> None:
@@ -130,59 +138,42 @@ def _check_cache(student, batch: dict[str, torch.Tensor], max_new_tokens: int) -
 
 def round_trip(
     folder: Path | str, model, tokenizer, documents: Sequence[str], *, max_source_length: int, max_new_tokens: int = 32,
-    prefix: str = "", logits_tolerance: float = 1e-3, ct2: bool = True, min_agreement: float = 95.0,
-    max_score_gap: float = 0.01,
+    prefix: str = "",
 ) -> dict[str, float | str | None]:  # fmt: skip
     """Prove that the saved student is the student in memory: reload it in a new process, then convert it.
 
-    The new process must give the same generation settings, tokenizer, logits (largest difference within
-    `logits_tolerance` times their standard deviation, or times 1 where that is smaller) and greedy summaries. The
-    CTranslate2 model must write greedy summaries whose mean ROUGE-L against these is at least `min_agreement`, and give
-    fixed texts log-probabilities at most `max_score_gap` nats a token away on average; architectures it does not know
-    are skipped and named. Returns the measured numbers. Raises ValueError naming what differs.
+    The new process must give the same generation settings, tokenizer, logits (within LOGITS_TOLERANCE) and greedy
+    summaries. The CTranslate2 model must write summaries that agree (MIN_AGREEMENT) and give fixed texts the same
+    log-probabilities (MAX_SCORE_GAP); architectures it does not know are skipped and named. Returns the measured
+    numbers. Raises ValueError naming what differs.
     """
     folder, documents = Path(folder), list(documents)
     settings = {"max_source_length": max_source_length, "max_new_tokens": max_new_tokens, "prefix": prefix}
-    settings["min_length"] = 0  # the model's own may be beyond max_new_tokens, which CTranslate2 refuses
-    was_training = model.training
-    model.eval()
-    try:
+    settings["min_length"] = 0  # the model's own may be beyond max_new_tokens, which CTranslate2 rejects
+    with eval_mode(model):
         expected = _observe(model, tokenizer, documents, settings)
-        found = _observe_in_new_process(folder, model, documents, settings)
-        row = _compare(expected, found, logits_tolerance)
-        if ct2:
-            row |= _ctranslate2_agreement(folder, model, tokenizer, documents, expected["summaries"], settings)
-    finally:
-        model.train(was_training)
-    rouge, gap = row.get("ctranslate2_rougeL"), row.get("ctranslate2_score_gap")
-    if rouge is not None and rouge < min_agreement:
-        shown = f"ROUGE-L {rouge:.1f} against the student's own, at least {min_agreement} wanted"
-        raise ValueError(f"CTranslate2 writes other summaries: {shown}")
-    if gap is not None and not gap <= max_score_gap:  # NaN fails as well
-        shown = f"{gap:.3g} nats a token off, at most {max_score_gap} allowed"
-        raise ValueError(f"CTranslate2 scores are {shown}: the converted weights or their scaling are wrong")
-    return row
+        difference = _compare(expected, _observe_in_new_process(folder, model, documents, settings))
+        row = {"logits_difference": difference, "same_summaries": len(documents)}
+        summaries = [expected[f"summary {i}"] for i in range(len(documents))]
+        return row | _ctranslate2_agreement(folder, model, tokenizer, documents, summaries, settings)
 
 
-def _compare(expected: dict, found: dict, logits_tolerance: float) -> dict[str, float]:
-    """Raise ValueError naming the first thing that differs between two observations; return the measured numbers."""
-    for name in ("generation settings", "tokenizer"):
-        for key in sorted(expected[name].keys() | found[name].keys()):
-            before, after = expected[name].get(key), found[name].get(key)
-            if before != after:
-                shown = f"{str(before)[:60]!r} in memory, {str(after)[:60]!r} reloaded"
-                raise ValueError(f"the saved student differs in {name}: {key} is {shown}")
-    before, after = np.array(expected["logits"]), np.array(found["logits"])
-    if before.shape != after.shape:
-        raise ValueError(f"the saved student differs in logits: shape {before.shape} in memory, {after.shape} reloaded")
-    difference = float(np.abs(before - after).max())
-    if not difference <= logits_tolerance * max(1.0, float(before.std())):  # NaN fails as well
-        raise ValueError(f"the saved student differs in logits by {difference:.3g}: its weights were not saved as is")
-    summaries = list(zip(expected["summaries"], found["summaries"], strict=True))
-    other = [f"{before[:60]!r} in memory, {after[:60]!r} reloaded" for before, after in summaries if before != after]
-    if other:
-        raise ValueError(f"the saved student writes {len(other)} of {len(summaries)} other summaries, first {other[0]}")
-    return {"logits_difference": difference, "same_summaries": len(summaries)}
+def _compare(expected: dict, found: dict) -> float:
+    """Raise ValueError naming the first thing that differs; return the largest difference of logits."""
+    for name in dict.fromkeys([*expected, *found]):
+        before, after = expected.get(name), found.get(name)
+        if name == "logits":
+            before, after = np.array(before), np.array(after)
+            difference = float(np.abs(before - after).max()) if before.shape == after.shape else math.inf
+            if not difference <= LOGITS_TOLERANCE * max(1.0, float(before.std())):  # NaN fails as well
+                raise ValueError(
+                    f"the saved student differs in logits by {difference:.3g}: its weights were not saved as is"
+                )
+        elif before != after:
+            raise ValueError(
+                f"the saved student differs in {name}: {str(before)[:60]!r} in memory, {str(after)[:60]!r} reloaded"
+            )
+    return difference
 
 
 @torch.inference_mode()
@@ -195,44 +186,32 @@ def _observe(model, tokenizer, documents: list[str], settings: dict) -> dict:
     inputs = generation.pad(ids, tokenizer.pad_token_id, model.device)
     logits = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :8]).logits  # any decoder input will do
     kept = {key: value for key, value in model.generation_config.to_dict().items() if key != "transformers_version"}
+    summaries = generation.summarize(model, tokenizer, documents, dtype=torch.float32, num_beams=1, **settings)
     return {
+        **{f"generation settings, {key}": value for key, value in json.loads(json.dumps(kept, default=str)).items()},
+        "tokenizer, entries": len(tokenizer),
+        "tokenizer, vocabulary": artifacts.config_hash(tokenizer.get_vocab()),
+        **{f"tokenizer, {key}": str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "tokenizer, ids": tokenizer(documents, truncation=True, max_length=settings["max_source_length"])["input_ids"],
         "logits": logits.float().cpu().tolist(),
-        "summaries": generation.summarize(model, tokenizer, documents, dtype=torch.float32, num_beams=1, **settings),
-        "generation settings": json.loads(json.dumps(kept, default=str)),
-        "tokenizer": {
-            "entries": len(tokenizer),
-            "vocabulary": artifacts.config_hash(tokenizer.get_vocab()),
-            "special tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-            "token ids": tokenizer(documents, truncation=True, max_length=settings["max_source_length"])["input_ids"],
-        },
+        **{f"summary {i}": text for i, text in enumerate(summaries)},
     }
 
 
 def _observe_in_new_process(folder: Path, model, documents: list[str], settings: dict) -> dict:
-    with tempfile.TemporaryDirectory() as temporary:
-        request, answer = Path(temporary) / "request.json", Path(temporary) / "answer.json"
-        values = {"folder": str(folder.resolve()), "device": str(model.device), "documents": documents}
-        values |= {"dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-        artifacts.write_json(request, values | {"settings": settings})
-        code = "import sys; from distill_utils.experiments.checks import _answer; _answer(*sys.argv[1:])"
-        paths = filter(None, [str(artifacts.REPOSITORY), os.environ.get("PYTHONPATH")])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", code, str(request), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"the saved student cannot be loaded in a new process: {reason[:300]}")
-        return artifacts.read_json(answer)
+    where = (folder.resolve(), model.device, model.dtype, torch.get_num_threads())
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(_observe_saved, *where, documents, settings).result()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise ValueError(f"the saved student cannot be loaded in a new process: {reason}") from error
 
 
-def _answer(request: str, answer: str) -> None:
-    """Run in the new process: load the saved model and write down what it does."""
-    values = artifacts.read_json(request)
-    torch.set_num_threads(values["threads"])
-    model, tokenizer = load_model(values["folder"], dtype=getattr(torch, values["dtype"]))
-    artifacts.write_json(
-        answer, _observe(model.to(values["device"]), tokenizer, values["documents"], values["settings"])
-    )
+def _observe_saved(folder: Path, device, dtype, num_threads: int, documents: list[str], settings: dict) -> dict:
+    torch.set_num_threads(num_threads)
+    model, tokenizer = load_model(str(folder), dtype=dtype)
+    return _observe(model.to(device), tokenizer, documents, settings)
 
 
 @torch.inference_mode()
@@ -259,4 +238,15 @@ def _ctranslate2_agreement(folder: Path, model, tokenizer, documents, expected: 
         log_probs = model(input_ids=ids[0], decoder_input_ids=ids[1]).logits.float().log_softmax(-1)
         own = log_probs[0].gather(1, ids[2][0, :, None])[:, 0].cpu().numpy()
         gaps.append(np.abs(own - found).mean())
-    return {"ctranslate2_rougeL": float(np.mean(rouge)), "ctranslate2_score_gap": float(np.mean(gaps))}
+    agreement, gap = float(np.mean(rouge)), float(np.mean(gaps))
+    if agreement < MIN_AGREEMENT:
+        raise ValueError(
+            f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} against the student's own, at least "
+            f"{MIN_AGREEMENT} wanted"
+        )
+    if not gap <= MAX_SCORE_GAP:  # NaN fails as well
+        raise ValueError(
+            f"CTranslate2 scores are {gap:.3g} nats per token off, at most {MAX_SCORE_GAP} allowed: the converted "
+            "weights or their scaling are wrong"
+        )
+    return {"ctranslate2_rougeL": agreement, "ctranslate2_score_gap": gap}

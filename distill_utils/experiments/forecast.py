@@ -75,7 +75,7 @@ def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> t
         with tempfile.TemporaryDirectory() as folder:
             targets = Path(folder) / "targets"
             write_targets(
-                targets, teacher, sample, settings={}, pad_token_id=tokenizer.pad_token_id, temperature=run.temperature,
+                targets, teacher, sample, pad_token_id=tokenizer.pad_token_id, temperature=run.temperature,
                 top_k=0 if run.target_samples else run.top_k, samples=run.target_samples,
                 batch_size=training.micro_batch_size or training.batch_size,
             )  # fmt: skip

@@ -6,7 +6,6 @@ was trained (comparison.py).
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -21,8 +20,14 @@ from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
 from distill_utils.device import device, seed_everything, to_device
 from distill_utils.distillation import objectives
-from distill_utils.distillation.label_filters import bounds_of, filter_labels
-from distill_utils.distillation.pseudo_labels import cross_fit_halves, filter_pseudo_labels, join_labels, pseudo_labels
+from distill_utils.distillation.pseudo_labels import (
+    bounds_of,
+    cross_fit_halves,
+    filter_labels,
+    join_labels,
+    pseudo_labels,
+    read_labels,
+)
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
@@ -31,6 +36,7 @@ from distill_utils.training.loop import Training, check_training, choose_attenti
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
 CROSS_FIT = ("", "other", "own")
+USABLE = {"repeating": 0}  # labels that every run trains on; empty ones are always dropped
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
         source = model_folder(run.teacher) if run.teacher in shipped_models() else run.teacher
         labels = pseudo_labels(source, train, folder, **decoding)
         seconds = time.monotonic() - began
-        _, counts = filter_pseudo_labels(labels)
+        _, counts = filter_labels(labels, USABLE)
         return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}
 
     return artifact("pseudo-labels", inputs | decoding, build)
@@ -227,9 +233,7 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
 
 def labelled(folder: Path, filters: dict | None = None) -> Dataset:
     """Return the usable pseudo-labels of an artifact: id, document, summary (the teacher's), reference, score."""
-    with open(folder / "pseudo_labels.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    usable = filter_pseudo_labels(Dataset.from_list(rows))[0]
+    usable = filter_labels(read_labels(folder), USABLE)[0]
     return filter_labels(usable, filters)[0] if filters else usable
 
 
@@ -302,7 +306,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
 
     def build(folder: Path) -> dict:
         return write_targets(
-            folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths), settings=inputs,
+            folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths),
             pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, **kept,
             progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
         )  # fmt: skip

@@ -115,7 +115,7 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
     on = device()
     torch.manual_seed(0)
     resident = _resident("VmRSS")
-    student = random_model(student_config, torch.float32, on).train()
+    student = random_model(student_config, torch.float32, on)
     student.set_attn_implementation(settings["attention"])
     teacher = None
     if teacher_config is not None:
@@ -123,6 +123,7 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
         teacher.requires_grad_(False)
     if prepare:
         prepare(student)
+    loop.train_mode(student)
     if settings["checkpoint_activations"]:
         loop.recompute_activations(student)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}

@@ -26,7 +26,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
-from distill_utils.training.loop import Training, make_optimizers
+from distill_utils.training.loop import Training, make_optimizers, train_mode
 
 PHASES = ("teacher", "student", "backward", "recomputed", "optimizer")
 CAUSES = (
@@ -109,12 +109,13 @@ def plan_step(
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on, repeated):
         for model in models.values():
             model.to_empty(device="cpu").tie_weights()
-        model, frozen = models["student"].train(), models.get("teacher")
+        model, frozen = models["student"], models.get("teacher")
         model.set_attn_implementation(attention)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
         if prepare:
             prepare(model)
+        train_mode(model)
         if checkpoint_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
         ledger = _Ledger(models, padded, devices, shard, repeated)

@@ -383,7 +383,7 @@ def plot_stacked(
 def plot_thresholds(table: pd.DataFrame) -> Figure:
     """Plot a histogram a measure of pseudo-labels, side by side; what the threshold removes is pale.
 
-    One row a label: measure, value, removed, low, high (label_filters.threshold_rows).
+    One row a label: measure, value, removed, low, high (pseudo_labels.threshold_rows).
     """
     names = list(dict.fromkeys(table["measure"]))
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.6, 2.4), sharey=True, squeeze=False)
