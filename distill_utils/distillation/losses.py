@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from distill_utils.artifacts import InputError
+
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
@@ -202,11 +204,11 @@ def relation_loss(
 
 
 def check_relation_heads(num_relation_heads: int, student_width: int, teacher_width: int) -> None:
-    """Raise ValueError when the relation heads do not divide the inner width of both models."""
+    """Raise InputError when the relation heads do not divide the inner width of both models."""
     common = math.gcd(student_width, teacher_width)
     if num_relation_heads < 1 or common % num_relation_heads:
         valid = [heads for heads in range(1, common + 1) if common % heads == 0]
-        raise ValueError(
+        raise InputError(
             f"num_relation_heads {num_relation_heads} does not divide the inner widths {student_width} of the student "
             f"and {teacher_width} of the teacher: use one of {', '.join(map(str, valid))}"
         )
