@@ -243,16 +243,15 @@ def test_verdict_is_computed_from_the_rows():
     assert "bert: logits reach a lower held-out loss than scratch (5.25 against 5.50)" in said
     assert "bert: logits beats scratch (+2.00, 1.00 to 3.00) on belongs" in said
     assert "self cannot be separated from scratch (+0.50" in said and "suspect" not in said
-    worse = judged("opt", **paths | {"self": (-3, -1, None)})
-    said = controls.verdict([*judged("bert", **paths), *worse])
+    worse = paths | {"self": (-3, -1, None)}
+    said = controls.verdict([*judged("bert", **paths), *judged("opt", **worse)])
     assert "opt: self loses to scratch" in said and said.endswith("the pipeline is suspect.")
-    weak = judged("opt", **paths | {"self": (-3, -1, None), "teacher": (-1, 2, 5.0)})
-    said = controls.verdict(weak)  # a task without anything to take over
+    said = controls.verdict(judged("opt", **worse | {"teacher": (-1, 2, 5.0)}))  # nothing to take over
     assert "opt: belongs is inconclusive" in said and "opt: self" not in said and "suspect" not in said
-    higher = judged("opt", **paths | {"logits": (-1, 2, 6.0)})
-    assert "no lower held-out loss" in controls.verdict(higher) and "suspect" in controls.verdict(higher)
+    said = controls.verdict(judged("opt", **paths | {"logits": (-1, 2, 6.0)}))
+    assert "no lower held-out loss" in said and "suspect" in said
 
-    on = judged("bert", controls.MORE_TEXT, **paths | {"self": (-3, -1, None)})
+    on = judged("bert", controls.MORE_TEXT, **worse)
     on[3]["untrained"] = {"name": "self", "low": 1, "high": 3, "difference": 2}
     said = controls.verdict(on)  # losing to scratch proves nothing where scratch has had the task before
     assert "self beats an untrained student (+2.00" in said and "suspect" not in said

@@ -390,10 +390,7 @@ def equal_token_steps(
     run: AgnosticRun, tuning: Training, tokenizer, tokens: np.ndarray, pairs: Dataset, max_source_length: int,
     max_target_length: int,
 ) -> int:  # fmt: skip
-    """Return after how many updates on pairs a student has read what one distilled and then fine-tuned has.
-
-    The teacher's own training counts on neither side.
-    """
+    """Return after how many updates on pairs a student has read as many tokens as one distilled, then fine-tuned."""
     distilling = run.training
     text = denoising_stream(tokens, tokenizer, run.denoising, run.source_length, distilling.batch_size, distilling.seed)
     tokenized = tokenize_pairs(pairs, tokenizer, max_source_length, max_target_length)
