@@ -1,4 +1,4 @@
-"""Controls: masking and streams, one loss for both kinds, and every path from text to a tested task."""
+"""Controls: masking and streams, and every path of both kinds from text to a tested task."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from test_loading import refusal
 from tiny_models import EOS, MASK, PAD, WORDS, tiny_tokenizer
 
 from distill_utils.artifacts import read_json
-from distill_utils.data.denoising import infilling_stream
+from distill_utils.data.denoising import denoising_stream, language_model_stream, mask_tokens
 from distill_utils.experiments import controls
 from distill_utils.experiments.controls import KINDS, Text
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=3, batch_size=4, learning_rate=1e-2, log_every=1, seed=0, precision="float32")
-SHAPE = {"layers": 2, "width": 16, "heads": 2}
 TOKENS = np.random.default_rng(0).integers(5, 25, size=2003).astype(np.uint16)
 
 
-def tiny_text(length: int = 24) -> Text:
-    return Text(TOKENS, TOKENS[:500][::-1], tiny_tokenizer(), length)
+def tiny_text(tokens: np.ndarray = TOKENS) -> Text:
+    return Text(tiny_tokenizer(), tokens, TOKENS[:500][::-1], 24)
 
 
 def task_rows(num: int, seed: int) -> Dataset:
@@ -37,8 +36,11 @@ def task_rows(num: int, seed: int) -> Dataset:
 
 
 @pytest.fixture(autouse=True)
-def runs_folder(tmp_path, monkeypatch):
+def small_and_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(controls, "SHAPE", {"layers": 2, "width": 16, "heads": 2})
+    monkeypatch.setattr(controls, "STUDENT_LAYERS", 1)
+    monkeypatch.setattr(controls, "RELATION_HEADS", 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -46,7 +48,7 @@ def runs_folder(tmp_path, monkeypatch):
 
 def test_masking_hides_the_shares_of_bert_and_nothing_else():
     ids = np.random.default_rng(1).integers(5, 90, size=(400, 100))
-    inputs, labels = controls.mask_tokens(ids, MASK, np.arange(5, 96), np.random.default_rng(2))
+    inputs, labels = mask_tokens(ids, MASK, np.arange(5, 96), np.random.default_rng(2))
     chosen = labels != -100
     assert (chosen.sum(axis=1) == 15).all()
     assert (inputs == ids)[~chosen].all() and (labels == ids)[chosen].all()
@@ -57,16 +59,16 @@ def test_masking_hides_the_shares_of_bert_and_nothing_else():
     assert replaced.min() >= 5 and len(set(replaced.tolist())) > 80
     places = chosen.sum(axis=0) / 400  # no position is left out or preferred
     assert places.min() > 0.05 and places.max() < 0.25
-    short = controls.mask_tokens(ids[:, :2], MASK, np.arange(5, 96), np.random.default_rng(2))[1]
+    short = mask_tokens(ids[:, :2], MASK, np.arange(5, 96), np.random.default_rng(2))[1]
     assert ((short != -100).sum(axis=1) == 1).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_streams_visit_windows_as_denoising_does(kind):
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_streams_visit_windows_as_denoising_does(objective):
     tokenizer = tiny_tokenizer()
-    batches = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
-    again = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
-    other = infilling_stream(TOKENS, tokenizer, 22, 6, 3)  # start and end token beside the window
+    batches = language_model_stream(TOKENS, tokenizer, objective, 20, 6, 3, micro_batch_size=2)
+    again = language_model_stream(TOKENS, tokenizer, objective, 20, 6, 3, micro_batch_size=2)
+    other = denoising_stream(TOKENS, tokenizer, "text_infilling", 22, 6, 3)  # start and end token beside the window
     for step in (7, 0, 40):
         micro = batches(step)
         assert [batch["input_ids"].shape for batch in micro] == [(2, 20)] * 3
@@ -74,22 +76,19 @@ def test_streams_visit_windows_as_denoising_does(kind):
         for batch, same in zip(micro, again(step), strict=True):
             assert all(torch.equal(batch[name], same[name]) for name in ("input_ids", "labels", "attention_mask"))
         windows = other(step)[0]["labels"][:, :20]
-        if kind == "opt":
-            assert torch.equal(whole["input_ids"], windows) and torch.equal(whole["labels"], windows)
-        else:
-            hidden = whole["labels"] != -100
-            assert torch.equal(torch.where(hidden, whole["labels"], whole["input_ids"]), windows)
-            assert not torch.equal(whole["input_ids"], windows)
+        hidden = whole["labels"] != -100
+        assert torch.equal(torch.where(hidden, whole["labels"], whole["input_ids"]), windows)
+        assert torch.equal(whole["input_ids"], windows) == (objective == "causal")
     assert not torch.equal(batches(0)[0]["input_ids"], batches(1)[0]["input_ids"])
 
 
 def test_first_sentinel_masks_where_there_is_no_mask_token():
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
-    message = refusal(controls.text_stream, "bert", TOKENS, tokenizer, 20, 4, 0)
+    message = refusal(language_model_stream, TOKENS, tokenizer, "masked", 20, 4, 0)
     assert "neither a mask token nor <extra_id_0>" in message
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_id_1>", "<extra_id_0>"]})
-    (batch,) = controls.text_stream("bert", TOKENS, tokenizer, 20, 40, 0)(0)
+    (batch,) = language_model_stream(TOKENS, tokenizer, "masked", 20, 40, 0)(0)
     sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     seen = batch["input_ids"][batch["labels"] != -100]
     assert (seen == sentinel).float().mean() > 0.6
@@ -101,14 +100,14 @@ def test_first_sentinel_masks_where_there_is_no_mask_token():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_path_from_text_to_rows(kind, capsys):
+def test_every_path_from_text_to_rows(kind):
     text, task = tiny_text(), {"train": task_rows(24, 1), "test": task_rows(20, 2)}
-    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    teacher = controls.control_teacher(kind, text, TRAINING)
     before = (teacher / "model" / "model.safetensors").read_bytes()
-    large = KINDS[kind][1].from_pretrained(teacher / "model")
+    large = KINDS[kind][2].from_pretrained(teacher / "model")
     assert large.config.model_type == kind and large.config.num_hidden_layers == 2
 
-    checks = controls.text_stream(kind, text.held_out, text.tokenizer, 24, 20, 0)
+    checks = language_model_stream(text.held_out, text.tokenizer, KINDS[kind][0], 24, 10, 0)
     losses = []
     for step in range(4):
         (batch,) = checks(step)
@@ -116,10 +115,8 @@ def test_every_path_from_text_to_rows(kind, capsys):
             losses.append(large(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item())
     assert read_history(teacher)[-1]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
-    arguments = ([kind], text.tokens, text.held_out, text.tokenizer, {"belongs": task}, TRAINING, TRAINING, TRAINING)
-    options = {"seeds": [1], "length": 24, "layers": 1, "num_relation_heads": 4, "shape": SHAPE}
-    rows = controls.run_controls(*arguments, **options)
-    assert f"building runs/control-{kind}-teacher" not in capsys.readouterr().out.partition("reusing")[2]
+    arguments = ([kind], text, {"belongs": task}, TRAINING, TRAINING, TRAINING, [1])
+    rows = controls.run_controls(*arguments)
     assert (teacher / "model" / "model.safetensors").read_bytes() == before
     assert [row["path"] for row in rows] == ["none", "scratch", "logits", "self", "teacher"] * 2
     assert [row["task"] for row in rows] == [controls.MORE_TEXT] * 5 + ["belongs"] * 5
@@ -134,24 +131,23 @@ def test_every_path_from_text_to_rows(kind, capsys):
         if start == 0:
             untrained = rows[3]["untrained"]["difference"]
             assert untrained == pytest.approx(scores["self"] - scores["none"], abs=1e-6)
-    assert controls.run_controls(*arguments, **options) == rows
-    assert "building" not in capsys.readouterr().out.partition("reusing")[2].rpartition("reusing")[2]
+    assert controls.run_controls(*arguments) == rows  # every artifact is found again
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_paths_share_a_start_and_train_what_they_should(kind):
     text = tiny_text()
-    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    teacher = controls.control_teacher(kind, text, TRAINING)
     models, terms = {}, {}
     for path in controls.CONTROL_PATHS:
-        folder = controls.distill_control(kind, path, teacher, text, TRAINING, 1, 4)
-        models[path] = KINDS[kind][1].from_pretrained(folder / "model").state_dict()
+        folder = controls.distill_control(kind, path, teacher, text, TRAINING)
+        models[path] = KINDS[kind][2].from_pretrained(folder / "model").state_dict()
         terms[path] = {name for name in read_history(folder)[0] if name.endswith("_loss")} if path != "none" else set()
     site = "encoder_self_loss" if kind == "bert" else "decoder_self_loss"
     assert terms == {
         "none": set(), "scratch": {"ce_loss"}, "logits": {"ce_loss", "kl_loss"}, "self": {site},
     }  # fmt: skip
-    start = controls.new_student(KINDS[kind][1].from_pretrained(teacher / "model"), 1, TRAINING.seed).state_dict()
+    start = controls.new_student(KINDS[kind][2].from_pretrained(teacher / "model"), TRAINING.seed).state_dict()
     assert all(torch.equal(start[name], weight) for name, weight in models["none"].items())
     changed = {path: {name for name in start if not torch.equal(start[name], models[path][name])} for path in models}
     # Relations stop at the projections of the last layer: neither what comes behind them nor the head is trained.
@@ -160,12 +156,11 @@ def test_paths_share_a_start_and_train_what_they_should(kind):
     assert len(behind) > 3 and not changed["self"] & {name for name in behind if "decoder.weight" not in name}
     assert any("value" in name or "v_proj" in name for name in changed["self"])
     assert changed["scratch"] == changed["logits"] >= behind
-    folder = controls.distill_control(kind, "self", teacher, text, TRAINING, 1, 4)
+    folder = controls.distill_control(kind, "self", teacher, text, TRAINING)
     for other in (
-        controls.distill_control(kind, "self", teacher, text, TRAINING, 1, 2),
-        controls.distill_control(kind, "self", teacher, text, replace(TRAINING, seed=1), 1, 4),
-        controls.distill_control(kind, "self", teacher, text._replace(tokens=TOKENS[:-1]), TRAINING, 1, 4),
-        controls.distill_control(kind, "self", teacher, text._replace(length=20), TRAINING, 1, 4),
+        controls.distill_control(kind, "self", teacher, text, replace(TRAINING, seed=1)),
+        controls.distill_control(kind, "self", teacher, tiny_text(TOKENS[:-1]), TRAINING),
+        controls.distill_control(kind, "self", teacher, text._replace(length=20), TRAINING),
     ):
         assert other != folder
 
@@ -177,7 +172,7 @@ def test_paths_share_a_start_and_train_what_they_should(kind):
 def test_classifier_keeps_the_stack_and_ignores_padding(kind):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    model = controls.new_model(kind, tokenizer, 24, **SHAPE)
+    model = controls.new_model(kind, tokenizer, 24, **controls.SHAPE)
     classifier = controls.new_classifier(model, 3, 5).eval()
     again = controls.new_classifier(model, 3, 5).state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in classifier.state_dict().items())
@@ -188,21 +183,19 @@ def test_classifier_keeps_the_stack_and_ignores_padding(kind):
     rows = controls.encode_rows("belongs", task_rows(6, 3), tokenizer, 12)
     assert max(map(len, rows["input_ids"])) == 12 and all(ids[-1] == EOS for ids in rows["input_ids"])
     (batch,) = controls.batch_list(rows, PAD, 6)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        together = classifier(**inputs).logits
-        for row, logits in zip(batch["ids"], together, strict=True):
+        together = controls.classify(classifier, batch)
+        for row, logits in zip(batch["ids"], together["logits"], strict=True):
             alone = classifier(input_ids=torch.tensor([rows[row]["input_ids"]])).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
-    loss = controls.classification_loss(classifier, batch)["loss"]
     wanted = torch.tensor([rows[row]["labels"][0] for row in batch["ids"]])
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(together, wanted))
+    torch.testing.assert_close(together["loss"], torch.nn.functional.cross_entropy(together["logits"], wanted))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_learns_a_task_that_a_word_decides(kind):
     text = tiny_text()
-    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    teacher = controls.control_teacher(kind, text, TRAINING)
     tuning = replace(TRAINING, max_steps=40, batch_size=16)
     train, test = task_rows(64, 1), task_rows(30, 2)
     tested = controls.tune_control(kind, teacher, "belongs", train, test, text, tuning)
@@ -215,67 +208,63 @@ def test_tuning_learns_a_task_that_a_word_decides(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_on_takes_the_next_updates_of_the_text(kind):
+def test_going_on_takes_the_next_updates_of_the_text(kind):
     text, still = tiny_text(), replace(TRAINING, max_steps=2, learning_rate=1e-12)
-    teacher = controls.control_teacher(kind, text, TRAINING, SHAPE)
+    teacher = controls.control_teacher(kind, text, TRAINING)
     folder = controls.continue_control(kind, teacher, text, still, start=3)
-    model = KINDS[kind][1].from_pretrained(teacher / "model").eval()
+    model = KINDS[kind][2].from_pretrained(teacher / "model").eval()
 
     def loss(batch: dict) -> float:
         with torch.no_grad():
             return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
 
-    batches = controls.text_stream(kind, text.tokens, text.tokenizer, 24, 4, TRAINING.seed)
+    batches = language_model_stream(text.tokens, text.tokenizer, KINDS[kind][0], 24, 4, TRAINING.seed)
     wanted = [loss(batches(step)[0]) for step in (3, 4)]
     assert [row["loss"] for row in read_history(folder)] == pytest.approx(wanted, rel=1e-4)
-    windows = controls.text_stream(kind, text.held_out, text.tokenizer, 24, 1, 0)
+    windows = language_model_stream(text.held_out, text.tokenizer, KINDS[kind][0], 24, 1, 0)
     found = read_json(folder / "scores.json")["log_likelihood"]
     assert found == pytest.approx([-loss(windows(step)[0]) for step in range(500 // 24)], rel=1e-4)
     assert read_json(folder / "results.json")["score"] == pytest.approx(np.mean(found))
 
 
-def judged(model: str, path: str, low: float, high: float, held_out_loss: float | None = None) -> dict:
-    row = {"model": model, "path": path, "name": path, "task": "belongs", "held_out_loss": held_out_loss}
-    return row | {"low": low, "high": high, "difference": (low + high) / 2}
+def judged(model: str, task: str = "belongs", **paths: tuple) -> list[dict]:
+    """Return rows of a control: {path: (low, high, held-out loss)} of its difference from scratch."""
+    scratch = {"model": model, "task": task, "path": "scratch", "name": "scratch", "held_out_loss": 5.5}
+    return [scratch] + [
+        scratch | {"path": path, "name": path, "low": low, "high": high, "difference": (low + high) / 2,
+                   "held_out_loss": loss}
+        for path, (low, high, loss) in paths.items()
+    ]  # fmt: skip
 
 
 def test_verdict_is_computed_from_the_rows():
-    scratch = {"path": "scratch", "name": "scratch", "task": "belongs", "held_out_loss": 5.5}
-    rows = [
-        judged("bert", "none", -9, -8), scratch | {"model": "bert"}, judged("bert", "logits", 1, 3, 5.25),
-        judged("bert", "self", -1, 2), judged("bert", "teacher", 4, 6),
-    ]  # fmt: skip
-    said = controls.verdict(rows)
-    assert "bert: logits reach lower held-out loss than scratch (5.25 against 5.50)" in said
+    paths = {"none": (-9, -8, None), "logits": (1, 3, 5.25), "self": (-1, 2, None), "teacher": (4, 6, 5.0)}
+    said = controls.verdict(judged("bert", **paths))
+    assert "bert: logits reach a lower held-out loss than scratch (5.25 against 5.50)" in said
     assert "bert: logits beats scratch (+2.00, 1.00 to 3.00) on belongs" in said
     assert "self cannot be separated from scratch (+0.50" in said and "suspect" not in said
-    worse = [scratch | {"model": "opt"}, judged("opt", "logits", -1, 2, 5.0), judged("opt", "self", -3, -1)]
-    said = controls.verdict([*rows, *worse, judged("opt", "teacher", 1, 2)])
-    assert "opt: self loses to scratch" in said and said.endswith("then the pipeline is suspect.")
-    said = controls.verdict([*worse, judged("opt", "teacher", -1, 2)])  # a task without anything to take over
-    assert "opt: belongs judges nothing" in said and "self" not in said.replace("itself", "") and "suspect" not in said
-    on = [row | {"task": controls.MORE_TEXT} for row in rows]
-    on[3] = judged("bert", "self", -3, -1) | {"task": controls.MORE_TEXT, "untrained": judged("bert", "self", 1, 3)}
+    worse = paths | {"self": (-3, -1, None)}
+    said = controls.verdict([*judged("bert", **paths), *judged("opt", **worse)])
+    assert "opt: self loses to scratch" in said and said.endswith("the pipeline is suspect.")
+    said = controls.verdict(judged("opt", **worse | {"teacher": (-1, 2, 5.0)}))  # nothing to take over
+    assert "opt: belongs is inconclusive" in said and "opt: self" not in said and "suspect" not in said
+    said = controls.verdict(judged("opt", **paths | {"logits": (-1, 2, 6.0)}))
+    assert "no lower held-out loss" in said and "suspect" in said
+
+    on = judged("bert", controls.MORE_TEXT, **worse)
+    on[3]["untrained"] = {"name": "self", "low": 1, "high": 3, "difference": 2}
     said = controls.verdict(on)  # losing to scratch proves nothing where scratch has had the task before
-    assert "self beats a student that has read nothing (+2.00" in said and "suspect" not in said
-    on[3]["untrained"] = judged("bert", "self", -3, -1)
-    assert controls.verdict(on).endswith("then the pipeline is suspect.")
-    higher = [worse[0], judged("opt", "logits", -1, 2, 6.0), worse[2], judged("opt", "teacher", -1, 2)]
-    said = controls.verdict(higher)
-    assert "no lower held-out loss" in said and said.endswith("then the pipeline is suspect.")
+    assert "self beats an untrained student (+2.00" in said and "suspect" not in said
+    on[3]["untrained"] = {"name": "self", "low": -3, "high": -1, "difference": -2}
+    assert controls.verdict(on).endswith("the pipeline is suspect.")
 
 
-def test_bad_input_is_refused_before_anything_is_trained(tmp_path):
-    text, task = tiny_text(), {"belongs": {"train": task_rows(4, 1), "test": task_rows(4, 2)}}
+def test_bad_input_is_rejected_before_anything_is_trained(tmp_path):
+    task = {"belongs": {"train": task_rows(4, 1), "test": task_rows(4, 2)}}
 
-    def refused(kind: str = "bert", tokens: np.ndarray = TOKENS, heads: int = 4) -> str:
-        arguments = ([kind], tokens, text.held_out, text.tokenizer, task, TRAINING, TRAINING, TRAINING, [0], 24)
-        return refusal(controls.run_controls, *arguments, num_relation_heads=heads, shape=SHAPE)
+    def rejected(kind: str, tokens: np.ndarray = TOKENS) -> str:
+        return refusal(controls.run_controls, [kind], tiny_text(tokens), task, TRAINING, TRAINING, TRAINING, [0])
 
-    assert "model kind 'gpt' is unknown: use bert or opt" in refused("gpt")
-    assert "fewer than batch_size 4" in refused(tokens=TOKENS[:50])
-    assert "num_relation_heads 5 does not divide" in refused(heads=5)
-    assert "path 'encoder' is no control" in refusal(
-        controls.distill_control, "bert", "encoder", tmp_path, text, TRAINING
-    )
+    assert "model kind 'gpt' is unknown: use bert or opt" in rejected("gpt")
+    assert "fewer than batch_size 4" in rejected("bert", TOKENS[:50])
     assert not (tmp_path / "runs").exists()

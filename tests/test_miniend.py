@@ -1,39 +1,62 @@
-"""Distillation on plain text: every path from description to a fine-tuned student, on tiny models."""
+"""Distillation on plain text: every path to a fine-tuned student, assistants, mixed targets and exact resume."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_runs import planted
-from tiny_models import VOCAB_SIZE, tiny_bart, tiny_t5, tiny_tokenizer
+from tiny_models import tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_utils.artifacts import InputError, read_json, write_json
 from distill_utils.distillation import objectives
+from distill_utils.distillation.losses import chunked_token_losses
 from distill_utils.evaluation import tasks
+from distill_utils.evaluation.statistics import share_of_gap
 from distill_utils.experiments import miniend
 from distill_utils.experiments.miniend import PATHS, AgnosticRun
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
+from distill_utils.training import loop
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=3, batch_size=4, learning_rate=1e-3, log_every=1, seed=0)
+LABELS = torch.tensor([[3, 0, 4, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
+
+
+def make_place(folder, teacher, **changes) -> tuple:
+    """Return a run, its teacher, the tokenizer, and tokens of training and held-out text."""
+    save_model(teacher, tiny_tokenizer(), folder / "teacher")
+    teacher, tokenizer = load_model(folder / "teacher")
+    generator = np.random.default_rng(0)
+    tokens, held_out = (generator.integers(5, 60, size=size).astype(np.uint16) for size in (2000, 600))
+    settings = {"path": "miniend", "training": TRAINING, "source_length": 16, "denoising": "text_infilling"} | changes
+    return AgnosticRun(teacher=str(folder / "teacher"), **settings), teacher, tokenizer, tokens, held_out
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
-    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
-    teacher, tokenizer = load_model(tmp_path / "teacher")
-    generator = np.random.default_rng(0)
-    tokens, held_out = (generator.integers(5, 60, size=size).astype(np.uint16) for size in (2000, 600))
-    run = AgnosticRun(
-        path="miniend", shape="2-1", teacher=str(tmp_path / "teacher"), training=TRAINING, source_length=16,
-        denoising="text_infilling", num_relation_heads=4,
-    )  # fmt: skip
-    return run, teacher, tokenizer, tokens, held_out
+    return make_place(tmp_path, tiny_bart(), shape="2-1", num_relation_heads=4)
+
+
+@pytest.fixture
+def t5_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    training = replace(TRAINING, max_steps=6, warmup_steps=3)
+    narrow = {"path": "miniend_logits", "shape": "1-1", "width": 8, "num_relation_heads": 2}
+    return make_place(tmp_path, tiny_t5(3, 3), training=training, **narrow)
+
+
+def equal_weights(one, other) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_every_path_from_description_to_a_tested_task(place, capsys):
@@ -41,18 +64,22 @@ def test_every_path_from_description_to_a_tested_task(place, capsys):
     before = {name: weight.clone() for name, weight in teacher.named_parameters()}
     plan = [replace(base, path=path) for path in PATHS]
     miniend.check_runs(plan, teacher)
-    starts = [miniend.new_student(run, teacher).state_dict() for run in plan]
-    for start in starts[1:]:
-        assert all(torch.equal(start[name], starts[0][name]) for name in start)
+    starts = [miniend.new_student(run, teacher) for run in plan]
+    floor = load_model(miniend.untrained(base, teacher, tokenizer))[0]
+    assert all(equal_weights(start, floor) for start in starts)
+    copied = students.encoder_layers(miniend.new_student(replace(base, init="copied"), teacher))
+    theirs = [students.encoder_layers(teacher)[layer] for layer in students.layer_map(3, 2)]
+    assert all(equal_weights(*layers) for layers in zip(copied, theirs, strict=True))
     for run in plan:
         folder = miniend.distill(run, teacher, tokenizer, tokens, held_out)
         final = read_json(folder / "results.json")["final"]
         terms = {name for name, weight in PATHS[run.path].items() if weight}
         assert {name.replace("_weight", "_loss") for name in terms} <= final.keys()
         assert ("validation_loss" in final) == (run.path in ("scratch", "logits", "miniend_logits"))
-        ids = {row["step"] for row in read_history(folder)}
-        assert ids == {1, 2, 3}
+        assert {row["step"] for row in read_history(folder)} == {1, 2, 3}
+        assert miniend.distill(run, teacher, tokenizer, tokens, held_out) == folder
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+    assert miniend.distill(base, teacher, tokenizer, tokens[:-1], held_out) != folder  # other text, other run
 
     student, tokenizer = load_model(folder / "student")
     rows = {"train": planted(12, 1), "validation": planted(4, 2), "test": planted(6, 3)}
@@ -70,8 +97,7 @@ def test_every_path_from_description_to_a_tested_task(place, capsys):
 def test_classification_is_scored_row_by_row(place, monkeypatch):
     base, teacher, tokenizer, *_ = place
     words = ("list", "file")  # words that the tiny tokenizer has
-    known = tasks.TASKS
-    monkeypatch.setitem(known, "belongs", known["belongs"]._replace(labels=words))
+    monkeypatch.setitem(tasks.TASKS, "belongs", tasks.TASKS["belongs"]._replace(labels=words))
     labels = [words[i % 2] for i in range(10)]
     rows = planted(10, 4).remove_columns("summary").add_column("summary", labels).add_column("label", labels)
     tuned = miniend.fine_tune(
@@ -80,41 +106,6 @@ def test_classification_is_scored_row_by_row(place, monkeypatch):
     tested = miniend.test_task(tuned, "belongs", rows, 24)
     found, scores = read_json(tested / "results.json"), read_json(tested / "scores.json")
     assert np.mean(scores["correct"]) == pytest.approx(found["accuracy"])
-
-
-def test_same_text_for_every_path_and_exact_resume(place):
-    base, teacher, tokenizer, tokens, held_out = place
-    whole = miniend.distill(base, teacher, tokenizer, tokens, held_out)
-    again = miniend.distill(base, teacher, tokenizer, tokens, held_out)
-    assert whole == again
-    other = miniend.distill(base, teacher, tokenizer, tokens[:-1], held_out)
-    assert other != whole  # other text, other run
-
-
-def test_narrow_student(place):
-    base, teacher, tokenizer, tokens, held_out = place
-    run = replace(base, width=teacher.config.d_model // 2)
-    miniend.check_runs([run], teacher)
-    folder = miniend.distill(run, teacher, tokenizer, tokens, held_out)
-    assert load_model(folder / "student")[0].config.d_model * 2 == teacher.config.d_model
-
-
-def test_copied_student_starts_from_the_teacher_s_layers(place):
-    base, teacher, *_ = place
-    student = miniend.new_student(replace(base, init="copied"), teacher)
-    ids = students.layer_map(3, 2)
-    for ours, layer in zip(students.encoder_layers(student), ids, strict=True):
-        theirs = students.encoder_layers(teacher)[layer]
-        assert torch.equal(ours.fc1.weight, theirs.fc1.weight)
-
-
-def test_relations_alone_leave_the_last_decoder_block_s_end_untrained(place):
-    base, teacher, tokenizer, tokens, held_out = place
-    start = miniend.new_student(base, teacher).state_dict()
-    folder = miniend.distill(base, teacher, tokenizer, tokens, held_out)
-    end = load_model(folder / "student")[0].state_dict()
-    assert torch.equal(start["model.decoder.layers.0.fc2.weight"], end["model.decoder.layers.0.fc2.weight"])
-    assert not torch.equal(start["model.encoder.layers.1.fc2.weight"], end["model.encoder.layers.1.fc2.weight"])
 
 
 @pytest.mark.parametrize(
@@ -127,130 +118,277 @@ def test_relations_alone_leave_the_last_decoder_block_s_end_untrained(place):
         ({"num_relation_heads": 7}, "num_relation_heads 7 does not divide the inner widths"),
         ({"shape": "9-1"}, "student_layers is 9"),
         ({"width": 17}, "width 17 leaves no whole"),
+        ({"training": replace(TRAINING, max_steps=0)}, "max_steps 0 is too small"),
+        ({"mix_start": 0.0}, "mix_start 0.0 with mix_rate 0.0005 is impossible: use a start above 0"),
+        ({"mix_start": 1.5}, "mix_start 1.5"),
+        ({"mix_start": 0.4, "mix_rate": -1.0}, "mix_rate -1.0"),
+        ({"mix_start": 0.4}, "path miniend imitates no distribution"),
+        ({"path": "scratch", "mix_start": 0.4}, "path scratch imitates no distribution"),
     ],
 )
-def test_bad_runs_are_refused_before_training(place, changes, said):
+def test_bad_runs_are_rejected_before_training(place, changes, said):
     base, teacher, *_ = place
     with pytest.raises(InputError, match=said):
         miniend.check_runs([replace(base, **changes)], teacher)
-
-
-def test_nothing_and_twice_are_refused(place):
-    base, teacher, *_ = place
     with pytest.raises(InputError, match="nothing to distil"):
         miniend.check_runs([], teacher)
     with pytest.raises(InputError, match="named twice"):
         miniend.check_runs([base, base], teacher)
 
 
-def test_held_out_loss_is_the_mean_over_tokens(place):
-    model = tiny_t5()
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for rows, length in ((2, 5), (3, 4)):
-        labels = torch.randint(5, VOCAB_SIZE, (rows, length), generator=generator)
-        labels[0, 2:] = -100
-        ids = torch.randint(5, VOCAB_SIZE, (rows, 6), generator=generator)
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    total = tokens = 0.0
-    for batch in batches:
-        logits = model(**batch).logits.double()
-        valid = batch["labels"] != objectives.IGNORED
-        chosen = logits.log_softmax(-1)[valid].gather(1, batch["labels"][valid][:, None])
-        total, tokens = total - float(chosen.sum().detach()), tokens + int(valid.sum())
+def test_held_out_loss_is_the_mean_over_tokens():
+    model, total, tokens, batches = tiny_t5(), 0.0, 0, []
+    for lengths in ((5, 2), (4, 2, 2)):
+        batches.append(tiny_batch([6] * len(lengths), lengths, seed=len(lengths)))
+        valid = batches[-1]["labels"] != objectives.IGNORED
+        logits = model(**batches[-1]).logits.double().log_softmax(-1)[valid]
+        total -= float(logits.gather(1, batches[-1]["labels"][valid][:, None]).sum().detach())
+        tokens += int(valid.sum())
     assert miniend.held_out_loss(model, batches)["validation_loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- assistants
+
+
+def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(t5_place, monkeypatch):
+    run, teacher, *rest = t5_place
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    taught, distill = {}, miniend.distill
+
+    def spy(run, teacher, *rest):
+        folder = distill(run, teacher, *rest)
+        taught[folder] = (run.teacher, teacher)
+        return folder
+
+    monkeypatch.setattr(miniend, "distill", spy)
+    shape, width = "3-3", 8  # MiniLM's rule: as deep as the teacher, as wide as the student
+    found = miniend.with_assistant(run, shape, width, teacher, *rest, share=1 / 3)
+    name, model = taught[found["student"]]
+    assert name == str(found["assistant"] / "student") and taught[found["assistant"]] == (run.teacher, teacher)
+    assert equal_weights(model, load_model(found["assistant"] / "student")[0])
+
+    direct = distill(run, teacher, *rest)
+    results = {name: read_json(folder / "results.json") for name, folder in found.items()}
+    straight = read_json(direct / "results.json")
+    assert [result["final"]["step"] for result in results.values()] == [2, 4]
+    assert sum(result["target_tokens"] for result in results.values()) == straight["target_tokens"]
+    assert results["student"]["parameters"] == straight["parameters"]
+    sizes = [students.count_parameters(teacher)["total"], *(r["parameters"]["total"] for r in results.values())]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+    assert miniend.with_assistant(run, shape, width, teacher, *rest, share=1 / 3) == found  # reused
+
+
+@pytest.mark.parametrize(("width", "middle", "share"), [(0, 0, 0.5), (0, 16, 0.2), (8, 0, 0.7), (8, 8, 0.5)])
+def test_the_student_is_that_of_the_direct_run_and_updates_are_split(t5_place, width, middle, share):
+    run, teacher, *_ = t5_place
+    training = replace(run.training, max_steps=10, warmup_steps=5)
+    run = replace(run, width=width, training=training, mix_start=0.4)
+    assistant, student = miniend.split_run(run, "2-2", middle, teacher, share)
+    assistant_model = miniend.new_student(assistant, teacher)
+    assert assistant_model.config.d_model == (middle or 16)
+    assert equal_weights(miniend.new_student(student, assistant_model), miniend.new_student(run, teacher))
+    assert assistant.training.max_steps == round(10 * share)
+    for name in ("max_steps", "warmup_steps"):
+        assert getattr(assistant.training, name) + getattr(student.training, name) == getattr(training, name)
+    for part in (assistant, student):
+        assert replace(part.training, max_steps=10, warmup_steps=5) == training
+        assert (part.path, part.mix_start) == (run.path, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "share", "changes", "said"),
+    [
+        ("3-3", 0, 0.5, {}, "3-3 and width 16 has (\\d+) parameters, the teacher \\1 and the student \\d+: choose"),
+        ("1-1", 8, 0.5, {}, "1-1 and width 8 has (\\d+) parameters, the teacher \\d+ and the student \\1: choose"),
+        ("1-2", 8, 0.5, {"shape": "1-1", "width": 0}, "choose one that lies between them"),
+        ("2-9", 0, 0.5, {}, "student_layers is 9"),
+        ("2-1", 0, 0.5, {"shape": "2-2"}, "student_layers is 2: the teacher has 1 layers"),
+        ("2-2", 7, 0.5, {}, "width 7 leaves no whole"),
+        ("2-2", 8, 0.5, {"init": "copied", "width": 0}, "a student of width 8 cannot copy layers"),
+        ("2-2", 0, 0.5, {"num_relation_heads": 16}, "num_relation_heads 16 does not divide"),
+        ("2-2", 0, 0.0, {}, "share 0.0 of 6 updates leaves none"),
+        ("2-2", 0, 1.0, {}, "share 1.0 of 6 updates leaves none"),
+    ],
+)
+def test_what_is_no_assistant_is_rejected_before_training(t5_place, shape, width, share, changes, said):
+    run, teacher, *rest = t5_place
+    with pytest.raises(InputError, match=said):
+        miniend.with_assistant(replace(run, **changes), shape, width, teacher, *rest, share=share)
+
+
+def test_assistants_are_written_as_layers_and_width():
+    assert miniend.parse_assistant("6-6-w96") == ("6-6", 96) and miniend.parse_assistant("4-12") == ("4-12", 0)
+    for label in ("", "6", "6-6-96", "6-6-w", "a-6"):
+        with pytest.raises(InputError, match=f"assistant '{label}' is not understood"):
+            miniend.parse_assistant(label)
+
+
+# --------------------------------------------------------------------------------------------------------- mixed target
+
+
+@pytest.mark.parametrize("mix", [0.1, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_tokens", [3, 1024])
+def test_a_mixed_target_equals_the_naive_one_with_gradient(mix, temperature, chunk_tokens):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 5, generator=generator) * 4 for _ in range(2))
+    valid, ours, theirs = LABELS != -100, student.double(), teacher.double()
+    logs = [(x / temperature).log_softmax(-1) for x in (ours, (1 - mix) * ours + mix * theirs)]
+    q, p = (log.exp() for log in logs)  # of the student and of the mixture, which has no gradient
+    value = temperature**2 * (p * (logs[1] - logs[0])).sum(-1)[valid].mean().item()
+    gradient = temperature * (q - p) * valid[..., None] / valid.sum()
+
+    logits, same = student.clone().requires_grad_(), nn.Identity()
+    loss = chunked_token_losses(logits, same, LABELS, teacher, same, temperature, chunk_tokens, mix=mix)["kl_loss"]
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_all_teacher_is_the_plain_divergence_and_all_student_is_none():
+    student, teacher, batch = tiny_t5(1, 1, seed=1), tiny_t5(2, 2), tiny_batch()
+    losses, gradients = [], []
+    for options in ({}, {"mix": 1.0}, {"mix": 0.0}, {"mix": 0.5}):
+        student.zero_grad()
+        options |= miniend.SILENT | {"kl_weight": 1.0}
+        losses.append(objectives.miniend(student, teacher, batch, **options)["loss"])
+        losses[-1].backward()
+        gradients.append(student.shared.weight.grad.clone())
+    assert torch.equal(losses[0], losses[1]) and torch.equal(gradients[0], gradients[1])
+    assert losses[2].abs() < 1e-6 and gradients[2].abs().max() < 1e-6
+    assert 0 < losses[3] < losses[0]
+
+
+def test_mixing_never_holds_the_logits_of_all_tokens():
+    student_hidden, teacher_hidden = torch.randn(4, 64, 8, requires_grad=True), torch.randn(4, 64, 8)
+    head, labels, sizes = nn.Linear(8, 500), torch.zeros(4, 64, dtype=torch.long), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            outputs = found if isinstance(found, (tuple, list)) else [found]
+            sizes.extend(output.numel() for output in outputs if torch.is_tensor(output))
+            return found
+
+    with Sizes():
+        losses = chunked_token_losses(student_hidden, head, labels, teacher_hidden, head, 1.0, 16, mix=0.5)
+        losses["kl_loss"].backward()
+    assert max(sizes) == 16 * 500
+
+
+def test_the_share_of_the_teacher_grows_as_published():
+    """Algorithm 1 of TAID by hand, and its bounds."""
+    losses, rate, start, steps = [3.0, 2.0, 2.5, 1.0, 1.0], 0.5, 0.2, 6
+    mixing, shares = {"mix": start}, []
+    t, m, before = start, 0.0, None
+    for n, loss in enumerate(losses):
+        objectives.grow_mix(mixing, n + 1, {"kl_loss": loss, "loss": 9.0}, start=start, rate=rate, max_steps=steps)
+        m = 0.99 * m + (0.01 * (before - loss) / before if before else 0.0)
+        t = min(1.0, max(start + (1 - start) * (n + 1) / (steps - 1), t + rate / (1 + math.exp(-m)) * (1 - t)))
+        before = loss
+        shares.append(mixing["mix"])
+        assert mixing["mix"] == pytest.approx(t, rel=1e-12) and mixing["momentum"] == pytest.approx(m, rel=1e-12)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert shares[0] > start + (1 - start) / (steps - 1)  # faster than the line
+    hostile = {"mix": 0.3}
+    for loss in (0.0, 1e30, 0.0, 5.0):  # no overflow, no division by zero
+        objectives.grow_mix(hostile, 1, {"kl_loss": loss}, start=0.3, rate=1.0, max_steps=9)
+    assert 0.3 <= hostile["mix"] <= 1
+
+
+def test_a_run_with_mixing_shows_its_share_and_ends_with_the_teacher(t5_place):
+    run, teacher, *rest = t5_place
+    folders = {start: miniend.distill(replace(run, mix_start=start), teacher, *rest) for start in (1.0, 0.4)}
+    assert "-mix0.4-s0" in folders[0.4].name and "mix" not in folders[1.0].name
+    shares = [row["mix"] for row in read_history(folders[0.4])]
+    assert shares == pytest.approx([0.4, 0.52, 0.64, 0.76, 0.88, 1.0])
+    assert "mix" not in read_history(folders[1.0])[0]
+    first = [read_history(folder)[0]["kl_loss"] for folder in folders.values()]
+    assert first[1] < first[0]  # the same student and batch, a nearer target
+
+
+def test_a_stopped_run_goes_on_with_the_same_mixture(t5_place, monkeypatch, tmp_path):
+    run, teacher, *rest = t5_place
+    # A rate at which the losses matter: the share is then no function of the step alone.
+    run = replace(
+        run, path="logits", mix_start=0.2, mix_rate=0.9,
+        training=replace(run.training, max_steps=9, checkpoint_every=2, micro_batch_size=2),
+    )  # fmt: skip
+    straight = miniend.distill(run, teacher, *rest)
+    shutil.move(straight, tmp_path / "straight")
+    save = loop.save_checkpoint
+
+    def stop(folder, *arguments):
+        save(folder, *arguments)
+        if (folder / "checkpoint-000004").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        miniend.distill(run, teacher, *rest)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    assert {"mix", "momentum", "kl_loss"} == read_json(straight / "checkpoint-000004" / "state.json")["memory"].keys()
+    resumed = miniend.distill(run, teacher, *rest)
+    assert equal_weights(*(load_model(folder / "student")[0] for folder in (tmp_path / "straight", resumed)))
+    histories = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_second")} for row in read_history(folder)]
+        for folder in (tmp_path / "straight", resumed)
+    ]
+    assert histories[0] == histories[1]
+    line = [0.2 + 0.8 * n / 8 for n in range(9)]
+    assert any(row["mix"] > at + 0.01 for row, at in zip(histories[0], line, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
 
 
-def a_test(folder, **values):
-    """Write a test artifact with one value a document."""
-    folder.mkdir(parents=True)
-    write_json(folder / "scores.json", {key: list(map(float, scores)) for key, scores in values.items()})
-    (key, scores) = next(iter(values.items()))
-    mean = float(np.mean(scores))
-    write_json(folder / "results.json", {"rouge2" if key == "rouge2" else "score": mean})
-    return folder
-
-
 def test_result_row_averages_seeds_document_by_document(tmp_path):
-    ours = [a_test(tmp_path / "a", rouge2=[10, 20, 30]), a_test(tmp_path / "b", rouge2=[20, 40, 30])]
-    theirs = [a_test(tmp_path / "c", rouge2=[5, 20, 20])]
+    def a_test(name, scores):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "scores.json", {"rouge2": scores})
+        write_json(tmp_path / name / "results.json", {"rouge2": float(np.mean(scores))})
+        return tmp_path / name
+
+    ours, theirs = [a_test("a", [10, 20, 30]), a_test("b", [20, 40, 30])], [a_test("c", [5, 20, 20])]
+    assert miniend.document_scores(ours).tolist() == [[10, 20, 30], [20, 40, 30]]
     row = miniend.result_row("miniend", "summaries", ours, theirs)
-    assert miniend.mean_scores(ours).tolist() == [15, 30, 30]
     assert row["score"] == pytest.approx(25) and row["difference"] == pytest.approx(10) and row["seeds"] == 2
     assert row["score_low"] <= 25 <= row["score_high"] and row["metric"] == "ROUGE-2"
 
 
-def test_gap_closed_is_the_share_of_the_way_and_leaves_out_tasks_without_one(tmp_path):
+def test_share_of_the_gap_leaves_out_tasks_without_one():
     generator = np.random.default_rng(0)
-    tested = {}
-    for task, way in (("one", 40.0), ("two", 20.0), ("flat", 0.0)):
-        bottom = generator.uniform(0, 10, 200)
-        for name, share in (("scratch", 0.0), ("teacher", 1.0), ("miniend", 0.25)):
-            noise = generator.normal(0, 1, 200) if way else generator.normal(0, 5, 200)
-            tested[name, task] = [a_test(tmp_path / f"{name}-{task}", correct=bottom + share * way + noise)]
-    found = miniend.gap_closed(tested, "miniend", "scratch", "teacher")
+    low, high, ours = {}, {}, {}
+    for task, gap in (("one", 40.0), ("two", 20.0), ("flat", 0.0)):
+        noise = generator.normal(0, 1 if gap else 5, (3, 200))
+        low[task], high[task], ours[task] = generator.uniform(0, 10, 200) + noise + [[0.0], [gap], [gap / 4]]
+    found = share_of_gap(ours, low, high)
     assert found["tasks"] == ["one", "two"]
     assert found["low"] < found["share"] < found["high"] and found["share"] == pytest.approx(0.25, abs=0.02)
-    nothing = {key: value for key, value in tested.items() if key[1] == "flat"}
-    assert miniend.gap_closed(nothing, "miniend", "scratch", "teacher")["share"] is None
+    assert share_of_gap({"flat": ours["flat"]}, low, high) == {"share": None, "low": None, "high": None, "tasks": []}
 
 
-def way(path, share, low, high, tasks=("one",)):
-    return {"path": path, "share": share, "low": low, "high": high, "tasks": list(tasks)}
+def test_headline_names_the_winner_and_what_it_cannot_separate():
+    def said(num_test=250, **shares):
+        keys = ("share", "low", "high")
+        ways = [{"path": path, "tasks": ["one"], **dict(zip(keys, way, strict=True))} for path, way in shares.items()]
+        return miniend.headline(ways, "miniend", 3, 100, 50, num_test)
 
-
-def test_headline_names_the_winner_and_what_it_cannot_tell():
-    ways = [way("miniend", 0.3, 0.1, 0.5), way("logits", 0.6, 0.4, 0.8), way("self", -0.4, -0.6, -0.2)]
-    text = miniend.headline([*ways, way("none", 0.9, 0.8, 1.0)], "miniend", 3, 100, 50, 250)
+    text = said(miniend=(0.3, 0.1, 0.39), logits=(0.6, 0.4, 0.8), none=(0.9, 0.8, 1.0))
     assert text.startswith("**logits is the best path**: it closes 60 % (40 to 80)")
-    assert "Its interval overlaps with that of miniend." in text
-    assert "The untrained student closes 90 % (80 to 100): that text adds" in text.split("\n")[0]
-    assert "The proposed path, miniend, does not win: it closes 30 % (10 to 50)." in text
-    assert "Worse than scratch: self." in text and "3 seed(s), 100 updates on text, 50 of fine-tuning" in text
-    others = [way("logits", 0.1, 0.0, 0.2), way("none", 0.1, 0.0, 0.2)]
-    won = miniend.headline([way("miniend", 0.6, 0.4, 0.8), *others], "miniend", 1, 1, 1, 50)
-    assert "does not win" not in won and "overlaps" not in won and "untrained" not in won
-    nothing = miniend.headline([way("miniend", 0.1, -0.1, 0.3)], "miniend", 1, 1, 1, 50)
-    assert nothing.startswith("**No path is shown to beat scratch**")
-    assert "cannot tell" in miniend.headline([way("miniend", None, None, None, ())], "miniend", 1, 1, 1, 50)
-    smoke = miniend.headline([way("miniend", 0.6, 0.4, 0.8)], "miniend", 1, 1, 1, 49)
-    assert smoke.startswith("**Smoke run:** 49 test rows")
-
-
-def test_the_floor_starts_where_the_paths_do(place):
-    run, teacher, tokenizer, *_ = place
-    floor = load_model(miniend.untrained(run, teacher, tokenizer))[0].state_dict()
-    start = miniend.new_student(replace(run, path="scratch"), teacher).state_dict()
-    assert all(torch.equal(floor[name], start[name]) for name in floor)
-
-
-def test_the_learning_rate_is_the_one_that_fine_tunes_best(place, tmp_path):
-    base, *_ = place
-    tried = []
-
-    def train(run):
-        rate = run.training.learning_rate
-        tried.append((run.path, rate))
-        folders = [tmp_path / f"{rate}-{task}" for task in ("a", "b")]
-        for folder, loss in zip(folders, (abs(rate - 0.02), 1.0), strict=True):
-            folder.mkdir()
-            write_json(folder / "results.json", {"final": {"validation_ce": loss}})
-        return folders
-
-    best, rows = miniend.search_learning_rate(base, [0.01, 0.025, 0.1], train)
-    assert best == 0.025 and tried == [("miniend", rate) for rate in (0.01, 0.025, 0.1)]
-    assert [row["validation_ce"] for row in rows] == pytest.approx([0.505, 0.5025, 0.54])
-    assert miniend.search_learning_rate(base, [0.3], train) == (0.3, []) and len(tried) == 3
+    assert "Not separated from it: none closes 90 % (80 to 100)." in text
+    assert "The proposed path, miniend, closes 30 % (10 to 39)." in text and "3 seed(s), 100 updates on text" in text
+    assert said(miniend=(0.1, -0.1, 0.3)).startswith("**No path is shown to beat scratch**; miniend closes")
+    assert "cannot tell" in said(miniend=(None, None, None))
+    assert said(49, miniend=(0.6, 0.4, 0.8)).startswith("**Smoke run:** 49 test rows")
 
 
 def test_equal_tokens_by_counting(place):
     base, _, tokenizer, tokens, _ = place
     pairs, tuning = planted(40, 1), replace(TRAINING, max_steps=2)
-    steps = miniend.equal_token_steps(replace(base, training=replace(TRAINING, max_steps=60)), tuning, tokenizer,
-                                            tokens, pairs, 24, 10)  # fmt: skip
+    longer = replace(base, training=replace(TRAINING, max_steps=60))
+    steps = miniend.equal_token_steps(longer, tuning, tokenizer, tokens, pairs, 24, 10)
     sizes = [
         min(len(tokenizer(row["document"]).input_ids), 24) + min(len(tokenizer(row["summary"]).input_ids), 10)
         for row in pairs
@@ -259,26 +397,3 @@ def test_equal_tokens_by_counting(place):
     # What text infilling leaves of a source is drawn: between half of it and all of it.
     low, high = (60 * (source + target) / np.mean(sizes) for source in (base.source_length / 2, base.source_length))
     assert 2 + low < steps < 2 + high
-
-
-def test_a_task_specific_student_comes_from_the_fine_tuned_teacher(place):
-    base, teacher, tokenizer, *_ = place
-    train, validation = planted(12, 1), planted(4, 2)
-    tuned = miniend.fine_tune(
-        "teacher", base.teacher, teacher, tokenizer, "summaries", train, validation, TRAINING, 24, 10
-    )
-    still = replace(TRAINING, learning_rate=1e-12)
-    folder = miniend.task_specific("kd", "2-1", tuned, tokenizer, train, validation, still, 24, 10)
-    student, whole = (load_model(place / "student")[0] for place in (folder, tuned))
-    kept = students.layer_map(len(students.decoder_layers(whole)), 1)
-    weights = (students.decoder_layers(model)[i].fc1.weight for model, i in ((student, 0), (whole, kept[0])))
-    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
-    assert "kl_loss" in read_json(folder / "results.json")["final"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "says"), [(0.1, 2, "beats"), (-2, -0.1, "loses to"), (-1, 1, "cannot be separated")]
-)
-def test_verdict(low, high, says):
-    text = miniend.verdict({"name": "kd", "difference": 0.5, "low": low, "high": high}, "miniend")
-    assert text == f"kd {says}{' from' if 'separated' in says else ''} miniend (+0.50, {low:.2f} to {high:.2f})"

@@ -102,3 +102,9 @@ def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:
         collate([rows[int(i)] for i in order[start : start + batch_size]], pad_token_id)
         for start in range(0, len(order), batch_size)
     ]
+
+
+def tokens_per_update(batches: Callable[[int], list[dict]], num: int = 20) -> float:
+    """Return the mean number of source and target tokens of an update, without padding, over the first `num`."""
+    seen = [batch for step in range(num) for batch in batches(step)]
+    return sum(int(batch["attention_mask"].sum() + (batch["labels"] != -100).sum()) for batch in seen) / num

@@ -122,6 +122,52 @@ def _window_visits(tokens: np.ndarray, window: int, batch_size: int, seed: int) 
     return visit
 
 
+# ------------------------------------------------------------------------------------------------------ language models
+
+
+def language_model_stream(
+    tokens: np.ndarray, tokenizer, objective: str, source_length: int, batch_size: int, seed: int,
+    micro_batch_size: int = 0,
+) -> Callable[[int], list[dict]]:  # fmt: skip
+    """Return `batches(step)`, windows in the order of `denoising_stream`, for a model of one stack.
+
+    Of "masked" text some tokens are to be found (`mask_tokens`); the labels of "causal" text are its input ids.
+    Raises InputError for too little text, and for a tokenizer with neither mask token nor sentinel.
+    """
+    visit = _window_visits(tokens, source_length, batch_size, seed)
+    mask_id, words = tokenizer.mask_token_id, np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    if mask_id is None:
+        mask_id = tokenizer.get_vocab().get("<extra_id_0>")  # T5 has no mask, and its first sentinel is as good
+    if mask_id is None and objective == "masked":
+        raise InputError("the tokenizer has neither a mask token nor <extra_id_0>, which bert needs: use opt only")
+
+    def batches(step: int) -> list[dict]:
+        numbers, ids, generator = visit(step)
+        pairs = mask_tokens(ids, mask_id, words, generator) if objective == "masked" else (ids, ids)
+        names = ("id", "input_ids", "labels")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(numbers.tolist(), *pairs, strict=True)]
+        size = micro_batch_size or batch_size
+        return [collate(rows[i : i + size], tokenizer.pad_token_id, 1) for i in range(0, batch_size, size)]
+
+    return batches
+
+
+def mask_tokens(
+    ids: np.ndarray, mask_id: int, words: np.ndarray, generator: np.random.Generator, share: float = 0.15
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return input ids and labels (batch, length) of masked language modelling (Devlin et al. 2019, section 3.1).
+
+    In every window the same number of tokens is chosen, at least one. Of these 80 % become the mask, 10 % any of
+    `words` and 10 % stay; all others have label -100.
+    """
+    num = max(1, round(share * ids.shape[1]))
+    chosen = generator.random(ids.shape).argsort(axis=1) < num  # a random permutation per row has `num` such places
+    fate = generator.random(ids.shape)
+    inputs = np.where(chosen & (fate < 0.8), mask_id, ids)
+    inputs = np.where(chosen & (fate >= 0.9), generator.choice(words, size=ids.shape), inputs)
+    return inputs, np.where(chosen, ids, -100)
+
+
 # ------------------------------------------------------------------------------------------------------ T5: spans
 
 

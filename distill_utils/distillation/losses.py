@@ -160,11 +160,11 @@ def relation_loss(
 
 
 def check_relation_heads(num_relation_heads: int, student_width: int, teacher_width: int) -> None:
-    """Raise ValueError when the relation heads do not divide the inner width of both models."""
+    """Raise InputError when the relation heads do not divide the inner width of both models."""
     common = math.gcd(student_width, teacher_width)
     if num_relation_heads < 1 or common % num_relation_heads:
         valid = [heads for heads in range(1, common + 1) if common % heads == 0]
-        raise ValueError(
+        raise InputError(
             f"num_relation_heads {num_relation_heads} does not divide the inner widths {student_width} of the student "
             f"and {teacher_width} of the teacher: use one of {', '.join(map(str, valid))}"
         )

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import artifact, read_json, report_progress, write_atomic
+from distill_utils.artifacts import artifact, read_json, report_progress, write_atomic, write_json
 from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import amp_dtype
+from distill_utils.evaluation import tasks
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import evaluate_summaries
 
@@ -67,6 +68,27 @@ def evaluate_model(
     return artifact(f"test-{name}", settings, build)
 
 
+def evaluate_labels(
+    name: str, model, tokenizer, fingerprint: str, task: str, test: Dataset, *, max_source_length: int
+) -> Path:
+    """Return the artifact of one model's test on a task with labels: results.json, and scores.json for paired tests."""
+    settings = {"model": fingerprint, "task": task, "data": data_fingerprint(test), "length": max_source_length}
+
+    def build(folder: Path) -> dict:
+        progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
+        found = tasks.predict_labels(model, tokenizer, test, task, max_source_length, progress=progress)
+        return save_label_scores(folder, task, found, test)
+
+    return artifact(f"test-{name}", settings, build)
+
+
+def save_label_scores(folder: Path, task: str, found: Sequence[str], test: Dataset) -> dict:
+    """Write scores.json, under "correct" 100 or 0 per row, and return the task's metrics of the labels found."""
+    correct = [100.0 * (a == b) for a, b in zip(found, test["summary"], strict=True)]
+    write_json(folder / "scores.json", {"correct": correct})
+    return tasks.scores(task, found, test["label"])
+
+
 def read_predictions(folder: Path) -> list[dict]:
     """Return the rows id, document, reference, prediction of a test artifact."""
     with open(folder / "predictions.jsonl", encoding="utf-8") as file:
@@ -74,7 +96,7 @@ def read_predictions(folder: Path) -> list[dict]:
 
 
 def read_scores(folder: Path) -> dict[str, np.ndarray]:
-    """Return the ROUGE scores of a test artifact, one per document."""
+    """Return the scores of a test artifact, {metric: one per document}."""
     return {name: np.asarray(values) for name, values in read_json(folder / "scores.json").items()}
 
 

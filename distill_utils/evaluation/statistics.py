@@ -56,6 +56,31 @@ def compare(values: np.ndarray, baseline: np.ndarray) -> dict:
     return {**paired_test(ours.mean(0), theirs.mean(0)), "seeds": len(ours), "seeds_agree": agree}
 
 
+def share_of_gap(
+    ours: Mapping[str, np.ndarray], low: Mapping[str, np.ndarray], high: Mapping[str, np.ndarray],
+    num_samples: int = 1000,
+) -> dict:  # fmt: skip
+    """Return which share of the way from `low` to `high` a system goes, mean over tasks, with its interval.
+
+    Each is {task: one score per document}. Every draw takes new documents of every task. A task where `high` is not
+    above `low` says nothing and is left out; `tasks` names those that count.
+    """
+    generator, shares, used = np.random.default_rng(0), [], []
+    for task, scores in ours.items():
+        if paired_test(high[task], low[task])["low"] <= 0:
+            continue
+        gain, gap = scores - low[task], high[task] - low[task]
+        drawn = generator.integers(len(gain), size=(num_samples, len(gain)))
+        drawn_shares = gain[drawn].mean(1) / np.maximum(gap[drawn].mean(1), 1e-9)
+        shares.append(np.append(drawn_shares, gain.mean() / gap.mean()))
+        used.append(task)
+    if not used:
+        return {"share": None, "low": None, "high": None, "tasks": []}
+    means = np.mean(shares, axis=0)
+    interval = np.quantile(means[:-1], [0.025, 0.975])
+    return {"share": float(means[-1]), "low": float(interval[0]), "high": float(interval[1]), "tasks": used}
+
+
 def effect_sign(test: Mapping) -> int:
     """Return 1 or -1 for a difference whose interval excludes 0 and whose seeds agree on the sign, else 0."""
     if test.get("seeds_agree") is False:
