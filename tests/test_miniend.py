@@ -319,9 +319,9 @@ def test_a_stopped_run_goes_on_with_the_same_mixture(t5_place, monkeypatch, tmp_
     shutil.move(straight, tmp_path / "straight")
     save = loop.save_checkpoint
 
-    def stop(folder, *arguments):
-        save(folder, *arguments)
-        if (folder / "checkpoint-000004").exists():
+    def stop(state):
+        save(state)
+        if state.step == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save_checkpoint", stop)
