@@ -268,9 +268,11 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
         seed_everything(training.seed)
         model.to(device())
         choose_attention(model, run.max_source_length)
-        batches = _batches(replace(run, training=training), tokenizer, half)
-        objective = partial(_without_teacher, objectives.sft)
-        history = fit(model, objective, batches, training, folder, stage="teacher of a half")
+        batches = batches_of(replace(run, training=training), tokenizer, half)
+        history = fit(
+            model, lambda model, batch: objectives.sft(model, None, batch), batches, training, folder,
+            stage="teacher of a half",
+        )  # fmt: skip
         model.generation_config = load_model(run.teacher)[0].generation_config
         save_model(model.to("cpu"), tokenizer, folder / "teacher")
         return {"num_train": len(half), "final": history[-1]}
@@ -278,11 +280,7 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
     return artifact("half-teacher", settings | {"base": model_fingerprint(run.cross_fit_base, model)}, build)
 
 
-def _without_teacher(objective, model, batch: dict) -> dict:
-    return objective(model, None, batch)
-
-
-def _batches(run: StudentRun, tokenizer, rows: Dataset):
+def batches_of(run: StudentRun, tokenizer, rows: Dataset):
     """Return the run's stream of batches, a function of the step."""
     training = run.training
     tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
@@ -298,7 +296,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
         "data": loading.data_fingerprint(train),
         "lengths": list(run.lengths),
     }
-    kept = _kept_targets(run)
+    kept = kept_targets(run)
 
     def build(folder: Path) -> dict:
         return write_targets(
@@ -310,7 +308,8 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     return artifact("teacher-targets", inputs | kept, build)
 
 
-def _kept_targets(run: StudentRun) -> dict:
+def kept_targets(run: StudentRun) -> dict:
+    """Return which part of the teacher's distributions is kept: the top ids or draws, at which temperature."""
     top_k = 0 if run.target_samples else run.top_k
     return {"top_k": top_k, "samples": run.target_samples, "temperature": run.temperature}
 
@@ -336,7 +335,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
         choose_attention(student, run.max_source_length)
-        batches = _batches(run, tokenizer, rows)
+        batches = batches_of(run, tokenizer, rows)
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
