@@ -284,9 +284,7 @@ def batches_of(run: StudentRun, tokenizer, rows: Dataset):
     """Return the run's stream of batches, a function of the step."""
     training = run.training
     tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
-    return pair_stream(
-        tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size
-    )
+    return pair_stream(tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size)
 
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
