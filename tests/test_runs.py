@@ -129,7 +129,7 @@ def test_held_out_losses_of_the_teacher_itself(place):
         ({"method": "kdd"}, "method 'kdd' is unknown"),
         ({"shape": "3-0"}, "is 0"),
         ({"shape": "3-4"}, "is 4"),
-        ({"shape": "3x1"}, "'3x1' is not understood"),
+        ({"shape": "3x1"}, "'3x1' is not a shape"),
         ({"max_source_length": 65}, "65 exceeds the teacher's 64 positions"),
     ],
 )

@@ -1,7 +1,6 @@
-"""One change at a time: variants of a method written as text, the runs they name, and what each change did.
+"""One change at a time: variants of a method as text, the runs they name, and what each change did.
 
-"kd hidden_weight=0 versus kd" names two runs of the same shape, seeds and budget. Without "versus" a variant stands
-against its own method unchanged.
+"kd hidden_weight=0 versus kd" names two runs of the same shape, seeds and budget; "versus kd" can be left out.
 """
 
 from __future__ import annotations
@@ -22,10 +21,7 @@ FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length",
 
 
 def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
-    """Return the run that "<method> <field>=<value> ..." names: `base` but for these fields of `runs.StudentRun`.
-
-    `learning_rate` is one of the fields, and label_<name> a decoding setting of the teacher that writes labels.
-    """
+    """Return `base` with the fields in "<method> <field>=<value> ..."; label_<name> sets the decoding of the labels."""
     method, *pairs = text.split()
     known = [field.name for field in fields(base) if field.name not in FIXED]
     changes: dict = {"method": method, "variant": " ".join(pairs)}
@@ -93,8 +89,8 @@ def ablation_row(base: runs.StudentRun, text: str, tested: Mapping[str, Path], s
     if not pairs:
         return None
     ours, theirs = (scores_over_seeds([tested[name] for name in names]) for names in zip(*pairs, strict=True))
-    means = [float(scores.mean(0).mean()) for scores in (ours, theirs)]
-    return {"name": text, "score": means[0], "versus": means[1], **compare(ours, theirs)}
+    means = {"score": float(ours.mean(0).mean()), "versus": float(theirs.mean(0).mean())}
+    return {"name": text, **means, **compare(ours, theirs)}
 
 
 def ablation_rows(
@@ -109,9 +105,8 @@ def ablation_rows(
         seconds = read_json(trained[run.name] / "results.json")["seconds"]
         step = {key: cost.get(run.group, {}).get(key) for key in ("ms/step", "activations (MB)")}
         rows.append({**ablation_row(base, text, tested, seeds), "seconds": seconds, **step})
-    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p (Holm)"] = p_value
-    return rows
+    adjusted = holm([row["p_value"] for row in rows])
+    return [row | {"p (Holm)": p_value} for row, p_value in zip(rows, adjusted, strict=True)]
 
 
 def claims() -> list[dict]:
@@ -130,5 +125,5 @@ def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequenc
         if test:
             interval = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f})"
             found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": words[effect_sign(test)]}
-        rows.append({"claim": claim["claim"], "comparison": claim["comparison"], **found, "source": claim["source"]})
+        rows.append(claim | found)
     return rows

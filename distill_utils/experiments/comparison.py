@@ -51,12 +51,10 @@ def shape_row(base: runs.StudentRun, shape: str, teacher) -> dict:
 def labels_row(folder: Path) -> dict:
     """Return one row on pseudo-labels: kept, closeness to the references, length, speed."""
     results, kept = read_json(folder / "results.json"), runs.labelled(folder)
-    scores = rouge_scores(kept["summary"], kept["reference"])
+    counts, scores = results["counts"], rouge_scores(kept["summary"], kept["reference"])
     return {
-        "written": results["counts"]["total"],
-        "kept": results["counts"]["kept"],
-        "empty": results["counts"]["empty"],
-        "repeating": results["counts"]["repeating"],
+        "written": counts["total"],
+        **{name: counts[name] for name in ("kept", "empty", "repeating")},
         "rouge1": float(scores["rouge1"].mean()),
         "rouge2": float(scores["rouge2"].mean()),
         "words": float(np.mean([len(text.split()) for text in kept["summary"]])),

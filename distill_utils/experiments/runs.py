@@ -171,34 +171,22 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
     shared = students.has_teacher_encoder(student, teacher)
-    weights = {"ce_weight": run.ce_weight, "kl_weight": run.kl_weight}
-    softened = {
-        "temperature": run.temperature,
-        "divergence": run.divergence,
-        "jsd_beta": run.jsd_beta,
-        "shared_encoder": shared,
-    }
+    weights = _fields(run, "ce_weight", "kl_weight")
+    softened = _fields(run, "temperature", "divergence", "jsd_beta") | {"shared_encoder": shared}
+    hidden = _fields(run, "hidden_weight", "match", "normalize_hidden", "teacher_dropout")
+    hidden |= {"encoder_layer_ids": imitated[0], "decoder_layer_ids": imitated[1]}
+    sampled = {"share": run.on_policy_share, "max_new_tokens": run.max_target_length}
     options = {
-        "kd": {
-            **weights,
-            **softened,
-            "encoder_layer_ids": imitated[0],
-            "decoder_layer_ids": imitated[1],
-            "hidden_weight": run.hidden_weight,
-            "match": run.match,
-            "normalize_hidden": run.normalize_hidden,
-            "teacher_dropout": run.teacher_dropout,
-        },
+        "kd": weights | softened | hidden,
         "pl_kl": softened,
-        "on_policy": {
-            **weights,
-            **softened,
-            "share": run.on_policy_share,
-            "max_new_tokens": run.max_target_length,
-        },
+        "on_policy": weights | softened | sampled,
         "kd_cached": weights,
     }.get(run.method, {})
     return student, {"options": options, "encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
+
+
+def _fields(run: StudentRun, *names: str) -> dict:
+    return {name: getattr(run, name) for name in names}
 
 
 def objective_of(method: str):
@@ -237,7 +225,7 @@ def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Datase
     """Return what a run trains on: the references, or the teacher's summaries as its label settings ask for.
 
     With `cross_fit` every half of the data is labelled by a teacher that was trained on the other half, which cannot
-    have memorised its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
+    have memorized its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
     """
     if run.method not in ON_PSEUDO_LABELS:
         return train
