@@ -1,4 +1,4 @@
-"""Variants as text, what a change did, published claims: hand-made scores with known answers."""
+"""Variants as text, what a change did, published claims, the verdict: hand-made scores with known answers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from tiny_models import tiny_bart
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import scoring, statistics
-from distill_utils.evaluation.statistics import paired_test
-from distill_utils.experiments import ablations, runs
+from distill_utils.experiments import ablations, comparison, runs
 from distill_utils.training.loop import Training
 
 BASE = runs.StudentRun(
@@ -44,17 +43,6 @@ def test_a_text_names_a_run():
         ("kd top_k=1.5", ["top_k", "1.5"]),
         (" versus kd", ["names no method"]),
         ("pl_gold", ["pl_gold", "changes nothing"]),
-    ],
-)
-def test_a_text_that_names_no_run_is_refused(text, parts):
-    with pytest.raises(InputError) as error:
-        ablations.parse_ablation(BASE, text)
-    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
         ("kdd", ["'kdd'", "pl_gold"]),
         ("kd divergence=kl", ["'kl'", "reverse_kl", "tvd"]),
         ("kd match=middle", ["'middle'", "inputs"]),
@@ -64,10 +52,10 @@ def test_a_text_that_names_no_run_is_refused(text, parts):
         ("pl label_filters={'copied':1}", ["copied", "copy_rate"]),
     ],
 )
-def test_an_impossible_variant_is_refused_before_training(text, parts):
-    run = replace(ablations.parse_variant(BASE, text), shape="2-1")
+def test_an_impossible_variant_is_rejected_before_training(text, parts):
     with pytest.raises(InputError) as error:
-        runs.check_runs([run], tiny_bart(2, 2))
+        changed, _ = ablations.parse_ablation(replace(BASE, shape="2-1"), text)
+        runs.check_runs([changed], tiny_bart(2, 2))
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
@@ -89,12 +77,12 @@ def tested(tmp_path):
 
 def test_what_a_change_did(tested):
     row = ablations.ablation_row(BASE, "kd versus sft", tested, [0, 1])
-    ours = [
+    kd, sft = (
         np.mean([scoring.read_scores(tested[f"{method}-6-3-s{seed}"])["rouge2"] for seed in (0, 1)], axis=0)
         for method in ("kd", "sft")
-    ]
-    assert row["difference"] == pytest.approx(np.mean(ours[0] - ours[1])) and 2.5 < row["low"] < row["high"] < 3.5
-    assert row["p_value"] == paired_test(*ours)["p_value"]
+    )
+    assert row["difference"] == pytest.approx(np.mean(kd - sft)) and 2.5 < row["low"] < row["high"] < 3.5
+    assert row["p_value"] == statistics.paired_test(kd, sft)["p_value"] and row["seeds_agree"]
     back = ablations.ablation_row(BASE, "sft versus kd", tested, [0, 1])
     assert back["difference"] == pytest.approx(-row["difference"])
     assert ablations.ablation_row(BASE, "pl versus sft", tested, [0, 1]) is None
@@ -107,11 +95,11 @@ def test_what_a_change_did(tested):
 
 
 def test_claims_are_judged_by_the_interval(tested):
-    rows = {row["comparison"]: row["here"] for row in ablations.hypothesis_rows(BASE, tested, [0, 1])}
+    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, tested, [0, 1])}
     assert rows["kd versus sft"] == rows["kd versus kd hidden_weight=0"] == "confirmed"
     assert rows["sft versus kd hidden_weight=0"] == "not confirmed" and rows["pl versus sft"] == "not tested here"
     swapped = {"kd-6-3-s0": tested["sft-6-3-s0"], "sft-6-3-s0": tested["kd-6-3-s0"]}
-    rows = {row["comparison"]: row["here"] for row in ablations.hypothesis_rows(BASE, swapped, [0])}
+    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, swapped, [0])}
     assert rows["kd versus sft"] == "contradicted"
 
 
@@ -125,3 +113,60 @@ def test_every_published_claim_names_possible_runs():
 def test_holm_by_hand():
     assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
+
+
+# ------------------------------------------------------------------------------------------------ verdict and signals
+
+BUDGET = {"num_test": 400, "whole_test": True, "seeds": 3, "max_steps": 100}
+STOPPED = [[{"validation_ce": 2.0}, {"validation_ce": 2.1}]]
+
+
+def row(name: str, method: str, rouge2: float, seconds: float = 0.0) -> dict:
+    found = {"name": name, "method": method, "student": name.partition(" ")[2], "rouge2": rouge2, "speedup": 2.0}
+    found |= {"rouge2_low": rouge2 - 1, "rouge2_high": rouge2 + 1, "rouge2_p_value": 0.001}
+    return found | {"train_seconds": seconds, "label_seconds": 0.0}
+
+
+def versus(name: str, difference: float, half: float) -> dict:
+    low, high = difference - half, difference + half
+    return {"name": name, "student": "6-3", "difference": difference, "low": low, "high": high, "seeds_agree": True}
+
+
+MEANS = [row("teacher", "teacher", 12.0), row("SFT 6-3", "sft", 8.0, 10), row("KD 6-3", "kd", 9.0, 20)]
+MEANS += [row("PL 6-3", "pl", 8.9, 12)]
+
+
+@pytest.mark.parametrize(
+    ("tests", "taken"),
+    [
+        ([versus("KD 6-3", 1.0, 0.5), versus("PL 6-3", 0.9, 0.5)], "PL 6-3"),  # the cheapest of those near the best
+        ([versus("KD 6-3", 3.0, 0.5), versus("PL 6-3", 0.9, 0.5)], "KD 6-3"),
+        ([versus("KD 6-3", 1.0, 1.5), versus("PL 6-3", -0.9, 0.5)], "SFT 6-3"),  # nothing is shown to beat it
+        ([versus("KD 6-3", 1.0, 0.5) | {"seeds_agree": False}], "SFT 6-3"),
+    ],
+)
+def test_the_student_to_take(tests, taken):
+    assert comparison.choose_student(MEANS, tests, "6-3")["name"] == taken
+    assert f"Take {taken}" in comparison.verdict(MEANS, tests, STOPPED, **BUDGET)
+
+
+def test_a_verdict_says_what_it_cannot_tell():
+    assert comparison.documents_needed(versus("KD 6-3", 0.5, 1.0), 100) == 400  # intervals narrow with the root
+    text = comparison.verdict(MEANS, [versus("KD 6-3", 0.5, 1.0)], STOPPED, **BUDGET)
+    assert "cannot be separated" in text and "1,600 test documents" in text and "emonstration" not in text
+    rule = row("object name", "object_name", 8.5)
+    other = row("KD 6-1", "kd", 7.0)
+    text = comparison.verdict([*MEANS, rule, other], [], STOPPED, **BUDGET)
+    assert "(object name, 8.50): SFT 6-3, KD 6-1." in text and "other shapes: KD 6-1" in text
+    gaining = [[{"validation_ce": 2.0}, {"validation_ce": 1.9}]]
+    for change, histories in ({"seeds": 1}, STOPPED), ({"whole_test": False}, STOPPED), ({}, gaining):
+        assert "A demonstration" in comparison.verdict(MEANS, [], histories, **BUDGET | change)
+
+
+def test_signals():
+    initial = [{"student": "6-3", "kl_loss": 1.0, "empty": 0.0}, {"student": "6-1", "kl_loss": 5.0, "empty": 0.9}]
+    rows = comparison.signal_rows(0.8, initial, {"rouge2": 28.0}, 22.0)
+    assert [row["signal"].split()[0] for row in rows] == ["abstractiveness", "initial", "initial", "quality"]
+    assert "XSum" in rows[0]["reading"] and "empty" in rows[2]["reading"] and "memorized" in rows[3]["reading"]
+    assert "CNN" in comparison.signal_rows(0.55, [], None, 1.0)[0]["reading"]
+    assert "memorized" not in comparison.signal_rows(None, [], {"rouge2": 22.0}, 22.0)[0]["reading"]

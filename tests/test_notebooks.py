@@ -74,7 +74,7 @@ def problems(path: Path) -> list[str]:
         for cell in notebook["cells"]
         if cell["cell_type"] == "code" and "skip-execution" not in cell["metadata"].get("tags", [])
     ]
-    if not executed or "save_notebook_results(" not in executed[-1]:
+    if not executed or not any(call in executed[-1] for call in ("save_notebook_results(", "run.save(")):
         found.append("the last executed cell does not call save_notebook_results")
     nbformat.validate(nbformat.from_dict(copy.deepcopy(notebook)))
     return found

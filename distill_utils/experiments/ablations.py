@@ -1,7 +1,6 @@
-"""One change at a time: variants of a method written as text, the runs they name, and what each change did.
+"""One change at a time: variants of a method as text, the runs they name, and what each change did.
 
-"kd hidden_weight=0 versus kd" names two runs of the same shape, seeds and budget. Without "versus" a variant stands
-against its own method unchanged.
+"kd hidden_weight=0 versus kd" names two runs of the same shape, seeds and budget; "versus kd" can be left out.
 """
 
 from __future__ import annotations
@@ -12,22 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.evaluation import scoring
-from distill_utils.evaluation.statistics import effect_sign, holm, paired_test
+from distill_utils.evaluation.statistics import compare, effect_sign, holm
 from distill_utils.experiments import runs
+from distill_utils.experiments.comparison import scores_over_seeds
 from distill_utils.models.loading import ASSETS
 
 FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length", "training", "prefix", "variant")
 
 
 def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
-    """Return the run that "<method> <field>=<value> ..." names: `base` but for these fields of `runs.StudentRun`.
-
-    `learning_rate` is one of the fields, and label_<name> a decoding setting of the teacher that writes labels.
-    """
+    """Return `base` with the fields in "<method> <field>=<value> ..."; label_<name> sets the decoding of the labels."""
     method, *pairs = text.split()
     known = [field.name for field in fields(base) if field.name not in FIXED]
     changes: dict = {"method": method, "variant": " ".join(pairs)}
@@ -84,68 +78,52 @@ def parse_ablation(base: runs.StudentRun, text: str) -> tuple[runs.StudentRun, r
 
 def ablation_runs(base: runs.StudentRun, texts: Sequence[str], seeds: Sequence[int]) -> list[runs.StudentRun]:
     """Return every run that the ablations need, each once and for every seed."""
-    found = {}
-    for text in texts:
-        for run in parse_ablation(base, text):
-            for seed in seeds:
-                seeded = runs.with_seed(run, seed)
-                found[seeded.name] = seeded
-    return list(found.values())
+    found = [runs.with_seed(run, seed) for text in texts for run in parse_ablation(base, text) for seed in seeds]
+    return list({run.name: run for run in found}.values())
 
 
-def ablation_row(
-    base: runs.StudentRun, text: str, tested: Mapping[str, Path], seeds: Sequence[int], metric: str = "rouge2"
-) -> dict | None:
-    """Return what a change did to a metric: paired difference with its 95 % interval; None when no seed has both runs.
-
-    Scores are averaged over those seeds, document by document, first; the interval is over documents.
-    """
+def ablation_row(base: runs.StudentRun, text: str, tested: Mapping[str, Path], seeds: Sequence[int]) -> dict | None:
+    """Return what a change did to ROUGE-2: paired difference, 95 % interval; None when no seed has both runs."""
     named = [[runs.with_seed(run, seed).name for run in parse_ablation(base, text)] for seed in seeds]
     pairs = [names for names in named if all(name in tested for name in names)]
     if not pairs:
         return None
-    sides = zip(*pairs, strict=True)
-    scores = [np.mean([scoring.read_scores(tested[name])[metric] for name in names], axis=0) for names in sides]
-    means = {"seeds": len(pairs), "score": float(scores[0].mean()), "versus": float(scores[1].mean())}
-    return {"name": text, **means, **paired_test(*scores)}
+    ours, theirs = (scores_over_seeds([tested[name] for name in names]) for names in zip(*pairs, strict=True))
+    means = {"score": float(ours.mean(0).mean()), "versus": float(theirs.mean(0).mean())}
+    return {"name": text, **means, **compare(ours, theirs)}
 
 
 def ablation_rows(
-    base: runs.StudentRun,
-    texts: Sequence[str],
-    trained: Mapping[str, Path],
-    tested: Mapping[str, Path],
-    seeds: Sequence[int],
-    forecast: Sequence[dict],
-) -> list[dict]:
-    """Return one row an ablation: what it did to ROUGE-2, and the time and memory of its training step."""
+    base: runs.StudentRun, texts: Sequence[str], trained: Mapping[str, Path], tested: Mapping[str, Path],
+    seeds: Sequence[int], forecast: Sequence[dict],
+) -> list[dict]:  # fmt: skip
+    """Return one row per ablation: what it did to ROUGE-2, and the time and memory of its training step."""
     cost = {row["student"]: row for row in forecast}
     rows = []
     for text in texts:
-        run, _ = parse_ablation(base, text)
-        seeded = runs.with_seed(run, seeds[0])
-        row, step = ablation_row(base, text, tested, seeds), cost.get(seeded.group, {})
-        seconds = read_json(trained[seeded.name] / "results.json")["seconds"]
-        rows.append(row | {"seconds": seconds, **{key: step.get(key) for key in ("ms/step", "activations (MB)")}})
-    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p (Holm)"] = p_value
-    return rows
-
-
-def hypothesis_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
-    """Return one row a published hypothesis: confirmed, contradicted, not confirmed, or not tested in this run."""
-    verdicts = {1: "confirmed", 0: "not confirmed", -1: "contradicted"}
-    rows = []
-    for claim in claims():
-        row = ablation_row(base, claim["comparison"], tested, seeds)
-        interval = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})" if row else ""
-        here = verdicts[effect_sign(row)] if row else "not tested here"
-        found = {"ROUGE-2": interval, "seeds": str(row["seeds"]) if row else "", "here": here}
-        rows.append({"claim": claim["claim"], "comparison": claim["comparison"], **found, "source": claim["source"]})
-    return rows
+        run = runs.with_seed(parse_ablation(base, text)[0], seeds[0])
+        seconds = read_json(trained[run.name] / "results.json")["seconds"]
+        step = {key: cost.get(run.group, {}).get(key) for key in ("ms/step", "activations (MB)")}
+        rows.append({**ablation_row(base, text, tested, seeds), "seconds": seconds, **step})
+    adjusted = holm([row["p_value"] for row in rows])
+    return [row | {"p (Holm)": p_value} for row, p_value in zip(rows, adjusted, strict=True)]
 
 
 def claims() -> list[dict]:
-    """Return what the papers and the first author's logs suggest: claim, comparison that should be positive, source."""
+    """Return what the papers and the first author's logs suggest: claim, comparison that should gain, source."""
     with open(ASSETS / "claims.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
+    """Return one row per published claim: confirmed, contradicted, not confirmed, or not tested in this run."""
+    words = {1: "confirmed", -1: "contradicted", 0: "not confirmed"}
+    rows = []
+    for claim in claims():
+        test = ablation_row(base, claim["comparison"], tested, seeds)
+        found = {"ROUGE-2": "", "seeds": "", "here": "not tested here"}
+        if test:
+            interval = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f})"
+            found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": words[effect_sign(test)]}
+        rows.append(claim | found)
+    return rows

@@ -1,6 +1,6 @@
 """What a comparison of students says: tidy rows, means over seeds, paired differences, cost, and the verdict.
 
-Out of scope: training and testing (runs.py, evaluation/scoring.py). All but speed is read from finished artifacts.
+Out of scope: training students (runs.py) and testing one (evaluation/scoring.py).
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ import numpy as np
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
-from distill_utils.evaluation import scoring, statistics
+from distill_utils.evaluation import scoring
 from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores, text_diagnostics
-from distill_utils.evaluation.scoring import decoding_runs
-from distill_utils.evaluation.statistics import effect_sign, paired_test
+from distill_utils.evaluation.statistics import bootstrap_interval, compare, effect_sign, format_comparison, paired_test
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
 from distill_utils.report.figures import method_label
 
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
-NOT_MEASURED = ("provenance", "build_seconds")
 RULES = ("lead_words", "object_name")
 # Share of the references' word pairs that the source lacks: Narayan et al. (2018), table 1.
 NOVEL_PAIRS = {"CNN/DailyMail": 0.54, "XSum": 0.83}
-MEMORIZED = 1.15  # labels this many times closer to their references than test outputs were memorized
+MEMORIZED = 1.15  # the teacher memorized references if its labels are this many times closer to them than test outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def student_row(base: runs.StudentRun, shape: str, teacher) -> dict:
+def shape_row(base: runs.StudentRun, shape: str, teacher) -> dict:
     """Return one row on a student's shape: layers kept and parameters in millions."""
     student, cut = runs.cut_student(runs.replace(base, shape=shape), teacher)
     counts = students.count_parameters(student)
@@ -50,15 +48,13 @@ def student_row(base: runs.StudentRun, shape: str, teacher) -> dict:
     }
 
 
-def label_row(folder: Path) -> dict:
+def labels_row(folder: Path) -> dict:
     """Return one row on pseudo-labels: kept, closeness to the references, length, speed."""
     results, kept = read_json(folder / "results.json"), runs.labelled(folder)
-    scores = rouge_scores(kept["summary"], kept["reference"])
+    counts, scores = results["counts"], rouge_scores(kept["summary"], kept["reference"])
     return {
-        "written": results["counts"]["total"],
-        "kept": results["counts"]["kept"],
-        "empty": results["counts"]["empty"],
-        "repeating": results["counts"]["repeating"],
+        "written": counts["total"],
+        **{name: counts[name] for name in ("kept", "empty", "repeating")},
         "rouge1": float(scores["rouge1"].mean()),
         "rouge2": float(scores["rouge2"].mean()),
         "words": float(np.mean([len(text.split()) for text in kept["summary"]])),
@@ -69,9 +65,13 @@ def label_row(folder: Path) -> dict:
 
 def teacher_row(teacher, tested: Path) -> dict:
     """Return the teacher's results row."""
-    total = students.count_parameters(teacher)["total"]
-    measured = {k: v for k, v in read_json(tested / "results.json").items() if k not in NOT_MEASURED}
-    return {"method": "teacher", "student": "", "parameters_m": round(total / 1e6, 3), **measured}
+    millions = round(students.count_parameters(teacher)["total"] / 1e6, 3)
+    return {"method": "teacher", "student": "", "parameters_m": millions, **_measured(tested)}
+
+
+def _measured(tested: Path) -> dict:
+    found = read_json(tested / "results.json")
+    return {key: value for key, value in found.items() if key not in ("provenance", "build_seconds")}
 
 
 def object_name(identifier: str) -> str:
@@ -80,10 +80,7 @@ def object_name(identifier: str) -> str:
 
 
 def rule_summaries(train: Dataset, test: Dataset, named: bool) -> dict[str, list[str]]:
-    """Return the summaries of rules that cost nothing: lead words and, where ids carry it, the object's name.
-
-    As many lead words as a reference in `train` has on average.
-    """
+    """Return the summaries of rules that cost nothing: as many lead words as references have, the object's name."""
     num_words = round(float(np.mean([len(text.split()) for text in train["summary"]])))
     rules = {"lead_words": lead_words(list(test["document"]), num_words)}
     return rules | ({"object_name": [object_name(i) for i in test["id"]]} if named else {})
@@ -92,11 +89,10 @@ def rule_summaries(train: Dataset, test: Dataset, named: bool) -> dict[str, list
 def rule_rows(train: Dataset, test: Dataset, named: bool) -> list[dict]:
     """Return the results rows of the rules."""
     documents, references = list(test["document"]), list(test["summary"])
-    rules = rule_summaries(train, test, named)
-    return [
-        {"method": name, "student": "", **evaluate_summaries(documents, summaries, references)[0]}
-        for name, summaries in rules.items()
-    ]
+    rows = []
+    for name, summaries in rule_summaries(train, test, named).items():
+        rows.append({"method": name, "student": "", **evaluate_summaries(documents, summaries, references)[0]})
+    return rows
 
 
 def decoding_row(name: str, setting: Mapping, tested: Path) -> dict:
@@ -112,13 +108,13 @@ def decoding_row(name: str, setting: Mapping, tested: Path) -> dict:
 
 
 def reference_row(test: Dataset) -> dict:
-    """Return the text diagnostics of the references themselves."""
+    """Return the text diagnostics of the references."""
     return {"name": "reference", **text_diagnostics(list(test["document"]), list(test["summary"]))}
 
 
 def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float) -> dict:
     """Return one tidy row of a student: what was run, what it scored, how fast it is, what it cost."""
-    training, test = read_json(trained / "results.json"), read_json(tested / "results.json")
+    training = read_json(trained / "results.json")
     return {
         "method": run.method,
         "student": run.shape,
@@ -133,7 +129,7 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
         "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
         "validation_ce": training["final"]["validation_ce"],
         "validation_kl": training["final"]["validation_kl"],
-        **{key: value for key, value in test.items() if key not in NOT_MEASURED},
+        **_measured(tested),
     }
 
 
@@ -152,12 +148,10 @@ def time_students(
         if (run.method, run.shape, run.variant) not in models:
             student = load_model(trained[run.name] / "student")[0]
             models[run.method, run.shape, run.variant] = student.to(teacher.device)
-    options = {"max_source_length": max_source_length, "prefix": prefix}
-    timed = {
-        (key, name): function
-        for key, model in models.items()
-        for name, function in decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings).items()
-    }
+    options, timed = {"max_source_length": max_source_length, "prefix": prefix}, {}
+    for key, model in models.items():
+        decoded = scoring.decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
+        timed |= {(key, name): function for name, function in decoded.items()}
     found = scoring.interleaved_latency_ms(timed, documents, teacher.device)
     per_token = {key: found[key, "ms_per_token"] / num_new_tokens for key in models}
     return {key: {"latency_ms": found[key, "latency_ms"], "ms_per_token": per_token[key]} for key in models}
@@ -199,8 +193,8 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
         if folders:
             teacher = scoring.read_scores(teacher_test)
             for metric in METRICS:
-                scores = _mean_scores(folders, metric)
-                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = statistics.bootstrap_interval(scores)
+                scores = scores_over_seeds(folders, metric).mean(0)
+                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = bootstrap_interval(scores)
                 mean[f"{metric}_p_value"] = paired_test(scores, teacher[metric])["p_value"]
         mean["p_value"] = mean.get("rouge2_p_value")
         mean["ROUGE-2 95 %"] = f"{mean['rouge2_low']:.2f} – {mean['rouge2_high']:.2f}"
@@ -208,26 +202,21 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
     return means
 
 
-def _mean_scores(folders: Sequence[Path], metric: str) -> np.ndarray:
-    return np.mean([scoring.read_scores(folder)[metric] for folder in folders], axis=0)
+def scores_over_seeds(folders: Sequence[Path], metric: str = "rouge2") -> np.ndarray:
+    """Return the scores of test artifacts, (seeds, documents)."""
+    return np.array([scoring.read_scores(folder)[metric] for folder in folders])
 
 
-def compare_methods(
-    plan: Sequence[runs.StudentRun], tested: Mapping[str, Path], baseline: str = "sft", metric: str = "rouge2"
-) -> list[dict]:
-    """Return, for each shape, the paired difference of every method from the baseline; empty without the baseline.
-
-    Scores are averaged over seeds first. Interval: 95 % bootstrap over documents of the mean difference.
-    """
+def compare_methods(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> list[dict]:
+    """Return, for each shape, the paired difference in ROUGE-2 of every method from SFT; [] without SFT."""
     folders: dict[tuple[str, str], list[Path]] = {}
     for run in plan:
         folders.setdefault((run.method, run.shape), []).append(tested[run.name])
     rows = []
     for (method, shape), found in folders.items():
-        if method == baseline or (baseline, shape) not in folders:
-            continue
-        test = paired_test(_mean_scores(found, metric), _mean_scores(folders[baseline, shape], metric))
-        rows.append({"name": method_label(method, shape), "student": shape, **test})
+        if method != "sft" and ("sft", shape) in folders:
+            test = compare(scores_over_seeds(found), scores_over_seeds(folders["sft", shape]))
+            rows.append({"name": method_label(method, shape), "student": shape, **test})
     return rows
 
 
@@ -238,16 +227,14 @@ def cost_table(
     predicted = {row["student"]: row for row in forecast}
     rows = []
     for run in plan:
-        result = read_json(trained[run.name] / "results.json")
+        result, step = read_json(trained[run.name] / "results.json"), predicted[run.group]
         decoder = run.method in ("kd", "pl_kl", "on_policy")
-        step = predicted[run.group]
         rows.append(
             {
                 "name": run.name,
                 "train_seconds": result["seconds"],
                 "predicted_seconds": step["predicted_seconds"],
                 "ms/step": step["ms/step"],
-                "activations (MB)": step["activations (MB)"],
                 "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
                 "teacher passes": run.training.max_steps * run.training.batch_size if decoder else 0,
                 "examples/s": result["final"]["examples_per_second"],
@@ -269,128 +256,124 @@ def best_students(means: Sequence[dict], plan: Sequence[runs.StudentRun]) -> lis
 
 def side_by_side(teacher_test: Path, tested: Mapping[str, Path], num: int, seed: int) -> list[dict]:
     """Return `num` random test documents with the reference and what the teacher and each student wrote."""
-    teacher = scoring.read_predictions(teacher_test)
-    others = {name: scoring.read_predictions(folder) for name, folder in tested.items()}
-    chosen = random.Random(seed).sample(range(len(teacher)), min(num, len(teacher)))
+    written = {name: scoring.read_predictions(folder) for name, folder in {"teacher": teacher_test, **tested}.items()}
+    texts = written["teacher"]
+    chosen = random.Random(seed).sample(range(len(texts)), min(num, len(texts)))
     return [
-        {
-            "document": teacher[i]["document"],
-            "reference": teacher[i]["reference"],
-            "teacher": teacher[i]["prediction"],
-            **{name: rows[i]["prediction"] for name, rows in others.items()},
-        }
+        {key: texts[i][key] for key in ("document", "reference")}
+        | {name: rows[i]["prediction"] for name, rows in written.items()}
         for i in chosen
     ]
 
 
-def published(dataset: str, teacher: str) -> list[dict]:
-    """Return published figures on this data set and teacher (hub names), preferred sources first; [] without any."""
-    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row["dataset"], row["teacher"]) == (dataset, teacher)]
-    numbers = (*METRICS, "length", "ms_per_document", "speedup", "parameters_m")
-    return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
-
-
 def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[dict]:
-    """Return one row for each result that has a published figure of the same method and shape."""
-    found: dict[tuple, dict] = {}
-    for row in published(dataset, teacher):
-        if row["rouge2"] is not None:
-            found.setdefault((row["method"], row["student"]), row)
-    pairs = [(ours, found.get((ours["method"], ours["student"]))) for ours in means if not ours.get("variant")]
-    return [
-        {"name": ours["name"], "rouge2": ours["rouge2"], "ROUGE-2 (published)": theirs["rouge2"],
-         "rougeL": ours["rougeL"], "ROUGE-L (published)": theirs["rougeL"],
-         "times faster a document (published)": theirs["speedup"], "source": theirs["source"], "note": theirs["note"]}
-        for ours, theirs in pairs if theirs
-    ]  # fmt: skip
+    """Return one row for each result with a published figure; data set and teacher are known by their hub names."""
+    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+        lines = [row for row in csv.DictReader(file) if (row["dataset"], row["teacher"]) == (dataset, teacher)]
+    # Preferred sources come first, so they are written last.
+    published = {(row["method"], row["student"]): row for row in reversed(lines) if row["rouge2"]}
+    rows = []
+    for ours in means:
+        theirs = published.get((ours["method"], ours["student"]))
+        if theirs is None or ours.get("variant"):
+            continue
+        row = {"name": ours["name"]}
+        for name, heading in (("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L")):
+            row |= {name: ours[name], f"{heading} (published)": float(theirs[name]) if theirs[name] else None}
+        speedup = float(theirs["speedup"]) if theirs["speedup"] else None
+        rows.append(row | {"speed-up per document (published)": speedup, "source": theirs["source"]})
+    return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- verdict
-
-
-def verdict(means: Sequence[dict], versus: Sequence[dict], num_test: int, num_seeds: int, max_steps: int) -> str:
-    """Return which student to take, what it costs and what this run cannot say, as Markdown computed from the results.
-
-    `means` are the rows of `mean_over_seeds`, `versus` those of `compare_methods`.
-    """
-    teacher = next(row for row in means if row["method"] == "teacher")
-    ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
-    best, fastest = ranked[0], min(ranked, key=lambda row: row["ms_per_token"])
-    share = 100 * best["rouge2"] / max(teacher["rouge2"], 1e-9)
-    size = 100 * best["parameters_m"] / teacher["parameters_m"]
-    lines = []
-    if num_test < FEW_DOCUMENTS:
-        lines.append(f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
-    lines.append(
-        f"**Take {best['name']}**: {best['speedup']:.2f} times faster per token and {share:.0f} % of the teacher's "
-        f"ROUGE-2 ({best['rouge2']:.2f}, {best['rouge2_low']:.2f} to {best['rouge2_high']:.2f}, against "
-        f"{teacher['rouge2']:.2f}), with {size:.0f} % of its parameters. "
-        + ("The gap to the teacher is real" if best["rouge2_p_value"] < 0.05 else "No gap to the teacher is shown")
-        + f" (paired test, p = {best['rouge2_p_value']:.3f})."
-    )
-    if fastest["student"] != best["student"]:
-        peer = max((row for row in ranked if row["student"] == fastest["student"]), key=lambda row: row["rouge2"])
-        lines.append(f"Faster still: {peer['name']}, {peer['speedup']:.2f} times, at {peer['rouge2']:.2f} ROUGE-2.")
-    lines += [_against_sft(shape, versus, num_test) for shape in dict.fromkeys(row["student"] for row in versus)]
-    rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
-    worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
-    if worse:
-        lines.append(
-            f"**Not worth their cost as they are**: {', '.join(worse)} score below a rule that costs nothing "
-            f"({rule['name']}, {rule['rouge2']:.2f} ROUGE-2)."
-        )
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    scope = f"{num_test} test documents, {seeds}, {max_steps} updates a student."
-    lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
-    return "\n\n".join(lines)
-
-
-def _against_sft(shape: str, versus: Sequence[dict], num_test: int) -> str:
-    rows = [row for row in versus if row["student"] == shape]
-    told = [statistics.format_comparison(row["name"], row, "SFT") for row in rows if effect_sign(row)]
-    if told:
-        return f"{shape}: {'; '.join(told)}."
-    best = max(rows, key=lambda row: row["difference"])
-    needed = documents_needed(best, num_test)
-    if best["difference"] <= 0 or needed is None:
-        return f"{shape}: no method scores above SFT, and none is cheaper."
-    return (
-        f"{shape}: no method can be separated from SFT, the cheapest; the largest gain is that of {best['name']} "
-        f"({statistics.format_interval(best)}), and about {needed:,} test documents would settle one of that size."
-    )
-
-
-def documents_needed(row: Mapping, num_documents: int) -> int | None:
-    """Return about how many test documents would separate a paired difference of this size from zero."""
-    if row["difference"] == 0:
-        return None
-    return math.ceil(num_documents * ((row["high"] - row["low"]) / 2 / abs(row["difference"])) ** 2)
+# ------------------------------------------------------------------------------------------------- signals and verdict
 
 
 def signal_rows(
     novel_2gram: float | None, initial: Sequence[Mapping], labels: Mapping | None, teacher_rouge2: float
 ) -> list[dict]:
-    """Return rows signal, measured, reading: what can be known before a student is trained.
+    """Return rows signal, measured, reading: what is known before a student is trained, and what it suggests.
 
-    `novel_2gram` is that of the references, `initial` the checks of the untrained students, `labels` the facts of the
-    pseudo-labels of the training documents, `teacher_rouge2` the teacher's on test documents.
+    `novel_2gram` is that of the references, `initial` holds `check_initial_student` of each shape, `labels` describes
+    the pseudo-labels of training documents, `teacher_rouge2` is the teacher's on test documents.
     """
-    rows = []
+    found = []
     if novel_2gram is not None:
         near = min(NOVEL_PAIRS, key=lambda name: abs(NOVEL_PAIRS[name] - novel_2gram))
         advice = "SFT is enough" if near == "CNN/DailyMail" else "PL or KD beats SFT"
-        found = f"{100 * novel_2gram:.0f} % new word pairs", f"nearer to {near}, where the paper says: {advice}"
-        rows.append(("abstractiveness of the references", *found))
+        reading = f"nearer to {near}, where the paper says: {advice}"
+        found.append(("abstractiveness of the references", f"{100 * novel_2gram:.0f} % new word pairs", reading))
     for row in initial:
-        weak = f"{100 * row['empty']:.0f} % of its first outputs are empty: it starts from little"
-        reading = weak if row["empty"] > 0.5 else "starts as a weak copy: short training can do"
-        rows.append((f"initial gap, {row['student']}", f"KL {row['kl_loss']:.2f} nats per token", reading))
+        reading = "a weak copy: short training can do" if row["empty"] <= 0.5 else "mostly empty outputs"
+        found.append((f"initial gap, {row['student']}", f"KL {row['kl_loss']:.2f} nats per token", reading))
     if labels:
-        memorized = labels["rouge2"] > MEMORIZED * max(teacher_rouge2, 1e-9)
-        found = f"{labels['rouge2']:.1f} ROUGE-2 on training, {teacher_rouge2:.1f} on test documents"
-        reading = "the teacher has memorized references: labels may teach them again"
-        rows.append(
-            ("quality of the pseudo-labels", found, reading if memorized else "labels are as good as test outputs")
-        )
-    return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in rows]
+        memorized = labels["rouge2"] / max(teacher_rouge2, 1e-9) > MEMORIZED
+        reading = "references memorized by the teacher" if memorized else "as close to references as test outputs"
+        measured = f"{labels['rouge2']:.1f} ROUGE-2 on training, {teacher_rouge2:.1f} on test documents"
+        found.append(("quality of the pseudo-labels", measured, reading))
+    return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in found]
+
+
+def documents_needed(test: Mapping, num_documents: int) -> int:
+    """Return about how many test documents would separate a paired difference of this size from zero."""
+    return math.ceil(num_documents * ((test["high"] - test["low"]) / 2 / abs(test["difference"])) ** 2)
+
+
+def choose_student(means: Sequence[dict], versus: Sequence[Mapping], shape: str) -> dict:
+    """Return the row of the method to take for a shape.
+
+    Among methods shown to beat SFT, the cheapest whose interval reaches the largest gain; SFT where none is; without
+    SFT the one of the highest ROUGE-2.
+    """
+    rows = {row["name"]: row for row in means if row["method"] in runs.METHODS and row["student"] == shape}
+    better = [test for test in versus if test["student"] == shape and effect_sign(test) > 0]
+    if better:
+        gain = max(test["difference"] for test in better)
+        near = [rows[test["name"]] for test in better if test["high"] >= gain]
+        return min(near, key=lambda row: row["train_seconds"] + row["label_seconds"])
+    return rows.get(method_label("sft", shape)) or max(rows.values(), key=lambda row: row["rouge2"])
+
+
+def verdict(
+    means: Sequence[dict], versus: Sequence[Mapping], histories: Sequence[Sequence[Mapping]], *,
+    num_test: int, whole_test: bool, seeds: int, max_steps: int,
+) -> str:  # fmt: skip
+    """Return which student to take, as Markdown: what this run can tell, and whether it is a demonstration."""
+    teacher = next(row for row in means if row["method"] == "teacher")
+    ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
+    shapes = dict.fromkeys(row["student"] for row in ranked)
+    take, *others = [choose_student(means, versus, shape) for shape in shapes]
+    share = 100 * take["rouge2"] / max(teacher["rouge2"], 1e-9)
+    real = "real" if take["rouge2_p_value"] < 0.05 else "not shown to be real"
+    lines = [
+        f"**Take {take['name']}**: {take['rouge2']:.2f} ROUGE-2 "
+        f"({take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), {share:.0f} % of the teacher's "
+        f"{teacher['rouge2']:.2f}, {take['speedup']:.2f} times as fast per token. "
+        f"The difference to the teacher is {real} (p = {take['rouge2_p_value']:.3f})."
+    ]
+    if others:
+        named = [f"{row['name']} ({row['rouge2']:.2f} ROUGE-2, {row['speedup']:.2f} times as fast)" for row in others]
+        lines.append(f"Of the other shapes: {', '.join(named)}.")
+    tests = [test for test in versus if test["student"] == take["student"]]
+    if tests:
+        best = max(tests, key=lambda test: test["difference"])
+        lines.append("; ".join(format_comparison(test["name"], test, "SFT") for test in tests) + ".")
+        if effect_sign(best) == 0 and best["difference"] > 0:
+            lines[-1] += f" About {documents_needed(best, num_test):,} test documents would settle {best['name']}."
+
+    rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
+    worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
+    if worse:
+        lines.append(f"Below a rule that costs nothing ({rule['name']}, {rule['rouge2']:.2f}): {', '.join(worse)}.")
+
+    losses = [[row["validation_ce"] for row in history if "validation_ce" in row] for history in histories]
+    reasons = {
+        "fewer than three seeds": seeds < 3,
+        "a part of the test split": not whole_test,
+        "students that were still gaining": any(values[-1] <= min(values) for values in losses),
+    }
+    budget = f"{num_test} test documents, {seeds} seed(s), {max_steps} updates per student"
+    missing = ", ".join(reason for reason, holds in reasons.items() if holds)
+    if num_test < FEW_DOCUMENTS:
+        lines.insert(0, f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
+    lines.append(f"**A demonstration** ({missing}): {budget}." if missing else f"{budget[0].upper()}{budget[1:]}.")
+    return "\n\n".join(lines)

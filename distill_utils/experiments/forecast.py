@@ -1,6 +1,6 @@
 """What students will cost, from a timed batch of each, before anything is trained.
 
-Not here: what they did cost (comparison.py).
+Out of scope: what they did cost (comparison.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from distill_utils.data.batches import pair_stream, tokenize_pairs
-from distill_utils.device import amp_dtype, device
+from distill_utils.data.batches import tokenize_pairs
+from distill_utils.device import amp_dtype, device, to_device
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.experiments import runs
 from distill_utils.models import students
@@ -32,19 +32,19 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
     the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
     """
     rows = []
-    for run in {(run.method, run.shape, run.variant): run for run in plan}.values():
+    for run in {run.group: run for run in plan}.values():
         student, cut = runs.cut_student(run, teacher)
         student.to(device())
         choose_attention(student, run.max_source_length)
         train_mode(student)
         batch, passes = typical_batch(run, teacher, tokenizer, train)
         objective = runs.objective_of(run.method)
-        half = amp_dtype() if run.training.precision == "auto" else None
+        dtype = amp_dtype() if run.training.precision == "auto" else None
         kept: dict[int, int] = {}
         times = []
         for watch in (kept_for_backward(student, kept), nullcontext(), nullcontext()):
             began = time.perf_counter()
-            with torch.autocast(student.device.type, half, enabled=half is not None), watch:
+            with torch.autocast(student.device.type, dtype, enabled=dtype is not None), watch:
                 loss = objective(student, teacher, batch, **cut["options"])["loss"]
             loss.backward()
             loss.item()  # waits for the device
@@ -67,23 +67,20 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
 
 def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> tuple[dict, int]:
     """Return one micro-batch of the references on the device, with cached targets where needed, and how many a step."""
-    lengths = (run.max_source_length, run.max_target_length, run.prefix)
-    sample = tokenize_pairs(train.select(range(min(TYPICAL, len(train)))), tokenizer, *lengths)
-    training = run.training
-    batches = pair_stream(sample, tokenizer.pad_token_id, training.batch_size, 0, training.micro_batch_size)
+    sample = train.select(range(min(TYPICAL, len(train))))
+    batches = runs.batches_of(runs.with_seed(run, 0), tokenizer, sample)
     if run.method == "kd_cached":
         with tempfile.TemporaryDirectory() as folder:
             targets = Path(folder) / "targets"
             write_targets(
-                targets, teacher, sample, pad_token_id=tokenizer.pad_token_id, temperature=run.temperature,
-                top_k=0 if run.target_samples else run.top_k, samples=run.target_samples,
-                batch_size=training.micro_batch_size or training.batch_size,
+                targets, teacher, tokenize_pairs(sample, tokenizer, *run.lengths), settings={},
+                pad_token_id=tokenizer.pad_token_id, **runs.kept_targets(run),
+                batch_size=run.training.micro_batch_size or run.training.batch_size,
             )  # fmt: skip
             micro_batches = with_targets(batches, targets)(0)
     else:
         micro_batches = batches(0)
-    batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in micro_batches[0].items()}
-    return batch, len(micro_batches)
+    return to_device(micro_batches[0], device()), len(micro_batches)
 
 
 def kept_for_backward(model, found: dict[int, int]):

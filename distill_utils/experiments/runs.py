@@ -177,34 +177,22 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
     shared = students.has_teacher_encoder(student, teacher)
-    weights = {"ce_weight": run.ce_weight, "kl_weight": run.kl_weight}
-    softened = {
-        "temperature": run.temperature,
-        "divergence": run.divergence,
-        "jsd_beta": run.jsd_beta,
-        "shared_encoder": shared,
-    }
+    weights = _fields(run, "ce_weight", "kl_weight")
+    softened = _fields(run, "temperature", "divergence", "jsd_beta") | {"shared_encoder": shared}
+    hidden = _fields(run, "hidden_weight", "match", "normalize_hidden", "teacher_dropout")
+    hidden |= {"encoder_layer_ids": imitated[0], "decoder_layer_ids": imitated[1]}
+    sampled = {"share": run.on_policy_share, "max_new_tokens": run.max_target_length}
     options = {
-        "kd": {
-            **weights,
-            **softened,
-            "encoder_layer_ids": imitated[0],
-            "decoder_layer_ids": imitated[1],
-            "hidden_weight": run.hidden_weight,
-            "match": run.match,
-            "normalize_hidden": run.normalize_hidden,
-            "teacher_dropout": run.teacher_dropout,
-        },
+        "kd": weights | softened | hidden,
         "pl_kl": softened,
-        "on_policy": {
-            **weights,
-            **softened,
-            "share": run.on_policy_share,
-            "max_new_tokens": run.max_target_length,
-        },
+        "on_policy": weights | softened | sampled,
         "kd_cached": weights,
     }.get(run.method, {})
     return student, {"options": options, "encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
+
+
+def _fields(run: StudentRun, *names: str) -> dict:
+    return {name: getattr(run, name) for name in names}
 
 
 def objective_of(method: str):
@@ -241,7 +229,7 @@ def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Datase
     """Return what a run trains on: the references, or the teacher's summaries as its label settings ask for.
 
     With `cross_fit` every half of the data is labelled by a teacher that was trained on the other half, which cannot
-    have memorised its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
+    have memorized its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
     """
     if run.method not in ON_PSEUDO_LABELS:
         return train
@@ -272,9 +260,11 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
         seed_everything(training.seed)
         model.to(device())
         choose_attention(model, run.max_source_length)
-        batches = _batches(replace(run, training=training), tokenizer, half)
-        objective = partial(_without_teacher, objectives.sft)
-        history = fit(model, objective, batches, training, folder, stage="teacher of a half")
+        batches = batches_of(replace(run, training=training), tokenizer, half)
+        history = fit(
+            model, lambda model, batch: objectives.sft(model, None, batch), batches, training, folder,
+            stage="teacher of a half",
+        )  # fmt: skip
         model.generation_config = load_model(run.teacher)[0].generation_config
         save_model(model.to("cpu"), tokenizer, folder / "teacher")
         return {"num_train": len(half), "final": history[-1]}
@@ -282,17 +272,11 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
     return artifact("half-teacher", settings | {"base": model_fingerprint(run.cross_fit_base, model)}, build)
 
 
-def _without_teacher(objective, model, batch: dict) -> dict:
-    return objective(model, None, batch)
-
-
-def _batches(run: StudentRun, tokenizer, rows: Dataset):
+def batches_of(run: StudentRun, tokenizer, rows: Dataset):
     """Return the run's stream of batches, a function of the step."""
     training = run.training
     tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
-    return pair_stream(
-        tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size
-    )
+    return pair_stream(tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size)
 
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
@@ -302,7 +286,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
         "data": loading.data_fingerprint(train),
         "lengths": list(run.lengths),
     }
-    kept = _kept_targets(run)
+    kept = kept_targets(run)
 
     def build(folder: Path) -> dict:
         return write_targets(
@@ -314,7 +298,8 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     return artifact("teacher-targets", inputs | kept, build)
 
 
-def _kept_targets(run: StudentRun) -> dict:
+def kept_targets(run: StudentRun) -> dict:
+    """Return which part of the teacher's distributions is kept: the top ids or draws, at which temperature."""
     top_k = 0 if run.target_samples else run.top_k
     return {"top_k": top_k, "samples": run.target_samples, "temperature": run.temperature}
 
@@ -340,7 +325,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
         choose_attention(student, run.max_source_length)
-        batches = _batches(run, tokenizer, rows)
+        batches = batches_of(run, tokenizer, rows)
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
