@@ -12,7 +12,7 @@ from test_loading import refusal
 from tiny_models import EOS, MASK, PAD, WORDS, tiny_tokenizer
 
 from distill_utils.artifacts import read_json
-from distill_utils.data.denoising import infilling_stream
+from distill_utils.data.denoising import denoising_stream
 from distill_utils.experiments import controls
 from distill_utils.experiments.controls import KINDS, Text
 from distill_utils.training.loop import Training, read_history
@@ -66,7 +66,7 @@ def test_streams_visit_windows_as_denoising_does(kind):
     tokenizer = tiny_tokenizer()
     batches = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
     again = controls.text_stream(kind, TOKENS, tokenizer, 20, 6, 3, micro_batch_size=2)
-    other = infilling_stream(TOKENS, tokenizer, 22, 6, 3)  # start and end token beside the window
+    other = denoising_stream(TOKENS, tokenizer, "text_infilling", 22, 6, 3)  # start and end token beside the window
     for step in (7, 0, 40):
         micro = batches(step)
         assert [batch["input_ids"].shape for batch in micro] == [(2, 20)] * 3
