@@ -1,7 +1,4 @@
-"""Run folders: hash, atomic write, lock, reuse, progress, provenance and the machine's facts.
-
-Not here: what is computed. A run folder knows nothing of models or data.
-"""
+"""Run folders: hash, atomic write, lock, reuse, progress and provenance; they know nothing of models or data."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ PACKAGES_NAMED = ("torch", "transformers", "datasets", "tokenizers", "ctranslate
 
 
 class InputError(ValueError):
-    """Bad input from the user: one line that names the value and the mend; the runner exits with code 2."""
+    """Bad input from the user: one line that names the value and the fix; the runner exits with code 2."""
 
 
 def runs_dir() -> Path:
@@ -54,7 +51,7 @@ def file_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def disk_space_named(path: Path):
-    """Turn "no space left" into one line that names the file and the mend."""
+    """Turn "no space left" into one line that names the file and the fix."""
     try:
         yield
     except Exception as error:
@@ -68,7 +65,7 @@ def disk_space_named(path: Path):
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+    """Write a file so that others see the old or the new content, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -83,7 +80,7 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write an object as indented JSON, atomically; NaN is refused so that every reader can parse the file."""
+    """Write an object as indented JSON, atomically; ValueError for NaN, which is no JSON."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -135,14 +132,13 @@ def lock(folder: Path | str):
         yield
 
 
-_built: set[str] = set()  # run folders of this process
-_reused: dict[str, float] = {}  # those of earlier ones, and what they took, in seconds
+_built: set[str] = set()  # run folders that this process built
+_reused: dict[str, float] = {}  # those that earlier processes built, and their seconds
 
 
 def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bool = False) -> Path:
-    """Return the run folder that holds what `settings` determine, building it when it is missing.
+    """Return the folder runs/<name>-<hash of settings>, building it when it has no results.json.
 
-    The folder is runs/<name>-<hash of settings>. A folder with results.json is complete and reused. Otherwise
     `build(folder)` runs under a lock, may continue from its own partial files, and returns the results, which are
     written last.
     """
@@ -164,27 +160,6 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
     return folder
 
 
-def notebook_folder(name: str, parameters: dict) -> Path:
-    """Return the run folder of one notebook execution (the runner names it through DISTILL_NOTEBOOK_RUN)."""
-    named = os.environ.get("DISTILL_NOTEBOOK_RUN")
-    folder = Path(named) if named else runs_dir() / f"{name}-{config_hash(parameters)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def save_notebook_results(
-    folder: Path, notebook: str, parameters: dict, rows: list[dict], headline: str, **extra: object
-) -> None:
-    """Write results.json of a notebook: its completion marker, so call it in the last executed cell.
-
-    What earlier processes had computed is counted in `reused_seconds`, so that no report looks cheaper than it was.
-    """
-    results = {"notebook": notebook, "parameters": parameters, "headline": headline, "rows": rows, **extra}
-    results["reused_seconds"] = round(sum(_reused.values()), 1)
-    write_json(folder / "results.json", results | {"provenance": provenance()})
-    print(f"wrote runs/{folder.name}/results.json")
-
-
 @dataclass
 class NotebookRun:
     """One execution of a notebook: its run folder, its parameters, and the seconds that its parts took."""
@@ -202,19 +177,27 @@ class NotebookRun:
         self.began = now
 
     def save(self, rows: list[dict], headline: str, **extra: object) -> None:
-        """Write results.json, the completion marker: call it in the last executed cell."""
-        save_notebook_results(
-            self.folder, self.name, self.parameters, rows, headline, seconds=self.seconds, **extra
-        )
+        """Write results.json, the completion marker: call it in the last executed cell.
+
+        `reused_seconds` counts what earlier processes had computed, so that no report looks cheaper than it was.
+        """
+        results = {"notebook": self.name, "parameters": self.parameters, "headline": headline, "rows": rows, **extra}
+        results |= {"seconds": self.seconds, "reused_seconds": round(sum(_reused.values()), 1)}
+        write_json(self.folder / "results.json", results | {"provenance": provenance()})
+        print(f"wrote runs/{self.folder.name}/results.json")
 
 
 def start_notebook(name: str, variables: dict) -> NotebookRun:
-    """Return the run of a notebook; call it with `globals()` right behind the cell of parameters.
+    """Return the run of a notebook; call it with `globals()` in the first cell after the parameters.
 
-    Parameters are the names that the notebook annotates, so annotate nothing else.
+    Parameters are the names that the notebook annotates, so annotate nothing else. The runner names the folder through
+    DISTILL_NOTEBOOK_RUN.
     """
     parameters = {parameter: variables[parameter] for parameter in variables["__annotations__"]}
-    return NotebookRun(name, notebook_folder(name, parameters), parameters)
+    named = os.environ.get("DISTILL_NOTEBOOK_RUN")
+    folder = Path(named) if named else runs_dir() / f"{name}-{config_hash(parameters)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return NotebookRun(name, folder, parameters)
 
 
 # ----------------------------------------------------------------------------------------------------------- progress
@@ -223,10 +206,10 @@ _progress: dict[str, tuple[float, float, int, str]] = {}
 
 
 def report_progress(folder: Path, stage: str, step: int, total: int, unit: str = "steps", **extra: object) -> None:
-    """Write progress.json in a run folder, at most once a second and always at the end of a stage.
+    """Write progress.json in a run folder, at most once per second and always at the end of a stage.
 
-    In a batch run also in the notebook's folder, where the runner looks. Rate is units a second since the stage began
-    in this process; `seconds_left` follows from it.
+    In a batch run also in the notebook's folder, where the runner looks. `rate` is units per second since the stage
+    began in this process.
     """
     now = time.monotonic()
     start, last, first_step, last_stage = _progress.get(str(folder), (now, 0.0, step, ""))
@@ -250,7 +233,7 @@ def report_progress(folder: Path, stage: str, step: int, total: int, unit: str =
 
 
 def provenance() -> dict:
-    """Return what a reader needs to judge or repeat a result; no paths, names of users or environment values."""
+    """Return what it takes to judge or repeat a result; no paths, names of users or environment values."""
     import torch
 
     return {
@@ -275,7 +258,7 @@ def _version(package: str) -> str | None:
 def git_state() -> dict:
     """Return the repository's commit and whether tracked files differ from it (None outside a checkout).
 
-    What this project's own commands write counts for nothing: reports, the README's tables, trained teachers.
+    What this project's own commands write is left out: reports, the README's tables, trained teachers.
     """
     written = [":!reports", ":!README.md", ":!distill_utils/assets/pydocs-*"]
     changed = ["status", "--porcelain", "-uno", "--", ".", *written]
@@ -291,7 +274,7 @@ def git_state() -> dict:
 
 
 def processor_name() -> str:
-    """Return the processor's marketing name where the system tells it."""
+    """Return the processor's marketing name where the system knows it."""
     found = []
     with contextlib.suppress(OSError):
         if sys.platform == "darwin":

@@ -261,6 +261,20 @@ def test_imported_packages_are_declared():
             assert found & declared, f"{path.name} imports {root}: add {sorted(found) or root} to pyproject.toml"
 
 
+def test_public_names_load_on_use():
+    """Importing the package is instant; each of its names leads to what its module holds."""
+    script = """
+import sys, time
+start = time.perf_counter()
+import distill_utils
+assert time.perf_counter() - start < 0.3 and "torch" not in sys.modules
+assert {"kd", "load_pairs", "init_student"} <= set(dir(distill_utils)) and not hasattr(distill_utils, "nothing")
+print(*{type(getattr(distill_utils, name)).__name__ for name in distill_utils.__all__})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and set(done.stdout.split()) == {"str", "type", "function"}, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_wheel_holds_what_the_package_needs(tmp_path):
     """Build it from a copy, unpack it, and import from there, outside the checkout."""

@@ -74,8 +74,8 @@ def problems(path: Path) -> list[str]:
         for cell in notebook["cells"]
         if cell["cell_type"] == "code" and "skip-execution" not in cell["metadata"].get("tags", [])
     ]
-    if not executed or not any(call in executed[-1] for call in ("save_notebook_results(", "run.save(")):
-        found.append("the last executed cell does not call save_notebook_results")
+    if not executed or "run.save(" not in executed[-1]:
+        found.append("the last executed cell does not call run.save")
     nbformat.validate(nbformat.from_dict(copy.deepcopy(notebook)))
     return found
 
@@ -100,7 +100,7 @@ def test_notebook_reads_like_a_paper(path):
 def good_cells() -> list:
     return [
         markdown("We give a 95 % interval. The paper's published figure is 16.5 points. `x = 5 %` is code."),
-        code("save_notebook_results(folder, notebook, parameters, rows, headline)"),
+        code("run.save(rows, headline)"),
         code("explore.sample_browser(rows)", "skip-execution", "remove-cell"),
     ]
 
@@ -131,7 +131,7 @@ def _cell(number: int, **values):
         (_cell(2, source="It loses 0.8 points."), "cell 3 has a result in prose: '0.8 points'"),
         (_cell(2, source="# Second"), "2 first-level headings instead of one"),
         (_cell(3, source="!pip install x"), "cell 4 has a shell or magic command"),
-        (_cell(3, source="1"), "the last executed cell does not call save_notebook_results"),
+        (_cell(3, source="1"), "the last executed cell does not call run.save"),
         (_cell(4, metadata={"tags": ["skip-execution"]}), "cell 5 is skipped in batch runs but not removed"),
         (_cell(4, metadata={}), "cell 5 uses widgets"),
         (_cell(1, metadata={}), "0 cells tagged 'parameters'"),

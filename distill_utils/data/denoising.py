@@ -1,7 +1,5 @@
 """Denoising: packed text corrupted in several ways, as streams of batches that are a function of the step.
 
-Not here: reading the text and padding rows to batches (data.py).
-
 All objectives see windows of one flat array of token ids, the texts one after another with an end token behind each.
 They cross the borders of texts, as in T5, so that nothing is padded. They are visited in a new order every epoch and
 corrupted anew every time, except that gap sentences are chosen, not drawn.
@@ -22,6 +20,7 @@ from distill_utils.data.batches import collate
 
 # Share of the tokens (gap sentences: of the sentences) that each hides, as in its paper.
 OBJECTIVES = {"span_corruption": 0.15, "text_infilling": 0.3, "sentence_permutation": 0.0, "gap_sentences": 0.3}
+MEAN_SPAN = 3.0  # tokens, of span corruption and of text infilling
 
 
 def pack_text(texts: list[str], tokenizer) -> np.ndarray:
@@ -37,25 +36,22 @@ def pack_text(texts: list[str], tokenizer) -> np.ndarray:
 
 def denoising_stream(
     tokens: np.ndarray, tokenizer, objective: str, source_length: int, batch_size: int, seed: int,
-    micro_batch_size: int = 0, *, density: float | None = None, mean_span: float = 3.0, aligned_steps: int = 0,
-    max_positions: int | None = None,
+    micro_batch_size: int = 0, *, aligned_steps: int = 0, max_positions: int | None = None,
 ) -> Callable[[int], list[dict]]:  # fmt: skip
     """Return `batches(step)`: micro-batches of corrupted windows of `tokens`, a function of step and seed alone.
 
     `source_length` bounds the tokens that the encoder sees, end token included; span corruption meets it exactly, and
-    its target length too. `density` is the share hidden, by default that of OBJECTIVES; `mean_span` is in tokens.
-    In the first `aligned_steps` of text infilling spans are not collapsed: cross-attention finds copying by position
-    long before it does by content. `max_positions` is the model's limit (None, as for T5: none).
+    its target length too. In the first `aligned_steps` of text infilling spans are not collapsed: cross-attention finds
+    copying by position long before it does by content. `max_positions` is the model's limit (None, as for T5: none).
     Raises InputError for an unknown objective, a tokenizer without the tokens it needs, and sizes that do not fit.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"denoising objective {objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
-    density = OBJECTIVES[objective] if density is None else density
     bos, eos, mask_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
     start, end = np.array([bos] if bos is not None else [], dtype=np.int64), np.array([eos])
     window, longest = source_length - len(start) - 1, source_length
     if objective == "span_corruption":
-        window, target_length = span_corruption_lengths(source_length, density, mean_span)
+        window, target_length = span_corruption_lengths(source_length)
         longest, sentinel_ids = max(source_length, target_length), find_sentinels(tokenizer)
     elif objective == "gap_sentences":  # Pegasus has a second mask for whole sentences
         mask_id = tokenizer.get_vocab().get("<mask_1>", mask_id)
@@ -72,16 +68,16 @@ def denoising_stream(
     def corrupt(texts: np.ndarray, generator: np.random.Generator, step: int):
         """Yield (input_ids, labels) of each window."""
         if objective == "span_corruption":
-            yield from zip(*corrupt_spans(texts, sentinel_ids, eos, generator, density, mean_span), strict=True)
+            yield from zip(*corrupt_spans(texts, sentinel_ids, eos, generator), strict=True)
             return
         for text in texts:
             source = target = text
             if objective == "text_infilling":
-                source = infill(text, mask_id, generator, density, mean_span, collapse=step >= aligned_steps)
+                source = infill(text, mask_id, generator, collapse=step >= aligned_steps)
             elif objective == "sentence_permutation":
                 source = permute_sentences(split(text), generator)
             else:
-                source, target = mask_sentences(split(text), mask_id, eos, density)
+                source, target = mask_sentences(split(text), mask_id, eos)
             yield np.concatenate([start, source, end])[:source_length], np.concatenate([target, end])
 
     def batches(step: int) -> list[dict]:
@@ -91,15 +87,8 @@ def denoising_stream(
         size, multiple = micro_batch_size or batch_size, 1 if objective == "span_corruption" else 8
         return [collate(rows[i : i + size], tokenizer.pad_token_id, multiple) for i in range(0, batch_size, size)]
 
-    batches(0)  # what cannot work is refused here, not at the first update
+    batches(0)  # what cannot work is rejected here, not at the first update
     return batches
-
-
-def infilling_stream(
-    tokens: np.ndarray, tokenizer, length: int, batch_size: int, seed: int, aligned_steps: int = 0
-) -> Callable[[int], list[dict]]:
-    """Return `denoising_stream` of text infilling with BART's share and spans, the target being the whole window."""
-    return denoising_stream(tokens, tokenizer, "text_infilling", length, batch_size, seed, aligned_steps=aligned_steps)
 
 
 def _window_visits(tokens: np.ndarray, window: int, batch_size: int, seed: int) -> Callable:
@@ -171,42 +160,34 @@ def mask_tokens(
 # ------------------------------------------------------------------------------------------------------ T5: spans
 
 
-def _noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+def _noise_counts(length: int) -> tuple[int, int]:
     """Return how many of `length` tokens are hidden and in how many spans; every span and every gap has a token."""
-    noise = min(max(round(length * density), 1), length - 1)
-    return noise, min(max(round(noise / mean_span), 1), noise, length - noise)
+    noise = min(max(round(length * OBJECTIVES["span_corruption"]), 1), length - 1)
+    return noise, min(max(round(noise / MEAN_SPAN), 1), noise, length - noise)
 
 
-def span_corruption_lengths(source_length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
+def span_corruption_lengths(source_length: int) -> tuple[int, int]:
     """Return the packed length that span corruption turns into `source_length` tokens, and its target length.
 
-    Both corrupted sides include one sentinel a span and the end token (Raffel et al. 2020, section 3.1.4): 512 gives
-    (568, 114). Raises InputError when no packed length meets `source_length` exactly.
+    Both corrupted sides include one sentinel per span and the end token (Raffel et al. 2020, section 3.1.4): 512 gives
+    (568, 114).
     """
-    if not 0 < density < 1 or mean_span < 1:
-        raise InputError(
-            f"density {density} must lie between 0 and 1 and mean_span {mean_span} be at least 1: try 0.15, 3"
-        )
+    if source_length < 3:
+        raise InputError(f"source_length {source_length} has no room for a hidden span: give at least 3")
 
     def lengths(packed: int) -> tuple[int, int]:
-        noise, spans = _noise_counts(packed, density, mean_span)
+        noise, spans = _noise_counts(packed)
         return packed - noise + spans + 1, noise + spans + 1
 
     packed = 2
-    while lengths(packed + 1)[0] <= source_length:
+    while lengths(packed + 1)[0] <= source_length:  # a token more makes the source longer by one or none
         packed += 1
-    if lengths(packed)[0] != source_length:
-        raise InputError(
-            f"no text gives exactly source_length {source_length} at density {density} and mean_span {mean_span}: "
-            "raise source_length or lower density"
-        )
     return packed, lengths(packed)[1]
 
 
 def corrupt_spans(
-    ids: np.ndarray, sentinel_ids: list[int], eos: int, generator: np.random.Generator,
-    density: float = 0.15, mean_span: float = 3.0,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    ids: np.ndarray, sentinel_ids: list[int], eos: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Return T5's source and target of windows `ids` (batch, packed): each hides spans that the other one shows.
 
     The first span is hidden by the first sentinel and so on; both sides end with `eos`. As in T5 a window begins with a
@@ -214,11 +195,11 @@ def corrupt_spans(
     Raises InputError when there are more spans than sentinels.
     """
     batch, packed = ids.shape
-    noise, spans = _noise_counts(packed, density, mean_span)
+    noise, spans = _noise_counts(packed)
     if spans > len(sentinel_ids):
         raise InputError(
             f"windows of {packed} tokens have {spans} spans, the tokenizer has {len(sentinel_ids)} sentinels "
-            "<extra_id_0> to the last: raise mean_span, lower source_length or add sentinels"
+            "<extra_id_0> to the last: lower source_length or add sentinels"
         )
     shown, hidden = (_segments(generator, batch, items, spans) for items in (packed - noise, noise))
     lengths = np.stack([shown, hidden], axis=2)  # (batch, spans, 2): they take turns
@@ -275,13 +256,11 @@ def permute_sentences(sentences: list[np.ndarray], generator: np.random.Generato
     return np.concatenate([sentences[i] for i in generator.permutation(len(sentences))])
 
 
-def mask_sentences(
-    sentences: list[np.ndarray], mask_id: int, eos: int, share: float = 0.3
-) -> tuple[np.ndarray, np.ndarray]:
+def mask_sentences(sentences: list[np.ndarray], mask_id: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a window with a mask for each gap sentence, and the gap sentences in order (Zhang et al. 2020, Pegasus).
 
-    The `share` of the sentences is taken whose tokens have the highest ROUGE-1 F1 with the rest of their text, scored
-    one by one, at least one and not all. An end token behind a gap sentence stays in the source.
+    Gaps are the sentences whose tokens have the highest ROUGE-1 F1 with the rest of their text, scored one by one, at
+    least one and not all. An end token behind a gap sentence stays in the source.
     """
     _, words = np.unique(np.concatenate(sentences), return_inverse=True)
     lengths = np.array([len(sentence) for sentence in sentences])
@@ -292,26 +271,22 @@ def mask_sentences(
     rest = of_text @ counts - counts
     overlap = np.minimum(counts, rest).sum(axis=1)
     f1 = 2 * overlap / (lengths + rest.sum(axis=1))
-    num = min(max(round(share * len(sentences)), 1), len(sentences) - 1)
+    num = min(max(round(OBJECTIVES["gap_sentences"] * len(sentences)), 1), len(sentences) - 1)
     gaps = set(np.argsort(-f1, kind="stable")[:num].tolist())
     source = [[mask_id, *s[s == eos]] if i in gaps else s for i, s in enumerate(sentences)]
     target = [s[s != eos] for i, s in enumerate(sentences) if i in gaps]
     return np.concatenate(source), np.concatenate(target)
 
 
-def infill(
-    tokens: np.ndarray, mask_id: int, generator: np.random.Generator, share: float = 0.3, mean: float = 3.0,
-    collapse: bool = True,
-) -> np.ndarray:  # fmt: skip
-    """Return BART text infilling of one token sequence: spans of Poisson(mean) tokens, each replaced by one mask.
+def infill(tokens: np.ndarray, mask_id: int, generator: np.random.Generator, collapse: bool = True) -> np.ndarray:
+    """Return BART text infilling of one token sequence: spans of Poisson(3) tokens, each replaced by one mask.
 
-    `share` of the tokens is masked in expectation (Lewis et al. 2020, section 2.2); spans of length 0 insert a mask.
-    Without `collapse` every token of a span becomes a mask of its own and spans of length 0 change nothing, so that
-    source and target stay aligned position by position.
+    Lewis et al. (2020), section 2.2; a span of length 0 inserts a mask. Without `collapse` every token of a span
+    becomes a mask of its own and spans of length 0 change nothing, so that source and target stay aligned.
     """
-    budget, spans = int(round(share * len(tokens))), []
+    budget, spans = int(round(OBJECTIVES["text_infilling"] * len(tokens))), []
     while budget > 0 and len(spans) < len(tokens):
-        length = min(int(generator.poisson(mean)), budget)
+        length = min(int(generator.poisson(MEAN_SPAN)), budget)
         spans.append(length)
         budget -= max(length, 1)
     # Gaps between spans: a random composition of the tokens that stay, so that spans never touch the same token.

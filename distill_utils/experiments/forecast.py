@@ -73,7 +73,7 @@ def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> t
         with tempfile.TemporaryDirectory() as folder:
             targets = Path(folder) / "targets"
             write_targets(
-                targets, teacher, tokenize_pairs(sample, tokenizer, *run.lengths), settings={},
+                targets, teacher, tokenize_pairs(sample, tokenizer, *run.lengths),
                 pad_token_id=tokenizer.pad_token_id, **runs.kept_targets(run),
                 batch_size=run.training.micro_batch_size or run.training.batch_size,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
-from distill_utils.data.denoising import denoising_stream, infilling_stream, pack_text
+from distill_utils.data.denoising import denoising_stream, pack_text
 from distill_utils.data.loading import corpus_facts, load_text
 from distill_utils.device import seed_everything
 from distill_utils.distillation.objectives import sft
@@ -155,8 +155,10 @@ def infill(width: int, layers: int) -> Path:
         ease_copying(model)
         choose_attention(model, WINDOW)
         tokens = token_stream("train", tokenizer, tokenizer_folder)
-        batches = infilling_stream(tokens, tokenizer, WINDOW, INFILLING.batch_size, INFILLING.seed)
-        checks = infilling_stream(token_stream("validation", tokenizer, tokenizer_folder), tokenizer, WINDOW, 32, 0)
+        validation = token_stream("validation", tokenizer, tokenizer_folder)
+        size, seed = INFILLING.batch_size, INFILLING.seed
+        batches = denoising_stream(tokens, tokenizer, "text_infilling", WINDOW, size, seed)
+        checks = denoising_stream(validation, tokenizer, "text_infilling", WINDOW, 32, 0)
         held_out = [checks(step)[0] for step in range(HELD_OUT // 32)]
         evaluate = partial(miniend.held_out_loss, batches=held_out)
         history = fit(
@@ -223,9 +225,7 @@ def downstream(name: str) -> list[dict]:
                 tuned, task, test, LENGTHS["max_source_length"], num_beams=1,
                 max_new_tokens=LENGTHS["max_target_length"],
             )  # fmt: skip
-        rows += [
-            miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)
-        ]
+        rows += [miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)]
     return rows
 
 

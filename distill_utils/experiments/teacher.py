@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 
 from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
 from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
-from distill_utils.data.denoising import gap_pairs, infilling_stream, pack_text
+from distill_utils.data.denoising import denoising_stream, gap_pairs, pack_text
 from distill_utils.data.loading import corpus_facts, load_pairs, load_text
 from distill_utils.device import device, seed_everything
 from distill_utils.distillation.losses import chunked_token_losses
@@ -163,7 +163,10 @@ def denoise() -> Path:
         model = new_model()
         choose_attention(model, MAX_SOURCE_LENGTH)
         tokens = packed_text(tokenizer, tokenizer_folder)
-        infilling = infilling_stream(tokens, tokenizer, WINDOW, DENOISING.batch_size, DENOISING.seed, ALIGNED_STEPS)
+        size, seed = DENOISING.batch_size, DENOISING.seed
+        infilling = denoising_stream(
+            tokens, tokenizer, "text_infilling", WINDOW, size, seed, aligned_steps=ALIGNED_STEPS
+        )
         gaps = tokenize_pairs(gap_pairs(load_text("pydocs", "train")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
         gap_sentences = pair_stream(gaps, tokenizer.pad_token_id, DENOISING.batch_size, DENOISING.seed)
 

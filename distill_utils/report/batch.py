@@ -108,7 +108,7 @@ def execute(plan: Plan, folder: Path) -> float:
                 raise
             raise RunFailed(KERNEL_DIED, _last_words(stem, folder)) from error
     if not (folder / "results.json").exists():
-        raise RunFailed(NO_RESULTS, f"{stem} ended without results.json: its last cell must call save_notebook_results")
+        raise RunFailed(NO_RESULTS, f"{stem} ended without results.json: its last cell must call run.save")
     return time.monotonic() - start
 
 
