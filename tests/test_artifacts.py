@@ -271,19 +271,28 @@ def test_lock_is_free_after_an_error(tmp_path):
         pass
 
 
-def test_notebook_folder_and_results(runs, monkeypatch, capsys):
-    folder = artifacts.notebook_folder("03", {"seed": 1})
-    assert folder.parent == runs and folder.is_dir()
-    assert folder != artifacts.notebook_folder("03", {"seed": 2})
+def start(**parameters):
+    """Start notebook 03 with integer parameters, as its cells do."""
+    return artifacts.start_notebook("03", {"__annotations__": dict.fromkeys(parameters, int)} | parameters)
+
+
+def test_a_notebooks_run_and_its_results(runs, monkeypatch, capsys):
+    run = start(seed=1)
+    assert run.folder.parent == runs and run.folder.is_dir() and run.parameters == {"seed": 1}
+    assert run.folder == start(seed=1).folder != start(seed=2).folder
     monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs / "named"))
-    assert artifacts.notebook_folder("03", {"seed": 1}) == runs / "named" and (runs / "named").is_dir()
-    artifacts.save_notebook_results(folder, "03", {"seed": 1}, [{"rouge1": 0.3}], "**It works**", seconds={"train": 2})
-    assert capsys.readouterr().out == f"wrote runs/{folder.name}/results.json\n"
-    results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {
-        "notebook", "parameters", "headline", "rows", "seconds", "reused_seconds", "provenance"
-    }  # fmt: skip
-    assert results["rows"] == [{"rouge1": 0.3}] and results["seconds"] == {"train": 2}
+    assert start(seed=1).folder == runs / "named" and (runs / "named").is_dir()
+    clock = iter([5.0, 7.5])
+    run.began = 3.0
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: next(clock))
+    run.lap("train")
+    run.lap("train")
+    run.save([{"rouge1": 0.3}], "**It works**", teacher="t")
+    assert capsys.readouterr().out == f"wrote runs/{run.folder.name}/results.json\n"
+    results = json.loads((run.folder / "results.json").read_text())
+    keys = "notebook", "parameters", "headline", "rows", "seconds", "reused_seconds", "provenance", "teacher"
+    assert set(results) == set(keys)
+    assert results["rows"] == [{"rouge1": 0.3}] and results["seconds"] == {"train": 4.5}
 
 
 def test_results_of_earlier_processes_are_counted_once(runs, monkeypatch, capsys):
@@ -291,9 +300,9 @@ def test_results_of_earlier_processes_are_counted_once(runs, monkeypatch, capsys
     monkeypatch.setattr(artifacts, "_reused", {})
 
     def reused() -> float:
-        folder = artifacts.notebook_folder("03", {"seed": 1})
-        artifacts.save_notebook_results(folder, "03", {"seed": 1}, [], "")
-        return json.loads((folder / "results.json").read_text())["reused_seconds"]
+        run = start(seed=1)
+        run.save([], "")
+        return json.loads((run.folder / "results.json").read_text())["reused_seconds"]
 
     clock = itertools.count(0, 7)
     monkeypatch.setattr(artifacts.time, "time", lambda: next(clock))
