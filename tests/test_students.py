@@ -383,7 +383,7 @@ def test_other_architectures_and_unknown_names_are_refused(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(loading, "ASSETS", folder.parent)
     message = refusal("pydocs-brat")
-    assert "cannot load pydocs-brat" in message and "shipped model (model)" in message
+    assert "no config of pydocs-brat" in message and "shipped model (model)" in message
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch):
