@@ -49,19 +49,16 @@ def denoising_stream(
         raise InputError(f"denoising objective {objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
     bos, eos, mask_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
     start, end = np.array([bos] if bos is not None else [], dtype=np.int64), np.array([eos])
-    window, longest = source_length - len(start) - 1, source_length
+    window = source_length - len(start) - 1
     if objective == "span_corruption":
-        window, target_length = span_corruption_lengths(source_length)
-        longest, sentinel_ids = max(source_length, target_length), find_sentinels(tokenizer)
+        window, _ = span_corruption_lengths(source_length)  # the target is never the longer side
+        sentinel_ids = find_sentinels(tokenizer)
     elif objective == "gap_sentences":  # Pegasus has a second mask for whole sentences
         mask_id = tokenizer.get_vocab().get("<mask_1>", mask_id)
     if mask_id is None and objective in ("text_infilling", "gap_sentences"):
         raise InputError(f"the tokenizer has no mask token, which {objective} needs: use span_corruption")
-    if max_positions and longest > max_positions:
-        raise InputError(
-            f"source_length {source_length} makes sequences of {longest} tokens, the model has {max_positions} "
-            "positions: lower source_length"
-        )
+    if max_positions and source_length > max_positions:
+        raise InputError(f"source_length {source_length} exceeds the model's {max_positions} positions: lower it")
     split = sentence_splitter(tokenizer) if "sentence" in objective else None
     visit = _window_visits(tokens, window, batch_size, seed)
 

@@ -1,6 +1,7 @@
-"""Data by name or path, tokenised, batched by length; every stream is a function of the step.
+"""Pairs, plain text and classification rows: "pydocs", a hub name, a folder with one file per split, or one file.
 
-Not here: reading docstrings (pydocs.py), corrupting text (denoising.py) and anything that knows a model.
+One file, and a hub set with nothing but "train", is cut into 80 % train, 10 % validation and 10 % test by a hash of the
+text. InputError for an unknown name, a missing file, split or column, a broken line, and when too little is left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_progress_bars, load_dataset
+from datasets import Dataset, IterableDataset, disable_progress_bars, load_dataset
 
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
 from distill_utils.data import pydocs
@@ -35,42 +36,28 @@ FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
 
 
 def load_pairs(
-    name_or_path: str, split: str, num: int = 0, document_column: str = "document", summary_column: str = "summary"
+    name: str, split: str, num: int = 0, document_column: str = "document", summary_column: str = "summary"
 ) -> Dataset:
     """Return a data set with the columns id, document and summary.
 
-    `name_or_path` is "pydocs", a hub name such as "EdinburghNLP/xsum", a folder with one file a split, or one file,
-    which is cut into 80 % train, 10 % validation and 10 % test by a hash of the document.
     Rows with an empty document or summary are dropped and counted; `num` keeps the first rows (0 = all).
-    Raises InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
     """
-    _check(split, num)
-    name, path = f"{name_or_path} ({split})", Path(name_or_path).expanduser()
-    if name_or_path == "pydocs":
-        found = _corpus_table("pairs", split)
-    elif _is_path(name_or_path):
-        found = _read_files(path, split)
-    else:
-        found = _read_hub(name_or_path, split)
-        if (document_column, summary_column) == ("document", "summary"):
-            document_column, summary_column = HUB_COLUMNS.get(name_or_path, (document_column, summary_column))
+    found, undivided = _find_rows(name, "pairs", split, num)
+    if (document_column, summary_column) == ("document", "summary"):
+        document_column, summary_column = HUB_COLUMNS.get(name, (document_column, summary_column))
+    label = f"{name} ({split})"
     for column in (document_column, summary_column):
-        _check_column(found, column, name, "name the right ones by document_column and summary_column")
+        _check_column(found, column, label, "name the right ones by document_column and summary_column")
     ids = found["id"] if "id" in found.column_names else range(len(found))
     texts = zip(ids, found[document_column], found[summary_column], strict=True)
     rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
     kept = [row for row in rows if row["document"] and row["summary"]]
     if len(kept) < len(rows):
-        print(f"{name}: dropped {len(rows) - len(kept)} rows with an empty document or summary")
-    if not kept:
-        raise InputError(f"{name} has no row with a document and a summary: check the file")
-    if path.is_file():
+        print(f"{label}: dropped {len(rows) - len(kept)} rows with an empty document or summary")
+    if undivided:
         kept = [row for row in kept if _drawn_split(row["document"]) == split]
-        print(f"{name_or_path} is one file: {len(kept)} rows drawn for {split} by a hash of the document")
-        if not kept:
-            raise InputError(f"{name} leaves no row for {split}: give more rows or a folder with a file a split")
-    if num > len(kept):
-        raise InputError(f"{name} has {len(kept)} usable rows, {num} were asked for: lower the number")
+        print(f"{name} has no splits: {len(kept)} rows drawn for {split} by a hash of the document")
+    _check_count(label, len(kept), num)
     return Dataset.from_list(kept[:num] if num else kept)
 
 
@@ -81,55 +68,45 @@ def load_splits(name: str, num_train: int, num_validation: int, num_test: int, *
 
 
 def describe_splits(splits: dict[str, Dataset]) -> list[dict]:
-    """Return one row a split: its name, pairs and fingerprint."""
+    """Return one row per split: its name, pairs and fingerprint."""
     return [{"set": n, "pairs": len(rows), "fingerprint": data_fingerprint(rows)} for n, rows in splits.items()]
-
-
-def _drawn_split(document: str) -> str:
-    """Return the split of a document of an undivided file: a function of its text, so that copies stay together."""
-    bucket = hashlib.sha256(document.encode()).digest()[0] % 10
-    return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
 def load_text(name: str = "pydocs", split: str = "train", column: str = "text", num: int = 0) -> list[str]:
     """Return the raw texts of a split, one string each; of "pydocs" these are docstrings and comments.
 
-    `name` is otherwise a hub name such as "Skylion007/openwebtext", a folder with one file a split, or one file; in
-    .txt files blank lines stand between texts. One file, and a hub set with nothing but "train", is cut into 80 %
-    train, 10 % validation and 10 % test by a hash of the text. Empty texts are dropped; `num` keeps the first ones, and
-    of a hub set, which may be too large to keep, no more is then fetched than these need.
-    Raises InputError for an unknown name, a missing file, split or column, a broken file, and when too little is left.
+    In .txt files blank lines stand between texts. Empty texts are dropped; `num` keeps the first ones, and of a hub
+    set, which may be too large to keep, no more is then fetched than these need.
     """
-    _check(split, num)
-    label, path, undivided = f"{name} ({split})", Path(name).expanduser(), False
-    if name == "pydocs":
-        found = _corpus_table("text", split)
-    elif _is_path(name):
-        found, undivided = _read_files(path, split), path.is_file()
-    else:
-        parts = _read_hub(name, None, stream=num > 0)
-        undivided = list(parts) == ["train"]
-        if not undivided and split not in parts:
-            raise InputError(f"data set {name!r} has no split {split!r}: it has {', '.join(parts)}")
-        found = parts["train" if undivided else split]
-    with _hub_errors(f"data set {label}"):  # a stream is read here only
+    found, undivided = _find_rows(name, "text", split, num, stream=num > 0)
+    label = f"{name} ({split})"
+    with _hub_errors(label):  # a stream is read here only
         _check_column(found, column, label, "name the right one by column")
         # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
         texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
         kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
         kept = list(islice(kept, num or None))
-    if len(kept) < max(num, 1):
-        raise InputError(f"{label} has {len(kept)} usable texts, {max(num, 1)} asked for: give more or ask for less")
+    _check_count(label, len(kept), num)
     return kept
 
 
-def load_classification(task: str, split: str, num: int = 0) -> Dataset:
+def load_classification(task: str, split: str) -> Dataset:
     """Return an embedded classification task ("belongs" or "family") with sentence1, sentence2 and label columns."""
     if task not in TASKS:
         raise InputError(f"classification task {task!r} is unknown: use one of {', '.join(TASKS)}")
-    _check(split, num)
-    rows = TASKS[task](_corpus_table("pairs", split).to_list())
-    return Dataset.from_list(rows[:num] if num else rows)
+    check_request(split)
+    return Dataset.from_list(TASKS[task](_corpus_table("pairs", split).to_list()))
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """Return a short hash of the ids, documents and summaries of a data set."""
+    content = hashlib.sha256()
+    for row in zip(dataset["id"], dataset["document"], dataset["summary"], strict=True):
+        content.update("\0".join(row).encode())
+    return content.hexdigest()[:12]
+
+
+# --------------------------------------------------------------------------------------------------------- the corpus
 
 
 def corpus_folder() -> Path:
@@ -169,36 +146,61 @@ def corpus_facts() -> dict:
     return read_json(corpus_folder() / "results.json")
 
 
-def data_fingerprint(dataset: Dataset) -> str:
-    """Return a short hash of the ids, documents and summaries of a data set."""
-    content = hashlib.sha256()
-    for row in zip(dataset["id"], dataset["document"], dataset["summary"], strict=True):
-        content.update("\0".join(row).encode())
-    return content.hexdigest()[:12]
+# ------------------------------------------------------------------------------------------------- names, folders, hub
 
 
-def _check(split: str, num: int = 0) -> None:
+def check_request(split: str, num: int = 0) -> None:
+    """Raise InputError for an unknown split and a negative number of rows."""
     if split not in SPLITS:
         raise InputError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if num < 0:
         raise InputError(f"number of examples {num} is negative: use 0 for all of them")
 
 
-def _is_path(name: str) -> bool:
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS)
+def _check_count(label: str, found: int, num: int) -> None:
+    if found < max(num, 1):
+        raise InputError(f"{label} has {found} usable rows, {max(num, 1)} asked for: give more or ask for less")
 
 
-def _check_column(found: Dataset | IterableDataset, column: str, name: str, mend: str) -> None:
-    columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
-    if column not in columns:
-        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {mend}")
+def _find_rows(
+    name: str, kind: str, split: str, num: int, stream: bool = False
+) -> tuple[Dataset | IterableDataset, bool]:
+    """Return the rows of a split, and whether they are those of all splits, to be drawn from by `_drawn_split`.
 
-
-def _read_hub(name: str, split: str | None, stream: bool = False) -> Dataset | DatasetDict | IterableDatasetDict:
+    `kind` is what is wanted of the corpus: pairs or text. With `stream` a hub set is not fetched yet.
+    """
+    check_request(split, num)
+    path = Path(name).expanduser()
+    if name == "pydocs":
+        return _corpus_table(kind, split), False
+    if path.exists() or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS):
+        return read_files(path, split), path.is_file()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"data set {name!r} is unknown: use pydocs, a hub name like EdinburghNLP/xsum, or a path")
-    with _hub_errors(f"data set {name!r} ({split or 'all splits'})"):
-        return load_dataset(name, HUB_CONFIGS.get(name), split=split, streaming=stream)
+    parts = read_hub(name, HUB_CONFIGS.get(name), stream)
+    if list(parts) == ["train"]:
+        return parts["train"], True
+    if split not in parts:
+        raise InputError(f"data set {name!r} has no split {split!r}: it has {', '.join(parts)}")
+    return parts[split], False
+
+
+def _drawn_split(text: str) -> str:
+    """Return the split of a text of an undivided set: a function of the text, so that copies stay together."""
+    bucket = hashlib.sha256(text.encode()).digest()[0] % 10
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def _check_column(found: Dataset | IterableDataset, column: str, name: str, fix: str) -> None:
+    columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
+    if column not in columns:
+        raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {fix}")
+
+
+def read_hub(name: str, config: str | None = None, stream: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """Return all splits of a hub set; with `stream` they are fetched row by row as they are read."""
+    with _hub_errors(repr(name)):
+        return load_dataset(name, config, streaming=stream)
 
 
 @contextmanager
@@ -210,10 +212,10 @@ def _hub_errors(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:150]
-        raise InputError(f"{place} cannot be loaded: {reason}; check the name or use a local path") from error
+        raise InputError(f"data set {place} cannot be loaded: {reason}; check the name or use a local path") from error
 
 
-def _read_files(path: Path, split: str) -> Dataset:
+def read_files(path: Path, split: str) -> Dataset:
     """Read a split from a folder (files named after splits) or from one file, by its ending."""
     if not path.exists():
         raise InputError(f"data path {path.name!r} does not exist: check the spelling")
@@ -256,10 +258,12 @@ def _read_json_lines(path: Path) -> Dataset:
                 if line.strip():
                     rows.append(json.loads(_decode(line, f"{path.name} line {number}", offset)))
                     if not isinstance(rows[-1], dict):
-                        raise InputError(f"{path.name} line {number} is not an object: expected one row {{...}} a line")
+                        raise InputError(
+                            f"{path.name} line {number} is not an object: expected one {{...}} per line"
+                        )
                 offset += len(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): mend or remove it") from error
+        raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): fix or remove it") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} cannot be read: {error}; save it as UTF-8 text, whole") from error
     if not rows:
@@ -270,10 +274,3 @@ def _read_json_lines(path: Path) -> Dataset:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
-
-
-# --------------------------------------------------------------------------------------------------------- tokenising
-
-
-# ------------------------------------------------------------------------------------------------------------- streams
-

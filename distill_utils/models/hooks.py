@@ -1,7 +1,4 @@
-"""Read queries, keys and values of chosen attention layers by hooks, so that fused attention stays on.
-
-Not here: what is made of them (losses.relation_loss) and which layers to read (objectives.py).
-"""
+"""Queries, keys and values of chosen attention layers, taken by hooks, so that fused attention stays on."""
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ def capture(
 
 
 def projections(model: PreTrainedModel, site: str, layer_id: int) -> list[nn.Module]:
-    """Return the modules that make queries, keys and values, or refuse what the model does not have."""
+    """Return the modules that make queries, keys and values; InputError for what the model does not have."""
     family = model.config.model_type
     if family not in ATTENTIONS:
         raise InputError(f"attention of {family!r} models cannot be read: use one of {', '.join(ATTENTIONS)}")
@@ -84,8 +81,6 @@ def projections(model: PreTrainedModel, site: str, layer_id: int) -> list[nn.Mod
     stack, _, attention = ATTENTIONS[family][site].partition(".{}.")
     layers = model.get_submodule(stack)
     if not -len(layers) <= layer_id < len(layers):
-        raise InputError(
-            f"layer {layer_id} of {site} does not exist: give 0 to {len(layers) - 1}, or -1 for the last of them"
-        )
+        raise InputError(f"layer {layer_id} of {site} does not exist: give 0 to {len(layers) - 1}, or -1 for the last")
     attention = layers[layer_id].get_submodule(attention)
     return next([getattr(attention, name) for name in names] for names in PROJECTIONS if hasattr(attention, names[0]))

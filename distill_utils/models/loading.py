@@ -1,7 +1,4 @@
-"""Models by shipped name, folder or hub name: load and save, safetensors only.
-
-Out of scope: what is done to a model (students.py).
-"""
+"""Models by shipped name, folder or hub name: load and save, safetensors only."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ FAMILIES = ("bart", "mbart", "pegasus", "marian", "t5")  # config.model_type; T5
 
 def size_t5_cache(config) -> None:
     # `generate` sizes T5's cache by the *encoder's* depth, too small for a deeper decoder (IndexError). It looks for a
-    # field `decoder_layers` first, which T5 lacks, so naming the depth there as well mends it, also after a reload.
+    # field `decoder_layers` first, which T5 lacks, so naming the depth there as well fixes it, also after a reload.
     config.decoder_layers = config.num_decoder_layers
 
 
@@ -50,7 +47,8 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no config of {name_or_path}: give {_choices()}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"no config of {name_or_path}: give {_choices()} ({reason})") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
     return config
@@ -67,19 +65,18 @@ def load_model(
     """
     source, local = _find_model(name_or_path)
     options = {"trust_remote_code": False, "local_files_only": local}
+    load_config(name_or_path)  # another family ends here
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.model_type not in FAMILIES:
-            raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except InputError:
-        raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        cause = "its files are damaged, incomplete or of another version"
+        if not local:
+            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{_unknown(name_or_path, local)} ({type(error).__name__}: {reason})") from error
+        raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
     # A file of another depth than its config loads without an error: layers are drawn at random or dropped.
     lost = sorted(report["missing_keys"]) + [
         k for k in report["unexpected_keys"] if re.search(r"\.(layers|block)\.\d", k)
@@ -128,12 +125,6 @@ def _choices() -> str:
     return f"a shipped model ({shipped}), a local folder or a hub name"
 
 
-def _unknown(name_or_path: str | Path, local: bool) -> str:
-    if local:
-        return f"cannot load {name_or_path}: its files are damaged, incomplete or of another version"
-    return f"cannot load {name_or_path}: no safetensors weights on the hub or in its cache; give {_choices()}"
-
-
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     # Published BART summarizers have a mask token one beyond their vocabulary; no text is tokenized to it.
     beyond = sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
@@ -151,12 +142,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     _check_tokenizer(str(folder), tokenizer, model.config.vocab_size)
     with folder_atomic(folder) as temporary:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:
-            if "No space left" not in str(error):
-                raise
-            raise InputError(f"no space left while writing {Path(folder).name}: free some disk") from error
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 

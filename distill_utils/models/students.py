@@ -1,7 +1,4 @@
-"""Students cut from a teacher: which layers to keep, the copy itself, loading, saving, freezing and counting.
-
-Not here: what a student learns (objectives.py) and how (training.py).
-"""
+"""Students cut from a teacher or drawn anew: which layers to keep, the copy itself, freezing and counting."""
 
 from __future__ import annotations
 
@@ -10,10 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
 from distill_utils.models.loading import FAMILIES, load_config, size_t5_cache
@@ -21,14 +15,7 @@ from distill_utils.models.loading import FAMILIES, load_config, size_t5_cache
 # Layers to copy, {teacher depth: {student depth: ids}}: Shleifer & Rush (2020), the tables of their released code.
 LAYERS_TO_COPY = {
     6: {1: [0], 2: [0, 5], 3: [0, 2, 5], 4: [0, 1, 3, 5]},
-    12: {
-        1: [0],
-        2: [0, 6],
-        3: [0, 6, 11],
-        4: [0, 4, 8, 11],
-        6: [0, 2, 4, 7, 9, 11],
-        9: [0, 1, 2, 4, 5, 7, 9, 10, 11],
-    },
+    12: {1: [0], 2: [0, 6], 3: [0, 6, 11], 4: [0, 4, 8, 11], 6: [0, 2, 4, 7, 9, 11], 9: [0, 1, 2, 4, 5, 7, 9, 10, 11]},
     16: {
         1: [0],
         2: [0, 15],
@@ -57,11 +44,7 @@ SHRINKING = (
 
 
 def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
-    """Return the teacher layers to copy: the published table for 6, 12 and 16 layers, else evenly spaced ids.
-
-    Computed ids always keep the first and the last layer; a single layer is the first one, which the original's logs
-    favour over the last. Raises InputError when the depth is impossible.
-    """
+    """Return the teacher layers to copy: the published table for 6, 12 and 16 layers, else evenly spaced ids."""
     named = maps(teacher_layers, student_layers)
     return named.get("published", named["spaced"])
 
@@ -69,6 +52,7 @@ def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
 def maps(teacher_layers: int, student_layers: int) -> dict[str, list[int]]:
     """Return the maps that need no data, {name: teacher layers}: published (where a table has it), spaced, first, last.
 
+    Spaced ids keep the first and the last layer; a single layer is the first, which the authors' logs favour.
     Several names may give the same layers. Raises InputError when the depth is impossible.
     """
     _check_depth("student_layers", student_layers, teacher_layers)
@@ -86,14 +70,11 @@ def supervision_map(teacher_layers: int, student_layers: int) -> list[int]:
     """Return the teacher layers whose outputs the student's layers should imitate, the last one always among them.
 
     A student layer stands for a block of teacher layers, so its output belongs to the block's *end*, whereas
-    `layer_map` names the layer it was copied from. Published tables for 6, 12 and 16 layers, else the ends of equal
-    blocks. Raises InputError when the depth is impossible.
+    `layer_map` names the layer it was copied from. Raises InputError when the depth is impossible.
     """
     _check_depth("student_layers", student_layers, teacher_layers)
     published = LAYERS_TO_SUPERVISE.get(teacher_layers, {}).get(student_layers)
-    if published:
-        return list(published)
-    return [int((i + 1) * teacher_layers / student_layers + 0.5) - 1 for i in range(student_layers)]
+    return list(published or (int((i + 1) * teacher_layers / student_layers + 0.5) - 1 for i in range(student_layers)))
 
 
 def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
@@ -102,7 +83,7 @@ def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
 
 
 def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
-    """Return the ids, or refuse them: not in the teacher, named twice, or not as many as the student has layers."""
+    """Return the ids; InputError for ids not in the teacher, named twice, or not as many as the student has layers."""
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if not whole or len(set(ids)) != len(ids) or not all(0 <= i < teacher_layers for i in ids) or len(ids) != layers:
         raise InputError(f"{name} is {list(ids)}: give {layers} different ids from 0 to {teacher_layers - 1}")
@@ -114,14 +95,16 @@ def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the encoder's layers, whatever the family calls them."""
-    encoder = model.get_encoder()
-    return encoder.block if hasattr(encoder, "block") else encoder.layers
+    return _layers(model.get_encoder())
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder's layers, whatever the family calls them."""
-    decoder = model.get_decoder()
-    return decoder.block if hasattr(decoder, "block") else decoder.layers
+    return _layers(model.get_decoder())
+
+
+def _layers(stack: nn.Module) -> nn.ModuleList:
+    return stack.block if hasattr(stack, "block") else stack.layers
 
 
 def init_student(
@@ -138,8 +121,7 @@ def init_student(
     The student is in eval mode, all of it trainable, and shares no memory with the teacher, which stays as it was. The
     ids are kept in `config.student_init`. Shleifer & Rush (2020), "shrink and fine-tune".
 
-    With `share_weights` nothing is copied: the student is a frozen view on the teacher's own tensors, made in
-    milliseconds, to see what it is worth before any training.
+    With `share_weights` it is a frozen view on the teacher's own tensors, made in milliseconds.
 
     Raises InputError for another family, impossible depths or ids, or when weights are missing or left over.
     """
@@ -171,7 +153,7 @@ def init_student(
 
 
 def _stacks(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
-    """Return {"encoder": (name of its layer list, depth), "decoder": ...} as found in the module, not in the config."""
+    """Return {"encoder": (name of its layer list, depth), "decoder": ...} of the module, whatever its config says."""
     names = {id(module): name for name, module in model.named_modules()}
     lists = {"encoder": encoder_layers(model), "decoder": decoder_layers(model)}
     return {stack: (names[id(layers)], len(layers)) for stack, layers in lists.items()}
@@ -183,9 +165,9 @@ def new_student(
     """Return a randomly initialised student of the teacher's family and vocabulary, of another depth and width.
 
     `width` is that of the hidden states, 0 = the teacher's. Heads keep their size, so a narrower student has fewer, and
-    its feed-forward layers shrink along. `like` names a model (`load_config`) whose sizes it takes in place of the
-    teacher's, so that teachers of several sizes get one student. Raises InputError for an impossible depth, a width
-    that the number of heads or the feed-forward width cannot follow, and a model of another family.
+    its feed-forward layers shrink along. `like` names a model whose sizes it takes in place of the teacher's, so that
+    teachers of several sizes get one student. Raises InputError for an impossible depth, a width that the number of
+    heads or the feed-forward width cannot follow, and a model of another family.
     """
     _check_depth("encoder_layers", encoder_depth, len(encoder_layers(teacher)))
     _check_depth("decoder_layers", decoder_depth, len(decoder_layers(teacher)))
@@ -211,10 +193,9 @@ def new_student(
 
 @torch.no_grad()
 def start_embeddings(student: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Give a student the token embeddings of another model of its vocabulary, in the size they are drawn with.
+    """Give a student the token embeddings of another model of its vocabulary, scaled to the size of its initial ones.
 
-    A narrower student gets their coordinates along as many first principal directions: of all embeddings of its width,
-    these have the products nearest to the given ones. Raises InputError when the student is wider.
+    A narrower student gets `project_embeddings` of them. Raises InputError when the student is wider.
     """
     given, own = (model.get_input_embeddings().weight for model in (source, student))
     if own.shape[1] > given.shape[1]:
@@ -225,7 +206,7 @@ def start_embeddings(student: PreTrainedModel, source: PreTrainedModel) -> None:
 
 
 def project_embeddings(embeddings: Tensor, width: int) -> Tensor:
-    """Return embeddings (rows, width) whose products are the nearest to those of the given ones."""
+    """Return embeddings (rows, width) along the first principal directions: their products are the nearest possible."""
     if width == embeddings.shape[1]:
         return embeddings
     left, sizes, _ = torch.linalg.svd(embeddings, full_matrices=False)
@@ -291,9 +272,6 @@ def _source_name(name: str, kept: dict[str, list[int]]) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------------- load and save
-
-
 # ------------------------------------------------------------------------------------------------- parts of a model
 
 
@@ -318,7 +296,7 @@ def freeze(model: PreTrainedModel, encoder: bool = True, embeddings: bool = True
 
 
 def has_teacher_encoder(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Tell whether one encoder pass serves both: same depth, all weights frozen and equal in the teacher's dtype."""
+    """Return whether one encoder pass serves both: same depth, all weights frozen and equal in the teacher's dtype."""
     if type(student) is not type(teacher):
         return False
     ours, theirs = dict(student.get_encoder().named_parameters()), dict(teacher.get_encoder().named_parameters())
