@@ -33,7 +33,7 @@ def seconds_per_update(batch_size: int) -> float:
     """Return the time of an update of denoising."""
     tokenizer_folder = teacher.train_tokenizer()
     tokenizer = teacher.load_tokenizer(tokenizer_folder)
-    tokens = teacher.packed_text(tokenizer, tokenizer_folder)
+    tokens = teacher.token_stream("train", tokenizer, tokenizer_folder)
     batches = teacher.infilling_stream(tokens, tokenizer, teacher.WINDOW, batch_size, 0, 0)
     model = teacher.new_model()
     choose_attention(model, teacher.MAX_SOURCE_LENGTH)
@@ -41,7 +41,7 @@ def seconds_per_update(batch_size: int) -> float:
         teacher.DENOISING, max_steps=2 * TRIAL, batch_size=batch_size, eval_every=0, checkpoint_every=0, log_every=TRIAL
     )
     with tempfile.TemporaryDirectory() as folder:
-        history = fit(model, teacher.summarization_loss, batches, settings, Path(folder), stage="trial")
+        history = fit(model, teacher.without_teacher, batches, settings, Path(folder), stage="trial")
     return (history[1]["seconds"] - history[0]["seconds"]) / TRIAL
 
 

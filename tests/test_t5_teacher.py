@@ -41,9 +41,8 @@ def made(tmp_path_factory):
     """Return (folder of a tokenizer, the tokenizer) of a few texts, with every size patched to a tiny one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        for module in (teacher, t5_teacher):
-            patch.setattr(module, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
-            patch.setattr(module, "corpus_facts", lambda: FACTS)
+        patch.setattr(teacher, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
+        patch.setattr(teacher, "corpus_facts", lambda: FACTS)
         patch.setattr(teacher, "VOCABULARY", 320)
         patch.setattr(t5_teacher, "HEAD_WIDTH", 8)
         patch.setattr(t5_teacher, "SHAPES", {"pydocs-t5": (16, 2), "pydocs-t5-tiny": (8, 1)})
@@ -148,14 +147,14 @@ def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch,
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded("a b")["input_ids"] == tokenizer("a b")["input_ids"]
     assert model.generation_config.decoder_start_token_id == 1 and model.generation_config.max_new_tokens == 40
 
-    held_out = t5_teacher.token_stream("validation", tokenizer, tokenizer_folder)
+    held_out = teacher.token_stream("validation", tokenizer, tokenizer_folder)
     losses = t5_teacher.held_out_losses(model, loaded, held_out)
     mean, low, high = card["loss"]
     assert mean == pytest.approx(losses.mean(), abs=1e-4) and low <= mean <= high
     assert card["loss_checked"] == pytest.approx(losses[: card["num_checked"]].mean(), abs=1e-4)
     stages = [(stage["stage"], stage["steps"], stage["examples"]) for stage in card["stages"]]
     assert stages == [("text infilling", 4, 16), ("span corruption", 4, 16)]
-    assert card["training_tokens"] == len(t5_teacher.token_stream("train", tokenizer, tokenizer_folder))
+    assert card["training_tokens"] == len(teacher.token_stream("train", tokenizer, tokenizer_folder))
     assert card["corpus_fingerprint"] == FACTS["fingerprint"]
     compared = [(row["task"], row["name"]) for row in card["downstream"]]
     assert compared == [(task, name) for task in t5_teacher.TASKS for name in ("pre-trained", "untrained")]
@@ -191,7 +190,7 @@ def test_card_states_what_the_files_give(shipped):
     model, tokenizer, card = shipped
     assert card["source_length"] == t5_teacher.SOURCE_LENGTH and card["num_checked"] == t5_teacher.CHECKED
     assert card["parameters"] == students.count_parameters(model)
-    held_out = t5_teacher.token_stream("validation", tokenizer, ASSETS / card["name"])
+    held_out = teacher.token_stream("validation", tokenizer, ASSETS / card["name"])
     found = miniend.window_losses(model, tokenizer, held_out, card["num_checked"], card["source_length"]).mean()
     same_corpus = loading.corpus_facts()["fingerprint"] == card["corpus_fingerprint"]
     # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.

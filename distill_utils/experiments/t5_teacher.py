@@ -17,14 +17,19 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
-from distill_utils.data.denoising import denoising_stream, pack_text
-from distill_utils.data.loading import corpus_facts, load_text
+from distill_utils.artifacts import artifact, git_state, read_json
+from distill_utils.data.denoising import denoising_stream
 from distill_utils.device import seed_everything
-from distill_utils.distillation.objectives import sft
 from distill_utils.evaluation.statistics import bootstrap_interval
 from distill_utils.experiments import miniend
-from distill_utils.experiments.teacher import load_tokenizer, stage_facts, train_tokenizer
+from distill_utils.experiments.teacher import (
+    load_tokenizer,
+    stage_facts,
+    token_stream,
+    train_tokenizer,
+    without_teacher,
+    write_card,
+)
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model, save_model
 from distill_utils.training.loop import Training, choose_attention, fit
@@ -98,20 +103,6 @@ def ease_copying(model: T5ForConditionalGeneration) -> None:
         cross.q.weight.copy_(cross.k.weight * (2 * cross.q.weight.std() / cross.k.weight.std()))
 
 
-def token_stream(split: str, tokenizer, tokenizer_folder: Path) -> np.ndarray:
-    """Return the raw text of a split as one flat array of token ids."""
-
-    def build(folder: Path) -> dict:
-        texts = load_text("pydocs", split)
-        order = np.random.default_rng(0).permutation(len(texts))
-        flat = pack_text([texts[i] for i in order], tokenizer)
-        np.save(folder / "tokens.npy", flat)
-        return {"tokens": len(flat)}
-
-    folder = artifact("token-stream", {"tokenizer": tokenizer_folder.name, "split": split}, build)
-    return np.load(folder / "tokens.npy")
-
-
 def held_out_losses(model, tokenizer, tokens: np.ndarray) -> np.ndarray:
     """Return the loss of every window of text that the card's figure is a mean of, nats per target token."""
     return miniend.window_losses(model, tokenizer, tokens, HELD_OUT, SOURCE_LENGTH)
@@ -161,9 +152,7 @@ def infill(width: int, layers: int) -> Path:
         checks = denoising_stream(validation, tokenizer, "text_infilling", WINDOW, 32, 0)
         held_out = [checks(step)[0] for step in range(HELD_OUT // 32)]
         evaluate = partial(miniend.held_out_loss, batches=held_out)
-        history = fit(
-            model, lambda m, batch: sft(m, None, batch), batches, INFILLING, folder, evaluate, stage="T5, infilling"
-        )
+        history = fit(model, without_teacher, batches, INFILLING, folder, evaluate, stage="T5, infilling")
         model.save_pretrained(folder / "model")
         return {"tokens": len(tokens), "final": history[-1]}
 
@@ -188,9 +177,7 @@ def corrupt(infilled: Path) -> Path:
         def evaluate(model) -> dict:
             return {"validation_loss": float(held_out_losses(model, tokenizer, held_out).mean())}
 
-        history = fit(
-            model, lambda m, batch: sft(m, None, batch), batches, SPAN_CORRUPTION, folder, evaluate, stage="T5, spans"
-        )
+        history = fit(model, without_teacher, batches, SPAN_CORRUPTION, folder, evaluate, stage="T5, spans")
         ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
         model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
         model.save_pretrained(folder / "model")
@@ -245,14 +232,10 @@ def build(name: str = "pydocs-t5") -> Path:
     model, tokenizer = load_model(folder)
     losses = held_out_losses(model, tokenizer, token_stream("validation", tokenizer, make_tokenizer()))
     mean, low, high = bootstrap_interval(losses)
-    made = read_json(trained / "results.json")
-    card = {
-        "name": name,
-        "command": "make teachers",
+    facts = {
         **trained_by,
-        "corpus_fingerprint": corpus_facts()["fingerprint"],
         "parameters": students.count_parameters(model),
-        "training_tokens": made["tokens"],
+        "training_tokens": read_json(trained / "results.json")["tokens"],
         "stages": [
             stage_facts("text infilling", infilled, INFILLING),
             stage_facts("span corruption", trained, SPAN_CORRUPTION),
@@ -263,11 +246,8 @@ def build(name: str = "pydocs-t5") -> Path:
         "num_checked": CHECKED,
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
         **({"downstream": downstream(name), "tuning": asdict(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
-        "machine": {key: made["provenance"][key] for key in ("processor", "threads", "gpu")},
-        "packages": provenance()["packages"],
     }
-    write_json(folder / "card.json", card)
-    write_atomic(folder / "README.md", card_text(card))
+    write_card(folder, facts, trained, card_text)
     return folder
 
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
 from distill_utils.data.denoising import denoising_stream, gap_pairs, pack_text
 from distill_utils.data.loading import corpus_facts, load_pairs, load_text
 from distill_utils.device import device, seed_everything
-from distill_utils.distillation.losses import chunked_token_losses
+from distill_utils.distillation.objectives import sft
 from distill_utils.evaluation import scoring
 from distill_utils.evaluation.metrics import METRICS
+from distill_utils.experiments import miniend
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, save_model
 from distill_utils.training.loop import Training, choose_attention, fit
@@ -32,7 +35,6 @@ MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 128, 40  # tokens
 WINDOW = 64  # tokens of packed text in one infilling example
 ALIGNED_STEPS = 600  # steps of masking without collapsing spans, and without gap sentences, to learn to copy
 CHECKED = 64  # test documents whose score a test of the shipped files repeats
-CHUNK_TOKENS = 512  # logits of 512 x 8,000 in float32 stay in a processor's cache
 DENOISING = Training(
     max_steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, warmup_steps=300, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=11,
@@ -58,13 +60,9 @@ training under "denoising".
 """
 
 
-def summarization_loss(model, batch: dict) -> dict:
-    """Return the cross-entropy of the labels, projecting to the vocabulary in chunks."""
-    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-    hidden = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=decoder_input_ids
-    ).last_hidden_state  # (batch, target, width)
-    return {"loss": chunked_token_losses(hidden, model.lm_head, batch["labels"], chunk_tokens=CHUNK_TOKENS)["ce_loss"]}
+def without_teacher(model, batch: dict) -> dict:
+    """Return the cross-entropy of the labels: what a model is trained on that nobody teaches."""
+    return sft(model, None, batch)
 
 
 def train_tokenizer() -> Path:
@@ -100,17 +98,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def packed_text(tokenizer, tokenizer_folder: Path) -> np.ndarray:
-    """Return the training text as one flat array of token ids (uint16), an end token after each text."""
+def token_stream(split: str, tokenizer, tokenizer_folder: Path) -> np.ndarray:
+    """Return the raw text of a split as one flat array of token ids."""
 
     def build(folder: Path) -> dict:
-        texts = load_text("pydocs", "train")
+        texts = load_text("pydocs", split)
         order = np.random.default_rng(0).permutation(len(texts))
         flat = pack_text([texts[i] for i in order], tokenizer)
         np.save(folder / "tokens.npy", flat)
         return {"tokens": len(flat)}
 
-    return np.load(artifact("packed-text", {"tokenizer": tokenizer_folder.name}, build) / "tokens.npy")
+    folder = artifact("token-stream", {"tokenizer": tokenizer_folder.name, "split": split}, build)
+    return np.load(folder / "tokens.npy")
 
 
 def new_model(dropout: float = 0.0) -> BartForConditionalGeneration:
@@ -135,21 +134,6 @@ def new_model(dropout: float = 0.0) -> BartForConditionalGeneration:
     return BartForConditionalGeneration(config)
 
 
-def held_out_loss(batches: list[dict]):
-    """Return `evaluate(model)`: mean cross-entropy per token over some batches, in nats."""
-
-    def evaluate(model) -> dict:
-        total = count = 0.0
-        for batch in batches:
-            tokens = int((batch["labels"] != -100).sum())
-            moved = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            total += float(summarization_loss(model, moved)["loss"]) * tokens
-            count += tokens
-        return {"validation_loss": total / count}
-
-    return evaluate
-
-
 def denoise() -> Path:
     """Pre-train on the raw text: two steps of text infilling, one of gap sentences, in turn; return the run folder."""
     tokenizer_folder = train_tokenizer()
@@ -162,7 +146,7 @@ def denoise() -> Path:
         seed_everything(DENOISING.seed)
         model = new_model()
         choose_attention(model, MAX_SOURCE_LENGTH)
-        tokens = packed_text(tokenizer, tokenizer_folder)
+        tokens = token_stream("train", tokenizer, tokenizer_folder)
         size, seed = DENOISING.batch_size, DENOISING.seed
         infilling = denoising_stream(
             tokens, tokenizer, "text_infilling", WINDOW, size, seed, aligned_steps=ALIGNED_STEPS
@@ -176,8 +160,9 @@ def denoise() -> Path:
         held_out = tokenize_pairs(
             gap_pairs(load_text("pydocs", "validation")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH
         )
-        evaluate = held_out_loss(batch_list(held_out.select(range(512)), tokenizer.pad_token_id, 32))
-        history = fit(model, summarization_loss, batches, DENOISING, folder, evaluate, stage="denoising")
+        checks = batch_list(held_out.select(range(512)), tokenizer.pad_token_id, 32)
+        evaluate = partial(miniend.held_out_loss, batches=checks)
+        history = fit(model, without_teacher, batches, DENOISING, folder, evaluate, stage="denoising")
         model.save_pretrained(folder / "model")
         return {"tokens": len(tokens), "gap_pairs": len(gaps), "final": history[-1]}
 
@@ -199,8 +184,8 @@ def fine_tune(denoised: Path) -> Path:
             for split in ("train", "validation")
         }
         batches = pair_stream(rows["train"], tokenizer.pad_token_id, FINE_TUNING.batch_size, FINE_TUNING.seed)
-        evaluate = held_out_loss(batch_list(rows["validation"], tokenizer.pad_token_id, 32))
-        history = fit(model, summarization_loss, batches, FINE_TUNING, folder, evaluate, stage="fine-tuning")
+        evaluate = partial(miniend.held_out_loss, batches=batch_list(rows["validation"], tokenizer.pad_token_id, 32))
+        history = fit(model, without_teacher, batches, FINE_TUNING, folder, evaluate, stage="fine-tuning")
         model.generation_config = GenerationConfig(
             bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **GENERATION
         )
@@ -236,11 +221,8 @@ def build() -> Path:
     options = {"max_source_length": MAX_SOURCE_LENGTH}
     tested = scoring.evaluate_model("teacher", model, tokenizer, fingerprint, test, **options)
     few = scoring.evaluate_model("teacher", model, tokenizer, fingerprint, test.select(range(CHECKED)), **options)
-    card = {
-        "name": "pydocs-bart",
-        "command": "make teachers",
+    facts = {
         **trained_by,
-        "corpus_fingerprint": corpus_facts()["fingerprint"],
         "parameters": students.count_parameters(model),
         "stages": [stage_facts("denoising", denoised, DENOISING), stage_facts("fine-tuning", tuned, FINE_TUNING)],
         "decoding": GENERATION,
@@ -249,14 +231,20 @@ def build() -> Path:
         "rouge": rouge_of(tested),
         "num_checked": CHECKED,
         "rouge_checked": rouge_of(few),
-        "machine": {
-            key: read_json(tuned / "results.json")["provenance"][key] for key in ("processor", "threads", "gpu")
-        },
-        "packages": provenance()["packages"],
     }
-    write_json(folder / "card.json", card)
-    write_atomic(folder / "README.md", card_text(card))
+    write_card(folder, facts, tuned, card_text)
     return folder
+
+
+def write_card(folder: Path, facts: dict, trained: Path, text: Callable[[dict], str]) -> None:
+    """Write card.json and README.md: what is common to all teachers, `facts`, and the machine that trained them."""
+    made = read_json(trained / "results.json")["provenance"]
+    machine = {key: made[key] for key in ("processor", "threads", "gpu")}
+    corpus = corpus_facts()["fingerprint"]
+    card = {"name": folder.name, "command": "make teachers", "corpus_fingerprint": corpus, **facts}
+    card |= {"machine": machine, "packages": provenance()["packages"]}
+    write_json(folder / "card.json", card)
+    write_atomic(folder / "README.md", text(card))
 
 
 def stage_facts(stage: str, folder: Path, settings: Training) -> dict:
