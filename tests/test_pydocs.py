@@ -37,35 +37,26 @@ def make_row(module: str, seed: int, name: str = "f", **changes: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize(
-    ("docstring", "expected"),
-    [
-        ("Use :class:`~torch.nn.Linear` and ``size`` here. ", "Use Linear and size here."),
-        ("See :py:func:`the loader <package.load>` or `other`_.", "See load or other."),
-        ("  A\ttab\n\nand a paragraph.\n", "A tab\n\nand a paragraph."),
-        (":meth:`run`: starts `a` and ```b```", "run: starts a and b"),
-    ],
-)
-def test_clean(docstring, expected):
-    assert pydocs.clean(docstring) == expected
+def test_clean():
+    cleaned = {
+        "Use :class:`~torch.nn.Linear` and ``size`` here. ": "Use Linear and size here.",
+        "See :py:func:`the loader <package.load>` or `other`_.": "See load or other.",
+        "  A\ttab\n\nand a paragraph.\n": "A tab\n\nand a paragraph.",
+        ":meth:`run`: starts `a` and ```b```": "run: starts a and b",
+    }
+    assert {docstring: pydocs.clean(docstring) for docstring in cleaned} == cleaned
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("def f(): ...", "()"),
-        (
-            "def f(self, a, /, b=1, *args, c, d='x', e=call(), **kw): ...",
-            "(a, b=1, *args, c, d='x', e=..., **kw)",
-        ),
-        ("async def f(cls, *, a=None, b=-1, c=True): ...", "(a=None, b=..., c=True)"),
-        ("def f(a='" + "long" * 9 + "'): ...", "(a=...)"),
-        ("class C:\n    x = 1\n    def __init__(self, size, name='n'): ...", "(size, name='n')"),
-        ("class C:\n    def run(self, size): ...", ""),
-    ],
-)
-def test_signature(source, expected):
-    assert pydocs._signature(ast.parse(source).body[0]) == expected
+def test_signature():
+    signatures = {
+        "def f(): ...": "()",
+        "def f(self, a, /, b=1, *args, c, d='x', e=call(), **kw): ...": "(a, b=1, *args, c, d='x', e=..., **kw)",
+        "async def f(cls, *, a=None, b=-1, c=True): ...": "(a=None, b=..., c=True)",
+        f"def f(a='{'long' * 9}'): ...": "(a=...)",
+        "class C:\n    x = 1\n    def __init__(self, size, name='n'): ...": "(size, name='n')",
+        "class C:\n    def run(self, size): ...": "",
+    }
+    assert {source: pydocs._signature(ast.parse(source).body[0]) for source in signatures} == signatures
 
 
 def test_make_pair_joins_name_signature_and_description():
@@ -76,49 +67,37 @@ def test_make_pair_joins_name_signature_and_description():
     }
 
 
-@pytest.mark.parametrize(
-    "summary",
-    [
-        "Read all the rows.",
-        " ".join(["word"] * 29) + " end.",
-        "Read\nall the rows\nof a file.",
-        "Return x, e.g. from a list, as 'text'.",
-    ],
-    ids=["4 words", "30 words", "3 lines", "punctuation"],
-)
-def test_make_pair_accepts(summary):
-    pair = pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}")
-    assert pair == {"document": f"function f() {BODY}", "summary": " ".join(summary.split())}
+ACCEPTED = [
+    "Read all the rows.",
+    " ".join(["word"] * 29) + " end.",
+    "Read\nall the rows\nof a file.",
+    "Return x, e.g. from a list, as 'text'.",
+]
+REJECTED = [
+    "",
+    "Read the rows.",
+    " ".join(["word"] * 30) + " end.",
+    "Read\nall\nthe\nrows of a file.",
+    "Read all the rows of a file",
+    "Read all the rows. Then close the file.",
+    "7 rows are read from a file.",
+    "Read a1 2b 3c 4d 5e 66 77 88 99.",
+    "Read all the naïve rows of a file.",
+    "Read all rows where size >= limit holds.",
+    "TODO read all the rows of a file.",
+    "Copyright of the authors of this file.",
+    "See https://example.org for all of this.",
+]
 
 
-@pytest.mark.parametrize(
-    "summary",
-    [
-        "",
-        "Read the rows.",
-        " ".join(["word"] * 30) + " end.",
-        "Read\nall\nthe\nrows of a file.",
-        "Read all the rows of a file",
-        "Read all the rows. Then close the file.",
-        "7 rows are read from a file.",
-        "Read a1 2b 3c 4d 5e 66 77 88 99.",
-        "Read all the naïve rows of a file.",
-        "Read all rows where size >= limit holds.",
-        "TODO read all the rows of a file.",
-        "Copyright of the authors of this file.",
-        "See https://example.org for all of this.",
-    ],
-)
-def test_make_pair_refuses_the_summary(summary):
-    assert pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}") is None
-
-
-@pytest.mark.parametrize("rest", ["", "\n\nOnly five words stand here.", "\n\n-----\n====="])
-def test_make_pair_refuses_a_short_description(rest):
-    assert pydocs.make_pair("function", "f", "()", f"Read all the rows of a file.{rest}") is None
-
-
-def test_make_pair_cuts_long_documents():
+def test_make_pair_takes_one_whole_sentence_and_a_description():
+    for summary in ACCEPTED:
+        pair = pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}")
+        assert pair == {"document": f"function f() {BODY}", "summary": " ".join(summary.split())}
+    for summary in REJECTED:
+        assert pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}") is None, summary
+    for rest in ("", "\n\nOnly five words stand here.", "\n\n-----\n====="):
+        assert pydocs.make_pair("function", "f", "()", f"Read all the rows of a file.{rest}") is None
     pair = pydocs.make_pair("class", "C", "", "Read all the rows of a file.\n\n" + "long " * 1000)
     assert len(pair["document"]) == 1500
 
@@ -201,27 +180,19 @@ def test_files_are_read_as_text_and_never_imported(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"x = 1\n",
-        b'def f(:\n    """Read all the rows of a file."""\n',
-        b'"""Read all the rows of a file \xff\xfe."""\n',
-        b'"""Null \x00 byte."""\n',
-        None,
-    ],
-    ids=["nothing to read", "syntax error", "not UTF-8", "null byte", "missing"],
-)
-def test_unreadable_files_are_skipped(tmp_path, content):
-    if content is not None:
-        (tmp_path / "f.py").write_bytes(content)
-    assert pydocs._read_file((str(tmp_path / "f.py"), "f", "p", "family")) == ([], [])
+def test_unreadable_files_are_skipped(tmp_path):
+    (tmp_path / "nothing.py").write_bytes(b"x = 1\n")
+    (tmp_path / "syntax.py").write_bytes(b'def f(:\n    """Read all the rows of a file."""\n')
+    (tmp_path / "latin.py").write_bytes(b'"""Read all the rows of a file \xff\xfe."""\n')
+    (tmp_path / "null.py").write_bytes(b'"""Null \x00 byte."""\n')
+    for name in ("nothing", "syntax", "latin", "null", "missing"):
+        assert pydocs._read_file((str(tmp_path / f"{name}.py"), "f", "p", "family")) == ([], [])
 
 
 # ---------------------------------------------------------------------------------------------------------- separation
 
 
-def test_split_of_is_stable():
+def test_splits_are_stable_and_have_their_shares():
     # printf '%s' MODULE | sha256sum | cut -c1-8, as a number modulo 1000: 465, 343, 18, 124, 120
     literals = {
         "torch.nn.modules.linear": "train",
@@ -231,9 +202,6 @@ def test_split_of_is_stable():
         "nbformat.v4": "test",
     }
     assert {module: pydocs.split_of(module) for module in literals} == literals
-
-
-def test_split_shares():
     counts = Counter(pydocs.split_of(f"package.module{i}") for i in range(20_000))
     # three standard deviations of a binomial share over 20,000 draws are at most 0.0072
     for split, share in (("train", 0.87), ("validation", 0.04), ("test", 0.09)):
@@ -296,18 +264,10 @@ def test_planted_duplicates_are_removed_and_counted():
     assert sum(removed.values()) + sum(map(len, pairs.values())) == len(items)
     for split, rows in pairs.items():
         assert all(pydocs.split_of(row["module"]) == split for row in rows)
-
-
-def test_separation_does_not_depend_on_the_order_of_items():
-    items, _ = planted_items()
-    expected = pydocs.separate_splits(items)
     random.Random(5).shuffle(items)
-    assert pydocs.separate_splits(items) == expected
-
-
-def test_a_repeated_id_is_dropped():
+    assert pydocs.separate_splits(items) == (pairs, removed)  # whatever the order of the items
     (module,) = modules_in("train", 1)
-    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])
+    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])  # a repeated id
     assert len(pairs["train"]) == 1 and removed["train: exact duplicate document"] == 1
 
 
@@ -316,8 +276,7 @@ def naive_shingles(text: str) -> set[tuple]:
     return {tuple(found[i : i + 3]) for i in range(len(found) - 2)} or {tuple(found)}
 
 
-@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
-def test_near_duplicates_equal_every_pair_compared(threshold):
+def test_near_duplicates_equal_every_pair_compared():
     generator = random.Random(0)
     references = [" ".join(generator.choices(VOCABULARY[:40], k=generator.randint(1, 30))) for _ in range(50)]
     held_out = ["", "Two words"]
@@ -331,9 +290,9 @@ def test_near_duplicates_equal_every_pair_compared(threshold):
     expected = {
         i
         for i, values in enumerate(map(naive_shingles, held_out))
-        if any(Fraction(len(values & other), len(values | other)) >= Fraction(threshold) for other in sets)
+        if any(Fraction(len(values & other), len(values | other)) >= Fraction(1, 2) for other in sets)
     }
-    assert pydocs.near_duplicates(held_out, references, threshold) == expected
+    assert pydocs.near_duplicates(held_out, references) == expected
     assert 5 < len(expected) < 38  # both outcomes are common
 
 
