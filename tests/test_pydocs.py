@@ -149,24 +149,17 @@ def test_files_are_read_as_text_and_never_imported(tmp_path):
     pairs, texts = pydocs._read_file((str(tmp_path / "tables.py"), "planted.tables", "planted", "planted family"))
     assert not marker.exists() and set(sys.modules) == before
     common = {"module": "planted.tables", "package": "planted", "family": "planted family"}
-    expected = {
-        "Reader": (
-            "class Reader(folder, encoding='utf-8') Each file is opened once, and its rows are kept in the order of "
-            "the file.",
-            "Read Table objects from a folder of files.",
-        ),
-        "Reader.rows": (
-            "method Reader.rows(limit=10) The rows come in the order of file names, at most the limit of them.",
-            "Return the rows of all planted files together.",
-        ),
-        "count": (
-            "function count(path) The file is never parsed, only its line ends are counted by this function.",
-            "Count the rows of one planted file quickly.",
-        ),
-    }
+    expected = [
+        ("Reader", "class Reader(folder, encoding='utf-8')", "Read Table objects from a folder of files.",
+         "Each file is opened once, and its rows are kept in the order of the file."),
+        ("Reader.rows", "method Reader.rows(limit=10)", "Return the rows of all planted files together.",
+         "The rows come in the order of file names, at most the limit of them."),
+        ("count", "function count(path)", "Count the rows of one planted file quickly.",
+         "The file is never parsed, only its line ends are counted by this function."),
+    ]  # fmt: skip
     assert pairs == [
-        {"id": f"planted.tables:{name}", "name": name, "document": document, "summary": summary} | common
-        for name, (document, summary) in expected.items()
+        common | {"id": f"planted.tables:{name}", "name": name, "document": f"{head} {body}", "summary": summary}
+        for name, head, summary, body in expected
     ]
     assert {row["module"] for row in texts} == {"planted.tables"}
     starts = [row["text"].split("\n")[0] for row in texts]
@@ -220,32 +213,24 @@ def planted_items() -> tuple[list[dict], dict[str, list[str]]]:
     train, validation, test = (modules_in(split, 8) for split in ("train", "validation", "test"))
     a, b, c = (make_row(train[i], seed, name) for i, (seed, name) in enumerate([(1, "a"), (2, "b"), (3, "c")]))
     lone, near_validation = make_row(test[3], 13, "lone"), make_row(test[5], 15, "near")
+    near_changed = {"document": change_words(near_validation["document"], [5, 30])}
+    near_changed |= {"summary": change_words(near_validation["summary"], [0])}
+    c_changed = {"document": change_words(c["document"], [9, 24, 33]), "summary": c["summary"] + " Too"}
+    # half of the words of a training document, in order: similar, and below the threshold
+    half = " ".join(b["document"].split()[:22] + words(99, 20))
     items = [
-        a,
-        b,
-        c,
+        *(a, b, c, lone, near_validation),
         make_row(train[4], 4, "copy", document=a["document"].upper()),
         make_row(test[0], 10, "exact", document=a["document"].replace(" ", ", ")),
         make_row(test[1], 11, "summary", summary=b["summary"].upper().rstrip(".") + "!"),
-        make_row(
-            test[2], 12, "changed", document=change_words(c["document"], [9, 24, 33]), summary=c["summary"] + " Too"
-        ),
-        lone,
-        # half of the words of a training document, in order: similar, and below the threshold
-        make_row(test[4], 14, "half", document=" ".join(b["document"].split()[:22] + words(99, 20))),
-        near_validation,
+        make_row(test[2], 12, "changed", **c_changed),
+        make_row(test[4], 14, "half", document=half),
         make_row(validation[0], 20, "summary_of_test", summary=lone["summary"]),
-        make_row(
-            validation[1],
-            21,
-            "changed_from_test",
-            document=change_words(near_validation["document"], [5, 30]),
-            summary=change_words(near_validation["summary"], [0]),
-        ),
+        make_row(validation[1], 21, "changed_from_test", **near_changed),
         make_row(validation[2], 22, "kept"),
         make_row(validation[3], 23, "summary_of_train", summary=a["summary"]),
     ]
-    assert a["id"] < items[3]["id"]  # the first id of a repeated document stays
+    assert a["id"] < items[5]["id"]  # the first id of a repeated document stays
     return items, {"train": ["a", "b", "c"], "validation": ["kept"], "test": ["half", "lone", "near"]}
 
 
