@@ -361,16 +361,12 @@ def planted_distribution(tmp_path, monkeypatch):
     return tmp_path, [*train, *test, "planted.leaky"], leak
 
 
-def test_source_files_of_a_distribution(planted_distribution):
-    folder, names, _ = planted_distribution
+def test_build_corpus(planted_distribution):
+    folder, names, leak = planted_distribution
     files = pydocs._source_files()
     assert [file[1] for file in files] == sorted([*names, "planted"])
     assert all(file[2:] == ("planted", "planted family") and file[0].startswith(str(folder)) for file in files)
     assert pydocs.corpus_settings()["packages"] == {"planted": "1.0"}
-
-
-def test_build_corpus(planted_distribution):
-    folder, names, leak = planted_distribution
     seen = []
     corpus = pydocs.build_corpus(lambda *row: seen.append(row))
     assert seen[-1] == ("removing duplicates", 2, 2) and ("reading docstrings", 42, 42) in seen
@@ -413,6 +409,8 @@ def test_belongs_task_takes_hard_negatives():
     modules_of = {}
     for row in rows:
         modules_of.setdefault(row["summary"], set()).add(row["module"])
+    # of two objects that say the same, a negative comes from the package instead
+    negatives_of = {"two.same": "two.alone", "two.alone": "two.same"}
     seen = set()
     for task in tasks:
         assert len({row["id"] for row in task}) == len(task) >= len(rows) - 1
@@ -421,18 +419,14 @@ def test_belongs_task_takes_hard_negatives():
         assert abs(share - 0.5) < 0.05  # nearly four standard deviations
         for row in task:
             source = by_id[row["id"]]
-            assert row["sentence2"] == source["document"]
+            assert row["sentence2"] == source["document"] and row["label"] in ("yes", "no")
             if row["label"] == "yes":
                 assert row["sentence1"] == source["summary"]
                 continue
-            assert row["label"] == "no" and row["sentence1"].lower() != source["summary"].lower()
-            seen.add(source["module"])
-            if source["module"] == "two.same":  # its other summary says the same: taken from the package instead
-                assert modules_of[row["sentence1"]] == {"two.alone"}
-            elif source["module"] == "two.alone":
-                assert modules_of[row["sentence1"]] == {"two.same"}
-            else:
-                assert modules_of[row["sentence1"]] == {source["module"]}
+            assert row["sentence1"].lower() != source["summary"].lower()
+            module = source["module"]
+            assert modules_of[row["sentence1"]] == {negatives_of.get(module, module)}
+            seen.add(module)
     assert {"two.same", "two.alone"} <= seen and "three.lonely" not in seen
 
 
