@@ -55,14 +55,11 @@ _NOT_PROSE = re.compile(r"[|{}<>=\\]{2,}|>>>|\.\. |https?://|^[-=~*#:@.]|\bTODO\
 
 def corpus_settings() -> dict:
     """Return what the corpus depends on: this file, Python's parser and the installed version of every package."""
-    versions = {}
-    for name in _distributions():
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return {"code": code, "python": ".".join(platform.python_version_tuple()[:2]), "packages": versions}
+    return {
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "packages": {package: distribution.version for package, _, distribution in _installed()},
+    }
 
 
 def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, num_processes: int = 2) -> dict:
@@ -104,19 +101,21 @@ def split_of(module: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _distributions() -> dict[str, str]:
-    return {name: family for family, names in FAMILIES.items() for name in names}
+def _installed() -> Iterable[tuple[str, str, importlib.metadata.Distribution]]:
+    """Yield (package, family, distribution) of the listed packages that are installed."""
+    for family, packages in FAMILIES.items():
+        for package in packages:
+            try:
+                yield package, family, importlib.metadata.distribution(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
 
 
 def _source_files() -> list[tuple[str, str, str, str]]:
-    """Return (path, module, package, family) of every Python file of the listed distributions, in stable order."""
+    """Return (path, module, package, family) of every Python file of the installed packages, in stable order."""
     found = {}
-    for package, family in _distributions().items():
-        try:
-            entries = importlib.metadata.files(package) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for entry in entries:
+    for package, family, distribution in _installed():
+        for entry in distribution.files or []:
             name = entry.as_posix()
             if name.endswith(".py") and ".." not in name and not _SKIPPED_FOLDERS.search(name):
                 module = name[:-3].removesuffix("/__init__").replace("/", ".")
@@ -127,8 +126,7 @@ def _source_files() -> list[tuple[str, str, str, str]]:
 def _read_file(file: tuple[str, str, str, str]) -> tuple[list[dict], list[dict]]:
     path, module, package, family = file
     try:
-        with open(path, "rb") as stream:
-            data = stream.read()
+        data = Path(path).read_bytes()
     except OSError:
         return [], []
     if b'"""' not in data and b"'''" not in data and b"# " not in data:  # cheaper than parsing
