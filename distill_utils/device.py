@@ -1,7 +1,4 @@
-"""The device to compute on, its mixed precision, seeds, and the modes that models are put in for a while.
-
-torch is imported inside the functions, so that the command line starts without it.
-"""
+"""The device to compute on, its mixed precision, seeds and eval mode; torch is imported on use."""
 
 from __future__ import annotations
 

@@ -65,24 +65,11 @@ def message_of(error: pytest.ExceptionInfo) -> str:
 # ------------------------------------------------------------------------------------------------------------ hashing
 
 
-def test_config_hash_is_the_sha256_of_canonical_json():
+def test_hashes(tmp_path):
     # printf '{"a":1,"b":[true,null,0.5],"c":"\u00e9"}' | sha256sum
     assert artifacts.config_hash({"c": "é", "b": [True, None, 0.5], "a": 1}) == "34f80fc51f"
-
-
-def test_config_hash_depends_on_every_value():
-    base = {"a": 1, "b": {"c": [1, 2], "d": "x"}}
-    others = [
-        {"a": 2, "b": {"c": [1, 2], "d": "x"}},
-        {"a": 1, "b": {"c": [2, 1], "d": "x"}},
-        {"a": 1, "b": {"c": [1, 2], "d": "y"}},
-        {"a": 1, "b": {"c": [1, 2]}},
-        {"a": "1", "b": {"c": [1, 2], "d": "x"}},
-    ]
-    assert len({artifacts.config_hash(settings) for settings in [base, *others]}) == 6
-
-
-def test_file_hash(tmp_path):
+    values = [1, 2, "1", [1, 2], [2, 1], {"c": 1}, {"c": 2}, None]
+    assert len({artifacts.config_hash({"a": value}) for value in values}) == len(values)
     (tmp_path / "file").write_bytes(b"abc")
     assert artifacts.file_hash(tmp_path / "file") == "ba7816bf8f"  # FIPS 180-2, appendix B.1
 
@@ -134,7 +121,7 @@ def test_other_system_errors_pass_unchanged(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"
 
 
-def test_write_json_refuses_what_json_lacks(tmp_path):
+def test_write_json_rejects_what_json_lacks(tmp_path):
     artifacts.write_json(tmp_path / "a.json", {"text": "é", "value": 0.1})
     with pytest.raises(ValueError):
         artifacts.write_json(tmp_path / "a.json", {"value": float("nan")})
@@ -151,7 +138,7 @@ def test_folder_atomic_replaces_the_whole_folder(tmp_path):
     (stale / "older").write_text("older")
     with artifacts.folder_atomic(folder) as temporary:
         (temporary / "new").write_text("new")
-        assert os.listdir(folder) == ["old"]  # a reader sees the old folder until the end
+        assert os.listdir(folder) == ["old"]  # others see the old folder until the end
     assert os.listdir(folder) == ["new"]
     assert os.listdir(tmp_path) == ["student"]
 
@@ -199,17 +186,11 @@ def test_artifact_is_built_once_and_reused(runs, capsys):
     assert artifacts.artifact("part", {"a": 1}, build, quiet=True) == first
     assert capsys.readouterr().out == ""
     assert calls == [first] and first.parent == runs
+    others = [artifacts.artifact(*key, lambda folder: {}) for key in (("part", {"a": 2}), ("other", {"a": 1}))]
+    assert len({first, *others}) == 3
     results = json.loads((first / "results.json").read_text())
     assert results["loss"] == 0.5 and results["build_seconds"] >= 0
     assert results["provenance"]["packages"]["torch"] == importlib.metadata.version("torch")
-
-
-def test_other_settings_or_name_are_another_artifact():
-    folders = [
-        artifacts.artifact(name, settings, lambda folder: {})
-        for name, settings in (("part", {"a": 1}), ("part", {"a": 2}), ("other", {"a": 1}))
-    ]
-    assert len(set(folders)) == 3
 
 
 def test_a_build_that_raises_is_built_again_and_finds_its_parts():
@@ -231,7 +212,7 @@ def test_a_build_that_raises_is_built_again_and_finds_its_parts():
     assert (folder / "results.json").exists()
 
 
-def test_artifact_in_use_is_refused_until_its_process_is_killed(holder, runs):
+def test_artifact_in_use_is_rejected_until_its_process_is_killed(holder, runs):
     built = []
 
     def build(folder):
@@ -250,20 +231,6 @@ def test_artifact_in_use_is_refused_until_its_process_is_killed(holder, runs):
     assert (folder / "results.json").exists()
 
 
-def test_a_second_process_is_refused(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from distill_utils import artifacts\nwith artifacts.lock(sys.argv[1]): pass",
-    ]
-    with artifacts.lock(tmp_path / "run"):
-        second = subprocess.run([*command, tmp_path / "run"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert second.returncode == 1
-    assert f"InputError: run folder run is in use by process {os.getpid()}: " in second.stderr
-    third = subprocess.run([*command, tmp_path / "run"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert third.returncode == 0
-
-
 def test_lock_is_free_after_an_error(tmp_path):
     with pytest.raises(KeyError), artifacts.lock(tmp_path):
         raise KeyError
@@ -271,28 +238,28 @@ def test_lock_is_free_after_an_error(tmp_path):
         pass
 
 
-def start(**parameters):
-    """Start notebook 03 with integer parameters, as its cells do."""
-    return artifacts.start_notebook("03", {"__annotations__": dict.fromkeys(parameters, int)} | parameters)
+def start(name: str, **parameters) -> artifacts.NotebookRun:
+    """Start a notebook whose globals are the given parameters, annotated, and something else."""
+    return artifacts.start_notebook(name, parameters | {"__annotations__": dict.fromkeys(parameters, int), "other": 1})
 
 
-def test_a_notebooks_run_and_its_results(runs, monkeypatch, capsys):
-    run = start(seed=1)
+def test_a_notebooks_run_has_its_parameters_seconds_and_results(runs, monkeypatch, capsys):
+    run = start("03", seed=1)
     assert run.folder.parent == runs and run.folder.is_dir() and run.parameters == {"seed": 1}
-    assert run.folder == start(seed=1).folder != start(seed=2).folder
-    monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs / "named"))
-    assert start(seed=1).folder == runs / "named" and (runs / "named").is_dir()
-    clock = iter([5.0, 7.5])
-    run.began = 3.0
-    monkeypatch.setattr(artifacts.time, "monotonic", lambda: next(clock))
-    run.lap("train")
-    run.lap("train")
-    run.save([{"rouge1": 0.3}], "**It works**", teacher="t")
+    assert run.folder != start("03", seed=2).folder
+    monkeypatch.setattr(artifacts.time, "monotonic", itertools.count(run.began + 2, 2).__next__)
+    for part in ("train", "test", "train"):
+        run.lap(part)
+    run.save([{"rouge1": 0.3}], "**It works**", means=[1])
     assert capsys.readouterr().out == f"wrote runs/{run.folder.name}/results.json\n"
-    results = json.loads((run.folder / "results.json").read_text())
-    keys = "notebook", "parameters", "headline", "rows", "seconds", "reused_seconds", "provenance", "teacher"
-    assert set(results) == set(keys)
-    assert results["rows"] == [{"rouge1": 0.3}] and results["seconds"] == {"train": 4.5}
+    results = artifacts.read_json(run.folder / "results.json")
+    assert {name: results[name] for name in ("notebook", "parameters", "headline", "rows", "means", "seconds")} == {
+        "notebook": "03", "parameters": {"seed": 1}, "headline": "**It works**", "rows": [{"rouge1": 0.3}],
+        "means": [1], "seconds": {"train": 4.0, "test": 2.0},
+    }  # fmt: skip
+    assert results["reused_seconds"] >= 0 and "packages" in results["provenance"]
+    monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs / "named"))
+    assert start("03", seed=1).folder == runs / "named" and (runs / "named").is_dir()
 
 
 def test_results_of_earlier_processes_are_counted_once(runs, monkeypatch, capsys):
@@ -300,9 +267,9 @@ def test_results_of_earlier_processes_are_counted_once(runs, monkeypatch, capsys
     monkeypatch.setattr(artifacts, "_reused", {})
 
     def reused() -> float:
-        run = start(seed=1)
+        run = start("03", seed=1)
         run.save([], "")
-        return json.loads((run.folder / "results.json").read_text())["reused_seconds"]
+        return artifacts.read_json(run.folder / "results.json")["reused_seconds"]
 
     clock = itertools.count(0, 7)
     monkeypatch.setattr(artifacts.time, "time", lambda: next(clock))
@@ -341,14 +308,11 @@ def test_progress_is_throttled_and_final(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["progress.json"]
 
 
-def test_progress_of_a_batch_run_is_seen_from_the_notebooks_folder(tmp_path, monkeypatch):
+def test_progress_is_also_seen_from_the_notebooks_folder_and_never_stops_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(tmp_path))
     (tmp_path / "kd").mkdir()
     artifacts.report_progress(tmp_path / "kd", "training", 1, 1)
     assert (tmp_path / "progress.json").read_text() == (tmp_path / "kd" / "progress.json").read_text()
-
-
-def test_progress_never_stops_a_run(tmp_path):
     artifacts.report_progress(tmp_path / "missing", "training", 1, 1)
     assert not (tmp_path / "missing").exists()
 

@@ -1,4 +1,4 @@
-"""SFT, KD and PL for every family on tiny models, unequal vocabularies, and what Pegasus needs."""
+"""SFT, KD and PL for every family on tiny models, and what Pegasus needs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, t
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import pair_stream, tokenize_pairs
-from distill_utils.distillation import losses, objectives
+from distill_utils.distillation import objectives
 from distill_utils.evaluation import generation, scoring
-from distill_utils.experiments import checks, runs
+from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.training import loop
@@ -90,9 +90,10 @@ def test_saved_student_writes_what_it_wrote_before(family, tmp_path):
     batches = pair_stream(rows, tokenizer.pad_token_id, 4, seed=0)
     options = {"encoder_layer_ids": [1], "decoder_layer_ids": [1]}  # a cut encoder, all of it trained
 
-    loop.fit(student, lambda model, batch: objectives.kd(model, teacher, batch, **options), batches, TRAINING,
-                 tmp_path / "run")  # fmt: skip
+    def loss_fn(model, batch):
+        return objectives.kd(model, teacher, batch, **options)
 
+    loop.fit(student, loss_fn, batches, TRAINING, tmp_path / "run")
     documents = list(pairs(4, seed=1)["document"])
     written = generation.summarize(student, tokenizer, documents, max_source_length=16)
     save_model(student, tokenizer, tmp_path / "student")
@@ -100,35 +101,6 @@ def test_saved_student_writes_what_it_wrote_before(family, tmp_path):
     assert any(written)
     assert generation.summarize(again, again_tokenizer, documents, max_source_length=16) == written
     assert again.generation_config.num_beams == teacher.generation_config.num_beams == 3
-
-
-# ------------------------------------------------------------------------------------------------ unequal vocabularies
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_objectives_refuse_a_teacher_of_another_vocabulary(family):
-    student, teacher = MODELS[family](1, 1, vocab_size=VOCAB_SIZE), MODELS[family](1, 1, vocab_size=VOCAB_SIZE + 1)
-    for objective in (objectives.pl_kl, lambda *args: objectives.kd(*args, encoder_layer_ids=[], decoder_layer_ids=[])):
-        with pytest.raises(ValueError, match=f"{VOCAB_SIZE} vocabulary entries and teacher {VOCAB_SIZE + 1}"):
-            objective(student, teacher, tiny_batch())
-
-
-def test_gate_refuses_unequal_vocabularies_and_too_large_tokenizers():
-    teacher, documents = tiny_pegasus(1, 1), list(pairs(2)["document"])
-    for student, tokenizer, said in (
-        (tiny_pegasus(1, 1, vocab_size=VOCAB_SIZE + 1), tiny_tokenizer(), f"student {VOCAB_SIZE + 1}, teacher"),
-        (tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), f"tokenizer {VOCAB_SIZE + 1} entries"),
-    ):
-        with pytest.raises(InputError, match=said) as error:
-            checks.check_initial_student(
-                student, teacher, tokenizer, tiny_batch(), documents, documents, max_source_length=16
-            )
-        assert "\n" not in str(error.value)
-
-
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_at_saving(tmp_path):
-    with pytest.raises(InputError, match="1 entries beyond the model's vocabulary of 96"):
-        save_model(tiny_pegasus(1, 1), tiny_tokenizer(VOCAB_SIZE + 1), tmp_path / "model")
 
 
 # -------------------------------------------------------------------------------------------------------------- Pegasus
@@ -155,14 +127,6 @@ def test_normalised_hidden_loss_is_finite_with_huge_states(dtype):
     terms["loss"].backward()
     gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
     assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_hidden_loss_does_not_see_the_size_of_the_states():
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.randn(2, 5, 16, generator=generator) for _ in range(2))
-    mask = torch.ones(2, 5)
-    plain = losses.hidden_loss(ours, theirs, mask)
-    assert losses.hidden_loss(1e8 * ours, 1e8 * theirs, mask).item() == pytest.approx(plain.item(), rel=1e-4)
 
 
 def test_float16_is_never_used(tmp_path, monkeypatch):

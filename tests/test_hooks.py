@@ -101,7 +101,7 @@ def test_models_of_one_stack_have_their_self_attention(make, site):
     torch.testing.assert_close((q @ k.mT * 8**-0.5).masked_fill(~mask, -1e9).softmax(-1), attention)
 
 
-def test_what_does_not_exist_is_refused():
+def test_what_does_not_exist_is_rejected():
     model = tiny_bart(2, 3)
     for site, message in (
         (("encoder_self", 2), "layer 2 of encoder_self does not exist: give 0 to 1"),

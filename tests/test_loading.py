@@ -365,15 +365,13 @@ def test_collate_pads():
     assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"}
 
 
-@pytest.mark.parametrize("special", [False, True])
-def test_line_breaks_of_a_summary_become_what_the_tokenizer_has(special):
-    tokenizer = tiny_tokenizer()
-    if special:
-        tokenizer.add_tokens(["<n>"])
+def test_line_breaks_of_a_summary_become_what_the_tokenizer_has():
     rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["the list \n of text"]})
-    (labels,) = tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
-    words = tokenizer.convert_ids_to_tokens(labels)
-    assert words[:-1] == (["the", "list", "<n>", "of", "text"] if special else ["the", "list", "of", "text"])
+    tokenizer = tiny_tokenizer()
+    for expected in ("the list of text", "the list <n> of text"):
+        (labels,) = tokenize_pairs(rows, tokenizer, 20, 20)["labels"]
+        assert tokenizer.convert_ids_to_tokens(labels)[:-1] == expected.split()
+        tokenizer.add_tokens(["<n>"])
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -397,17 +395,11 @@ def test_length_batches_hold_every_row(count, batch_size):
     assert sum(times.values()) - count == -count % batch_size  # as few as fill the last batch
 
 
-def test_length_batches_are_a_function_of_their_arguments():
-    np.random.seed(0)
-    first = length_batches(LENGTHS, 8, seed=1, epoch=0)
-    np.random.seed(1)
-    assert length_batches(LENGTHS, 8, seed=1, epoch=0) == first
-    assert length_batches(LENGTHS, 8, seed=1, epoch=1) != first
-    assert length_batches(LENGTHS, 8, seed=2, epoch=0) != first
-
-
-def test_length_batches_save_padding_without_sorting_the_epoch():
+def test_length_batches_follow_from_their_arguments_and_save_padding_without_sorting_the_epoch():
     batches = length_batches(LENGTHS, 8, seed=1, epoch=0)
+    np.random.seed(1)
+    assert length_batches(LENGTHS, 8, seed=1, epoch=0) == batches
+    assert batches not in (length_batches(LENGTHS, 8, seed=1, epoch=1), length_batches(LENGTHS, 8, seed=2, epoch=0))
     order = random.Random(0).sample(range(200), 200)
     chance = padding([order[i : i + 8] for i in range(0, 200, 8)])
     assert padding(batches) < 0.25 * chance
@@ -449,19 +441,15 @@ def test_pair_stream_is_a_function_of_step_and_seed():
     assert [unpadded(pair_stream(rows, PAD, 4, seed=6)(step)) for step in range(6)] != expected[:6]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_micro_batches_concatenate_to_the_batch(micro_batch_size):
+def test_micro_batches_concatenate_to_the_batch():
     rows = make_rows()
-    whole, parts = (pair_stream(rows, PAD, 4, 5, micro_batch_size=size) for size in (0, micro_batch_size))
-    for step in range(8):
-        assert len(whole(step)) == 1
-        micro_batches = parts(step)
-        assert [len(batch["ids"]) for batch in micro_batches] == [micro_batch_size] * (4 // micro_batch_size)
-        assert unpadded(micro_batches) == unpadded(whole(step))
-
-
-def test_pair_stream_needs_rows():
-    assert "no training rows" in refusal(pair_stream, make_rows(1).select([]), PAD, 4, 0)
+    whole = pair_stream(rows, PAD, 4, 5)
+    for size in (1, 2, 4):
+        parts = pair_stream(rows, PAD, 4, 5, micro_batch_size=size)
+        for step in range(8):
+            assert [len(batch["ids"]) for batch in parts(step)] == [size] * (4 // size)
+            assert unpadded(parts(step)) == unpadded(whole(step)) and len(whole(step)) == 1
+    assert "no training rows" in refusal(pair_stream, rows.select([]), PAD, 4, 0)
 
 
 def test_batch_list_holds_every_row_once_in_order_of_length():

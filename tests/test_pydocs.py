@@ -37,35 +37,26 @@ def make_row(module: str, seed: int, name: str = "f", **changes: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize(
-    ("docstring", "expected"),
-    [
-        ("Use :class:`~torch.nn.Linear` and ``size`` here. ", "Use Linear and size here."),
-        ("See :py:func:`the loader <package.load>` or `other`_.", "See load or other."),
-        ("  A\ttab\n\nand a paragraph.\n", "A tab\n\nand a paragraph."),
-        (":meth:`run`: starts `a` and ```b```", "run: starts a and b"),
-    ],
-)
-def test_clean(docstring, expected):
-    assert pydocs.clean(docstring) == expected
+def test_clean():
+    cleaned = {
+        "Use :class:`~torch.nn.Linear` and ``size`` here. ": "Use Linear and size here.",
+        "See :py:func:`the loader <package.load>` or `other`_.": "See load or other.",
+        "  A\ttab\n\nand a paragraph.\n": "A tab\n\nand a paragraph.",
+        ":meth:`run`: starts `a` and ```b```": "run: starts a and b",
+    }
+    assert {docstring: pydocs.clean(docstring) for docstring in cleaned} == cleaned
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("def f(): ...", "()"),
-        (
-            "def f(self, a, /, b=1, *args, c, d='x', e=call(), **kw): ...",
-            "(a, b=1, *args, c, d='x', e=..., **kw)",
-        ),
-        ("async def f(cls, *, a=None, b=-1, c=True): ...", "(a=None, b=..., c=True)"),
-        ("def f(a='" + "long" * 9 + "'): ...", "(a=...)"),
-        ("class C:\n    x = 1\n    def __init__(self, size, name='n'): ...", "(size, name='n')"),
-        ("class C:\n    def run(self, size): ...", ""),
-    ],
-)
-def test_signature(source, expected):
-    assert pydocs._signature(ast.parse(source).body[0]) == expected
+def test_signature():
+    signatures = {
+        "def f(): ...": "()",
+        "def f(self, a, /, b=1, *args, c, d='x', e=call(), **kw): ...": "(a, b=1, *args, c, d='x', e=..., **kw)",
+        "async def f(cls, *, a=None, b=-1, c=True): ...": "(a=None, b=..., c=True)",
+        f"def f(a='{'long' * 9}'): ...": "(a=...)",
+        "class C:\n    x = 1\n    def __init__(self, size, name='n'): ...": "(size, name='n')",
+        "class C:\n    def run(self, size): ...": "",
+    }
+    assert {source: pydocs._signature(ast.parse(source).body[0]) for source in signatures} == signatures
 
 
 def test_make_pair_joins_name_signature_and_description():
@@ -76,49 +67,37 @@ def test_make_pair_joins_name_signature_and_description():
     }
 
 
-@pytest.mark.parametrize(
-    "summary",
-    [
-        "Read all the rows.",
-        " ".join(["word"] * 29) + " end.",
-        "Read\nall the rows\nof a file.",
-        "Return x, e.g. from a list, as 'text'.",
-    ],
-    ids=["4 words", "30 words", "3 lines", "punctuation"],
-)
-def test_make_pair_accepts(summary):
-    pair = pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}")
-    assert pair == {"document": f"function f() {BODY}", "summary": " ".join(summary.split())}
+ACCEPTED = [
+    "Read all the rows.",
+    " ".join(["word"] * 29) + " end.",
+    "Read\nall the rows\nof a file.",
+    "Return x, e.g. from a list, as 'text'.",
+]
+REJECTED = [
+    "",
+    "Read the rows.",
+    " ".join(["word"] * 30) + " end.",
+    "Read\nall\nthe\nrows of a file.",
+    "Read all the rows of a file",
+    "Read all the rows. Then close the file.",
+    "7 rows are read from a file.",
+    "Read a1 2b 3c 4d 5e 66 77 88 99.",
+    "Read all the naïve rows of a file.",
+    "Read all rows where size >= limit holds.",
+    "TODO read all the rows of a file.",
+    "Copyright of the authors of this file.",
+    "See https://example.org for all of this.",
+]
 
 
-@pytest.mark.parametrize(
-    "summary",
-    [
-        "",
-        "Read the rows.",
-        " ".join(["word"] * 30) + " end.",
-        "Read\nall\nthe\nrows of a file.",
-        "Read all the rows of a file",
-        "Read all the rows. Then close the file.",
-        "7 rows are read from a file.",
-        "Read a1 2b 3c 4d 5e 66 77 88 99.",
-        "Read all the naïve rows of a file.",
-        "Read all rows where size >= limit holds.",
-        "TODO read all the rows of a file.",
-        "Copyright of the authors of this file.",
-        "See https://example.org for all of this.",
-    ],
-)
-def test_make_pair_refuses_the_summary(summary):
-    assert pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}") is None
-
-
-@pytest.mark.parametrize("rest", ["", "\n\nOnly five words stand here.", "\n\n-----\n====="])
-def test_make_pair_refuses_a_short_description(rest):
-    assert pydocs.make_pair("function", "f", "()", f"Read all the rows of a file.{rest}") is None
-
-
-def test_make_pair_cuts_long_documents():
+def test_make_pair_takes_one_whole_sentence_and_a_description():
+    for summary in ACCEPTED:
+        pair = pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}")
+        assert pair == {"document": f"function f() {BODY}", "summary": " ".join(summary.split())}
+    for summary in REJECTED:
+        assert pydocs.make_pair("function", "f", "()", f"{summary}\n\n{BODY}") is None, summary
+    for rest in ("", "\n\nOnly five words stand here.", "\n\n-----\n====="):
+        assert pydocs.make_pair("function", "f", "()", f"Read all the rows of a file.{rest}") is None
     pair = pydocs.make_pair("class", "C", "", "Read all the rows of a file.\n\n" + "long " * 1000)
     assert len(pair["document"]) == 1500
 
@@ -170,24 +149,17 @@ def test_files_are_read_as_text_and_never_imported(tmp_path):
     pairs, texts = pydocs._read_file((str(tmp_path / "tables.py"), "planted.tables", "planted", "planted family"))
     assert not marker.exists() and set(sys.modules) == before
     common = {"module": "planted.tables", "package": "planted", "family": "planted family"}
-    expected = {
-        "Reader": (
-            "class Reader(folder, encoding='utf-8') Each file is opened once, and its rows are kept in the order of "
-            "the file.",
-            "Read Table objects from a folder of files.",
-        ),
-        "Reader.rows": (
-            "method Reader.rows(limit=10) The rows come in the order of file names, at most the limit of them.",
-            "Return the rows of all planted files together.",
-        ),
-        "count": (
-            "function count(path) The file is never parsed, only its line ends are counted by this function.",
-            "Count the rows of one planted file quickly.",
-        ),
-    }
+    expected = [
+        ("Reader", "class Reader(folder, encoding='utf-8')", "Read Table objects from a folder of files.",
+         "Each file is opened once, and its rows are kept in the order of the file."),
+        ("Reader.rows", "method Reader.rows(limit=10)", "Return the rows of all planted files together.",
+         "The rows come in the order of file names, at most the limit of them."),
+        ("count", "function count(path)", "Count the rows of one planted file quickly.",
+         "The file is never parsed, only its line ends are counted by this function."),
+    ]  # fmt: skip
     assert pairs == [
-        {"id": f"planted.tables:{name}", "name": name, "document": document, "summary": summary} | common
-        for name, (document, summary) in expected.items()
+        common | {"id": f"planted.tables:{name}", "name": name, "document": f"{head} {body}", "summary": summary}
+        for name, head, summary, body in expected
     ]
     assert {row["module"] for row in texts} == {"planted.tables"}
     starts = [row["text"].split("\n")[0] for row in texts]
@@ -201,27 +173,19 @@ def test_files_are_read_as_text_and_never_imported(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"x = 1\n",
-        b'def f(:\n    """Read all the rows of a file."""\n',
-        b'"""Read all the rows of a file \xff\xfe."""\n',
-        b'"""Null \x00 byte."""\n',
-        None,
-    ],
-    ids=["nothing to read", "syntax error", "not UTF-8", "null byte", "missing"],
-)
-def test_unreadable_files_are_skipped(tmp_path, content):
-    if content is not None:
-        (tmp_path / "f.py").write_bytes(content)
-    assert pydocs._read_file((str(tmp_path / "f.py"), "f", "p", "family")) == ([], [])
+def test_unreadable_files_are_skipped(tmp_path):
+    (tmp_path / "nothing.py").write_bytes(b"x = 1\n")
+    (tmp_path / "syntax.py").write_bytes(b'def f(:\n    """Read all the rows of a file."""\n')
+    (tmp_path / "latin.py").write_bytes(b'"""Read all the rows of a file \xff\xfe."""\n')
+    (tmp_path / "null.py").write_bytes(b'"""Null \x00 byte."""\n')
+    for name in ("nothing", "syntax", "latin", "null", "missing"):
+        assert pydocs._read_file((str(tmp_path / f"{name}.py"), "f", "p", "family")) == ([], [])
 
 
 # ---------------------------------------------------------------------------------------------------------- separation
 
 
-def test_split_of_is_stable():
+def test_splits_are_stable_and_have_their_shares():
     # printf '%s' MODULE | sha256sum | cut -c1-8, as a number modulo 1000: 465, 343, 18, 124, 120
     literals = {
         "torch.nn.modules.linear": "train",
@@ -231,9 +195,6 @@ def test_split_of_is_stable():
         "nbformat.v4": "test",
     }
     assert {module: pydocs.split_of(module) for module in literals} == literals
-
-
-def test_split_shares():
     counts = Counter(pydocs.split_of(f"package.module{i}") for i in range(20_000))
     # three standard deviations of a binomial share over 20,000 draws are at most 0.0072
     for split, share in (("train", 0.87), ("validation", 0.04), ("test", 0.09)):
@@ -252,32 +213,24 @@ def planted_items() -> tuple[list[dict], dict[str, list[str]]]:
     train, validation, test = (modules_in(split, 8) for split in ("train", "validation", "test"))
     a, b, c = (make_row(train[i], seed, name) for i, (seed, name) in enumerate([(1, "a"), (2, "b"), (3, "c")]))
     lone, near_validation = make_row(test[3], 13, "lone"), make_row(test[5], 15, "near")
+    near_changed = {"document": change_words(near_validation["document"], [5, 30])}
+    near_changed |= {"summary": change_words(near_validation["summary"], [0])}
+    c_changed = {"document": change_words(c["document"], [9, 24, 33]), "summary": c["summary"] + " Too"}
+    # half of the words of a training document, in order: similar, and below the threshold
+    half = " ".join(b["document"].split()[:22] + words(99, 20))
     items = [
-        a,
-        b,
-        c,
+        *(a, b, c, lone, near_validation),
         make_row(train[4], 4, "copy", document=a["document"].upper()),
         make_row(test[0], 10, "exact", document=a["document"].replace(" ", ", ")),
         make_row(test[1], 11, "summary", summary=b["summary"].upper().rstrip(".") + "!"),
-        make_row(
-            test[2], 12, "changed", document=change_words(c["document"], [9, 24, 33]), summary=c["summary"] + " Too"
-        ),
-        lone,
-        # half of the words of a training document, in order: similar, and below the threshold
-        make_row(test[4], 14, "half", document=" ".join(b["document"].split()[:22] + words(99, 20))),
-        near_validation,
+        make_row(test[2], 12, "changed", **c_changed),
+        make_row(test[4], 14, "half", document=half),
         make_row(validation[0], 20, "summary_of_test", summary=lone["summary"]),
-        make_row(
-            validation[1],
-            21,
-            "changed_from_test",
-            document=change_words(near_validation["document"], [5, 30]),
-            summary=change_words(near_validation["summary"], [0]),
-        ),
+        make_row(validation[1], 21, "changed_from_test", **near_changed),
         make_row(validation[2], 22, "kept"),
         make_row(validation[3], 23, "summary_of_train", summary=a["summary"]),
     ]
-    assert a["id"] < items[3]["id"]  # the first id of a repeated document stays
+    assert a["id"] < items[5]["id"]  # the first id of a repeated document stays
     return items, {"train": ["a", "b", "c"], "validation": ["kept"], "test": ["half", "lone", "near"]}
 
 
@@ -296,18 +249,10 @@ def test_planted_duplicates_are_removed_and_counted():
     assert sum(removed.values()) + sum(map(len, pairs.values())) == len(items)
     for split, rows in pairs.items():
         assert all(pydocs.split_of(row["module"]) == split for row in rows)
-
-
-def test_separation_does_not_depend_on_the_order_of_items():
-    items, _ = planted_items()
-    expected = pydocs.separate_splits(items)
     random.Random(5).shuffle(items)
-    assert pydocs.separate_splits(items) == expected
-
-
-def test_a_repeated_id_is_dropped():
+    assert pydocs.separate_splits(items) == (pairs, removed)  # whatever the order of the items
     (module,) = modules_in("train", 1)
-    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])
+    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])  # a repeated id
     assert len(pairs["train"]) == 1 and removed["train: exact duplicate document"] == 1
 
 
@@ -316,8 +261,7 @@ def naive_shingles(text: str) -> set[tuple]:
     return {tuple(found[i : i + 3]) for i in range(len(found) - 2)} or {tuple(found)}
 
 
-@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
-def test_near_duplicates_equal_every_pair_compared(threshold):
+def test_near_duplicates_equal_every_pair_compared():
     generator = random.Random(0)
     references = [" ".join(generator.choices(VOCABULARY[:40], k=generator.randint(1, 30))) for _ in range(50)]
     held_out = ["", "Two words"]
@@ -331,9 +275,9 @@ def test_near_duplicates_equal_every_pair_compared(threshold):
     expected = {
         i
         for i, values in enumerate(map(naive_shingles, held_out))
-        if any(Fraction(len(values & other), len(values | other)) >= Fraction(threshold) for other in sets)
+        if any(Fraction(len(values & other), len(values | other)) >= Fraction(1, 2) for other in sets)
     }
-    assert pydocs.near_duplicates(held_out, references, threshold) == expected
+    assert pydocs.near_duplicates(held_out, references) == expected
     assert 5 < len(expected) < 38  # both outcomes are common
 
 
@@ -417,16 +361,12 @@ def planted_distribution(tmp_path, monkeypatch):
     return tmp_path, [*train, *test, "planted.leaky"], leak
 
 
-def test_source_files_of_a_distribution(planted_distribution):
-    folder, names, _ = planted_distribution
+def test_build_corpus(planted_distribution):
+    folder, names, leak = planted_distribution
     files = pydocs._source_files()
     assert [file[1] for file in files] == sorted([*names, "planted"])
     assert all(file[2:] == ("planted", "planted family") and file[0].startswith(str(folder)) for file in files)
     assert pydocs.corpus_settings()["packages"] == {"planted": "1.0"}
-
-
-def test_build_corpus(planted_distribution):
-    folder, names, leak = planted_distribution
     seen = []
     corpus = pydocs.build_corpus(lambda *row: seen.append(row))
     assert seen[-1] == ("removing duplicates", 2, 2) and ("reading docstrings", 42, 42) in seen
@@ -469,6 +409,8 @@ def test_belongs_task_takes_hard_negatives():
     modules_of = {}
     for row in rows:
         modules_of.setdefault(row["summary"], set()).add(row["module"])
+    # of two objects that say the same, a negative comes from the package instead
+    negatives_of = {"two.same": "two.alone", "two.alone": "two.same"}
     seen = set()
     for task in tasks:
         assert len({row["id"] for row in task}) == len(task) >= len(rows) - 1
@@ -477,18 +419,14 @@ def test_belongs_task_takes_hard_negatives():
         assert abs(share - 0.5) < 0.05  # nearly four standard deviations
         for row in task:
             source = by_id[row["id"]]
-            assert row["sentence2"] == source["document"]
+            assert row["sentence2"] == source["document"] and row["label"] in ("yes", "no")
             if row["label"] == "yes":
                 assert row["sentence1"] == source["summary"]
                 continue
-            assert row["label"] == "no" and row["sentence1"].lower() != source["summary"].lower()
-            seen.add(source["module"])
-            if source["module"] == "two.same":  # its other summary says the same: taken from the package instead
-                assert modules_of[row["sentence1"]] == {"two.alone"}
-            elif source["module"] == "two.alone":
-                assert modules_of[row["sentence1"]] == {"two.same"}
-            else:
-                assert modules_of[row["sentence1"]] == {source["module"]}
+            assert row["sentence1"].lower() != source["summary"].lower()
+            module = source["module"]
+            assert modules_of[row["sentence1"]] == {negatives_of.get(module, module)}
+            seen.add(module)
     assert {"two.same", "two.alone"} <= seen and "three.lonely" not in seen
 
 

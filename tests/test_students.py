@@ -74,16 +74,7 @@ def test_impossible_depths_are_rejected(layers):
 
 
 @each_family
-def test_keeping_every_layer_gives_the_teacher_itself(family):
-    teacher, batch = FAMILIES[family](2, 3), tiny_batch()
-    student, encoder_ids, decoder_ids = init_student(teacher, 2, 3)
-    assert (encoder_ids, decoder_ids) == ([0, 1], [0, 1, 2])
-    assert torch.equal(logits(student, batch), logits(teacher, batch))
-    assert not student.training
-
-
-@each_family
-@pytest.mark.parametrize(("encoder_ids", "decoder_ids"), [([0, 2], [1, 2]), ([1], [0, 2, 1])])
+@pytest.mark.parametrize(("encoder_ids", "decoder_ids"), [([0, 1, 2], [0, 1, 2]), ([0, 2], [1, 2]), ([1], [0, 2, 1])])
 def test_student_equals_teacher_with_sliced_layers(family, encoder_ids, decoder_ids):
     teacher, batch = FAMILIES[family](3, 3), tiny_batch()
     sliced = copy.deepcopy(teacher)
@@ -98,7 +89,8 @@ def test_student_equals_teacher_with_sliced_layers(family, encoder_ids, decoder_
     student, *kept_ids = init_student(teacher, len(encoder_ids), len(decoder_ids), encoder_ids, decoder_ids)
     assert kept_ids == [encoder_ids, decoder_ids]
     assert torch.equal(logits(student, batch), logits(sliced, batch))
-    assert not torch.allclose(logits(student, batch), logits(teacher, batch), atol=0.1)
+    is_whole = encoder_ids == decoder_ids == [0, 1, 2]
+    assert torch.allclose(logits(student, batch), logits(teacher, batch), atol=0.1) == is_whole and not student.training
     view, *_ = init_student(teacher, len(encoder_ids), len(decoder_ids), encoder_ids, decoder_ids, share_weights=True)
     assert torch.equal(logits(view, batch), logits(student, batch))
     pointers = {weight.data_ptr() for weight in teacher.state_dict().values()}

@@ -1,10 +1,8 @@
 """The embedded corpus `pydocs`: documents and one-line summaries from installed packages' docstrings.
 
-Source files are read as text and never imported. Not here: caching and tokenisation (data.py).
-
-A docstring's first paragraph is the summary its author wrote; the object's kind, name, signature and the remaining text
-are the document. Splits are drawn by a hash of the module, never of the item, and what repeats across splits is removed
-from the held-out side.
+Source files are read as text and never imported. A docstring's first paragraph is the summary its author wrote; the
+object's kind, name, signature and the remaining text are the document. Splits are drawn by a hash of the module, never
+of the item, and what repeats across splits is removed from the held-out side.
 """
 
 from __future__ import annotations
@@ -57,14 +55,11 @@ _NOT_PROSE = re.compile(r"[|{}<>=\\]{2,}|>>>|\.\. |https?://|^[-=~*#:@.]|\bTODO\
 
 def corpus_settings() -> dict:
     """Return what the corpus depends on: this file, Python's parser and the installed version of every package."""
-    versions = {}
-    for name in _distributions():
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return {"code": code, "python": ".".join(platform.python_version_tuple()[:2]), "packages": versions}
+    return {
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "packages": {package: distribution.version for package, _, distribution in _installed()},
+    }
 
 
 def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, num_processes: int = 2) -> dict:
@@ -106,19 +101,21 @@ def split_of(module: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _distributions() -> dict[str, str]:
-    return {name: family for family, names in FAMILIES.items() for name in names}
+def _installed() -> Iterable[tuple[str, str, importlib.metadata.Distribution]]:
+    """Yield (package, family, distribution) of the listed packages that are installed."""
+    for family, packages in FAMILIES.items():
+        for package in packages:
+            try:
+                yield package, family, importlib.metadata.distribution(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
 
 
 def _source_files() -> list[tuple[str, str, str, str]]:
-    """Return (path, module, package, family) of every Python file of the listed distributions, in stable order."""
+    """Return (path, module, package, family) of every Python file of the installed packages, in stable order."""
     found = {}
-    for package, family in _distributions().items():
-        try:
-            entries = importlib.metadata.files(package) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for entry in entries:
+    for package, family, distribution in _installed():
+        for entry in distribution.files or []:
             name = entry.as_posix()
             if name.endswith(".py") and ".." not in name and not _SKIPPED_FOLDERS.search(name):
                 module = name[:-3].removesuffix("/__init__").replace("/", ".")
@@ -129,8 +126,7 @@ def _source_files() -> list[tuple[str, str, str, str]]:
 def _read_file(file: tuple[str, str, str, str]) -> tuple[list[dict], list[dict]]:
     path, module, package, family = file
     try:
-        with open(path, "rb") as stream:
-            data = stream.read()
+        data = Path(path).read_bytes()
     except OSError:
         return [], []
     if b'"""' not in data and b"'''" not in data and b"# " not in data:  # cheaper than parsing
@@ -248,9 +244,8 @@ def make_pair(kind: str, name: str, signature: str, text: str) -> dict | None:
 def separate_splits(items: list[dict]) -> tuple[dict[str, list[dict]], dict[str, int]]:
     """Assign items to splits by module and remove what repeats.
 
-    Within everything, a document or an (id) seen before is dropped. From validation and test, an item is dropped when
-    its summary stands word for word in train, or when its word 3-grams have a Jaccard similarity of at least
-    NEAR_DUPLICATE with a train item (or, for validation, with a test item).
+    Everywhere a document or id seen before is dropped; from validation and test also an item whose summary stands word
+    for word in train, or which is a near duplicate of a train item (for validation also: of a test item).
     Returns split -> items, and the number removed by reason.
     """
     removed: Counter[str] = Counter()
@@ -287,16 +282,16 @@ def normalise(text: str) -> str:
     return " ".join(_WORD.findall(text.lower()))
 
 
-def shingles(text: str, size: int = 3) -> set[int]:
-    """Return the hashes of all word n-grams of a text (the whole text when it is shorter)."""
+def shingles(text: str) -> set[int]:
+    """Return the hashes of all word 3-grams of a text (of the whole text when it is shorter)."""
     words = _WORD.findall(text.lower())
-    return {hash(tuple(words[i : i + size])) for i in range(max(1, len(words) - size + 1))}
+    return {hash(tuple(words[i : i + 3])) for i in range(max(1, len(words) - 2))}
 
 
-def near_duplicates(held_out: list[str], references: list[str], threshold: float = NEAR_DUPLICATE) -> set[int]:
-    """Return the indices of held-out texts whose 3-gram Jaccard similarity with a reference reaches the threshold.
+def near_duplicates(held_out: list[str], references: list[str]) -> set[int]:
+    """Return the indices of held-out texts whose 3-gram Jaccard similarity with a reference reaches NEAR_DUPLICATE.
 
-    Exact, not sampled: an inverted index over the held-out side, which is small, is looked up for every reference.
+    Exact, not sampled, by an inverted index over the held-out side, which is small.
     """
     sets = [shingles(text) for text in held_out]
     index: dict[int, list[int]] = defaultdict(list)
@@ -306,13 +301,8 @@ def near_duplicates(held_out: list[str], references: list[str], threshold: float
     near: set[int] = set()
     for text in references:
         values = shingles(text)
-        common: Counter[int] = Counter()
-        for value in values:
-            if value in index:
-                common.update(index[value])
-        for number, shared in common.items():
-            if shared >= threshold * (len(values) + len(sets[number]) - shared):
-                near.add(number)
+        common = Counter(number for value in values for number in index.get(value, ()))
+        near |= {i for i, n in common.items() if n >= NEAR_DUPLICATE * (len(values) + len(sets[i]) - n)}
     return near
 
 
@@ -328,8 +318,8 @@ def _separate_text(texts: list[dict], pairs: dict[str, list[dict]]) -> tuple[dic
             continue
         seen.add(key)
         split_texts[split_of(row["module"])].append(row)
-    # The held-out summaries must not be learnt by heart in denoising: no training text may hold one as a sentence, nor
-    # be a near duplicate of the pair.
+    # Denoising must not memorize held-out summaries: no training text may hold one as a sentence, nor be a near
+    # duplicate of the pair.
     held_out = [_joined(row) for split in ("validation", "test") for row in pairs[split]]
     summaries = {normalise(row["summary"]) for split in ("validation", "test") for row in pairs[split]}
     training = [row for row in split_texts["train"] if summaries.isdisjoint(_sentences(row["text"]))]
