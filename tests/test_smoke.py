@@ -14,13 +14,16 @@ from distill_utils.artifacts import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
+QUICK = ("01_teacher_setup", "03_kd_pl_sft")  # `make test` runs the data's and the methods', `make test-all` all
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "notebook", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NOTEBOOKS]
+)
 def test_smoke_profile_makes_a_report(notebook, tmp_path):
     command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", "smoke", "--output", tmp_path]
     # Corpus, teacher and students of the notebooks before are reused, as a user's are.
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     page = BeautifulSoup((tmp_path / "smoke" / f"{notebook}.html").read_text(encoding="utf-8"), "html.parser")
     assert len(page.find_all("h1")) == 1 and "Smoke run" in page.get_text()
