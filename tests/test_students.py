@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from itertools import pairwise
 
 import pytest
+import test_loading
 import torch
 from safetensors.torch import load, save_file
 from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
@@ -241,11 +243,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def refusal(name_or_path):
-    with pytest.raises(InputError) as caught:
-        load_model(name_or_path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(test_loading.refusal, load_model)
 
 
 def test_folder_without_weights_is_rejected(folder):
