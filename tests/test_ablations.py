@@ -110,11 +110,6 @@ def test_every_published_claim_names_possible_runs():
             runs.check_runs([run], teacher)
 
 
-def test_holm_by_hand():
-    assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
-
-
 # ------------------------------------------------------------------------------------------------ verdict and signals
 
 BUDGET = {"num_test": 400, "whole_test": True, "seeds": 3, "max_steps": 100}

@@ -5,13 +5,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from rouge_score import rouge_scorer
 from test_generation import make_documents
 from tiny_models import EOS, tiny_bart, tiny_tokenizer
 
-from distill_utils.evaluation import metrics, scoring, statistics
+from distill_utils.evaluation import metrics, scoring
 
 # -------------------------------------------------------------------------------------------------------------- ROUGE
 
@@ -60,44 +59,6 @@ def test_rouge_refuses_lists_that_do_not_fit(predictions, references):
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_bootstrap_interval_against_scipy_and_normal_theory():
-    values = np.random.default_rng(1).gamma(2.0, 10.0, size=400)
-    mean, low, high = statistics.bootstrap_interval(values, num_samples=20_000)
-    settings = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(2)}
-    expected = scipy.stats.bootstrap((values,), np.mean, **settings).confidence_interval
-    error = values.std() / len(values) ** 0.5
-    assert mean == pytest.approx(values.mean())
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.06 * error)
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
-    assert statistics.bootstrap_interval(values, seed=3) == statistics.bootstrap_interval(values, seed=3)
-    narrow = statistics.bootstrap_interval(values, confidence=0.5)
-    assert low < narrow[1] < mean < narrow[2] < high
-
-
-def test_bootstrap_in_several_parts_is_still_a_bootstrap():
-    values = np.random.default_rng(1).normal(size=50_000)  # 80 draws at a time
-    mean, low, high = statistics.bootstrap_interval(values, num_samples=300)
-    assert high - low == pytest.approx(2 * 1.96 / 50_000**0.5, rel=0.2) and low < mean < high
-
-
-def test_paired_test_sign_and_p_value():
-    generator = np.random.default_rng(0)
-    baseline = generator.normal(30, 15, size=200)
-    for shift in (0.15, 0.0, -0.15):
-        values = baseline + generator.normal(shift, 1.0, size=200)
-        found = statistics.paired_test(values, baseline, num_samples=20_000)
-        expected = scipy.stats.ttest_rel(values, baseline)
-        assert found["difference"] == pytest.approx((values - baseline).mean())
-        assert found["low"] < found["difference"] < found["high"]
-        assert found["p_value"] == pytest.approx(expected.pvalue, abs=0.02)
-        assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.01)
-    better = statistics.paired_test(baseline + 1, baseline)
-    assert better["low"] == pytest.approx(1) and better["p_value"] == pytest.approx(2 / 1001)
-    assert statistics.paired_test(baseline, baseline)["p_value"] == 1
-    with pytest.raises(ValueError, match="same documents"):
-        statistics.paired_test(baseline, baseline[:10])
 
 
 def test_lead_words():

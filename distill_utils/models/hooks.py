@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from distill_utils.artifacts import InputError
 
-SITES = ("encoder_self", "decoder_self", "decoder_cross")
 # {config.model_type: {site: path of a layer's attention}}; only the sites named exist in that architecture.
 _BART = {
     "encoder_self": "model.encoder.layers.{}.self_attn",
