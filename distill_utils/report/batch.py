@@ -91,6 +91,7 @@ def execute(plan: Plan, folder: Path) -> float:
         from papermill.exceptions import PapermillExecutionError
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised as well
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # after Ctrl-C it may report the client's lost tasks
         try:
             papermill.execute_notebook(
                 str(plan.path),
