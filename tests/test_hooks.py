@@ -8,7 +8,9 @@ from tiny_models import FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from distill_utils.artifacts import InputError
-from distill_utils.models.hooks import SITES, capture, projections
+from distill_utils.models.hooks import capture, projections
+
+SITES = ("encoder_self", "decoder_self", "decoder_cross")
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
