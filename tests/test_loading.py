@@ -214,8 +214,8 @@ def test_the_corpus_is_built_once(monkeypatch):
         progress("reading docstrings", 1, 1)
         row = {"module": "one.m", "name": "f", "package": "one", "family": "numerics"}
         made = [(i, {"document": f"function f() Text {i}.", "summary": f"Say {i}."}) for i in range(40)]
-        pairs = {split: [row | text | {"id": f"{split}{i}"} for i, text in made] for split in pydocs.SPLITS}
-        text = {split: [{"text": f"{split} text", "module": "one.m"}] for split in pydocs.SPLITS}
+        pairs = {split: [row | text | {"id": f"{split}{i}"} for i, text in made] for split in loading.SPLITS}
+        text = {split: [{"text": f"{split} text", "module": "one.m"}] for split in loading.SPLITS}
         return {"pairs": pairs, "text": text, "removed": {"x": 2}, "fingerprint": "abc"}
 
     monkeypatch.setattr(pydocs, "build_corpus", build_corpus)
@@ -226,7 +226,7 @@ def test_the_corpus_is_built_once(monkeypatch):
     assert loading.load_text("pydocs", "test") == ["test text"]
     facts = loading.corpus_facts()
     assert facts["fingerprint"] == "abc" and facts["removed"] == {"x": 2}
-    assert facts["pairs"] == dict.fromkeys(pydocs.SPLITS, 40) and facts["characters"]["test"] == len("test text")
+    assert facts["pairs"] == dict.fromkeys(loading.SPLITS, 40) and facts["characters"]["test"] == len("test text")
     for task, labels in (("belongs", {"yes", "no"}), ("family", {"numerics"})):
         rows = loading.load_classification(task, "test")
         assert len(rows) == 40 and set(rows["label"]) == labels and {"sentence1", "sentence2"} <= set(rows.column_names)

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 
-from distill_utils.data import pydocs
+from distill_utils.data import loading, pydocs, separation
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 BODY = "The file is opened once, and its rows are kept in the order of the file."
@@ -23,7 +23,7 @@ def words(seed: int, count: int) -> list[str]:
 
 def modules_in(split: str, count: int) -> list[str]:
     found = (f"planted.module{i}" for i in range(10**6))
-    return [next(name for name in found if pydocs.split_of(name) == split) for _ in range(count)]
+    return [next(name for name in found if separation.split_of(name) == split) for _ in range(count)]
 
 
 def make_row(module: str, seed: int, name: str = "f", **changes: str) -> dict:
@@ -194,8 +194,8 @@ def test_splits_are_stable_and_have_their_shares():
         "tornado.web": "test",
         "nbformat.v4": "test",
     }
-    assert {module: pydocs.split_of(module) for module in literals} == literals
-    counts = Counter(pydocs.split_of(f"package.module{i}") for i in range(20_000))
+    assert {module: separation.split_of(module) for module in literals} == literals
+    counts = Counter(separation.split_of(f"package.module{i}") for i in range(20_000))
     # three standard deviations of a binomial share over 20,000 draws are at most 0.0072
     for split, share in (("train", 0.87), ("validation", 0.04), ("test", 0.09)):
         assert abs(counts[split] / 20_000 - share) < 0.0075
@@ -236,7 +236,7 @@ def planted_items() -> tuple[list[dict], dict[str, list[str]]]:
 
 def test_planted_duplicates_are_removed_and_counted():
     items, survivors = planted_items()
-    pairs, removed = pydocs.separate_splits(items)
+    pairs, removed = separation.separate_splits(items)
     assert {split: sorted(row["name"] for row in rows) for split, rows in pairs.items()} == survivors
     assert removed == {
         "train: exact duplicate document": 1,
@@ -248,11 +248,11 @@ def test_planted_duplicates_are_removed_and_counted():
     }
     assert sum(removed.values()) + sum(map(len, pairs.values())) == len(items)
     for split, rows in pairs.items():
-        assert all(pydocs.split_of(row["module"]) == split for row in rows)
+        assert all(separation.split_of(row["module"]) == split for row in rows)
     random.Random(5).shuffle(items)
-    assert pydocs.separate_splits(items) == (pairs, removed)  # whatever the order of the items
+    assert separation.separate_splits(items) == (pairs, removed)  # whatever the order of the items
     (module,) = modules_in("train", 1)
-    pairs, removed = pydocs.separate_splits([make_row(module, 1), make_row(module, 2)])  # a repeated id
+    pairs, removed = separation.separate_splits([make_row(module, 1), make_row(module, 2)])  # a repeated id
     assert len(pairs["train"]) == 1 and removed["train: exact duplicate document"] == 1
 
 
@@ -277,7 +277,7 @@ def test_near_duplicates_equal_every_pair_compared():
         for i, values in enumerate(map(naive_shingles, held_out))
         if any(Fraction(len(values & other), len(values | other)) >= Fraction(1, 2) for other in sets)
     }
-    assert pydocs.near_duplicates(held_out, references) == expected
+    assert separation.near_duplicates(held_out, references) == expected
     assert 5 < len(expected) < 38  # both outcomes are common
 
 
@@ -294,7 +294,7 @@ def test_held_out_summaries_are_in_no_training_text():
     near = {"text": change_words(f"{summary} {row['document']}", [0, 25]), "module": train[5]}
     held_out = {"text": f"function f\n{summary}\n\n{row['document']}", "module": test[0]}
     again = {"text": f"FUNCTION f: {summary} {row['document']}", "module": test[1]}
-    text, removed = pydocs._separate_text(
+    text, removed = separation.separate_text(
         [*leaks, held_out, *kept, near, again], {"train": [], "validation": [], "test": [row]}
     )
     assert sorted(r["text"] for r in text["train"]) == sorted(r["text"] for r in kept)
@@ -304,6 +304,81 @@ def test_held_out_summaries_are_in_no_training_text():
         "text: holds a held-out summary": 3,
         "text: near duplicate of a held-out pair": 1,
     }
+
+
+def naive_grams(text: str, length: int = 8) -> list[tuple]:
+    found = re.findall(r"\w+", text.lower())
+    return [tuple(found[i : i + length]) for i in range(len(found) - length + 1)]
+
+
+def naive_leaks(pairs: dict, text: dict) -> Counter:
+    """Count held-out pairs and texts that share text with training, by plain sets of word tuples."""
+    rows = [(split, row) for split in ("validation", "test") for row in pairs[split]]
+    wanted = {gram for _, row in rows for gram in naive_grams(row["document"])}
+    wanted |= {gram for split in ("validation", "test") for row in text[split] for gram in naive_grams(row["text"])}
+    short = {}  # whole summaries of fewer than eight words, by length
+    for _, row in rows:
+        size = len(re.findall(r"\w+", row["summary"]))
+        wanted |= set(naive_grams(row["summary"]))
+        short.setdefault(size, set()).update(naive_grams(row["summary"], size) if 4 <= size < 8 else ())
+    seen = set()
+    training = [row[key] for row in pairs["train"] for key in ("document", "summary")]
+    for passage in training + [row["text"] for row in text["train"]]:
+        seen |= wanted.intersection(naive_grams(passage))
+        for size, summaries in short.items():
+            seen |= summaries.intersection(naive_grams(passage, size)) if summaries else set()
+
+    def quarter(passage: str) -> bool:
+        grams = naive_grams(passage)
+        return bool(grams) and 4 * sum(gram in seen for gram in grams) >= len(grams)
+
+    leaks = Counter()
+    for split, row in rows:
+        whole = tuple(re.findall(r"\w+", row["summary"].lower()))
+        leaks[split, "document"] += quarter(row["document"])
+        leaks[split, "summary"] += whole in seen or any(gram in seen for gram in naive_grams(row["summary"]))
+    for split in ("validation", "test"):
+        leaks[split, "text"] = sum(quarter(row["text"]) for row in text[split])
+    return leaks
+
+
+def test_text_that_crosses_modules_is_removed_from_the_held_out_side():
+    train, test, validation = modules_in("train", 3), modules_in("test", 7), modules_in("validation", 2)
+    a, b = make_row(train[0], 1), make_row(train[1], 2, summary="Sort all rows by name.")
+    raw = {"text": " ".join(words(70, 60)), "module": train[2]}
+    half, fewer, raw_words = a["document"].split()[:15], a["document"].split()[5:14], raw["text"].split()
+    alias = make_row(test[0], 10, document=a["document"].replace("function f()", "method Vendored.g()"))
+    inherited = make_row(test[1], 11, document=" ".join(half + words(90, 20)))  # 8 of 28 8-grams
+    scarce = make_row(test[2], 12, document=" ".join(fewer + words(91, 30)))  # 2 of 32
+    copied = make_row(validation[0], 13, summary=" ".join([*words(92, 3), *raw_words[20:28]]).capitalize() + ".")
+    short = make_row(test[3], 14, summary="Sort ALL rows, by name!")
+    shorter = make_row(test[4], 15, summary="Sort all rows by size.")
+    brief = make_row(test[5], 16, document="function f() of seven words in all")
+    across = make_row(test[6], 17, summary=" ".join(a["summary"].split()[-4:] + b["document"].split()[:4]))
+    vendored = {"text": "\n".join(raw_words[:40]), "module": test[0]}
+    clean = {"text": " ".join(words(93, 40)), "module": validation[1]}
+    pairs = {
+        "train": [a, b], "validation": [copied], "test": [alias, inherited, scarce, short, shorter, brief, across],
+    }  # fmt: skip
+    text = {"train": [raw], "validation": [clean], "test": [vendored]}
+    before = naive_leaks(pairs, text)
+    assert before == {
+        ("test", "document"): 2, ("test", "summary"): 1, ("validation", "document"): 0, ("validation", "summary"): 1,
+        ("test", "text"): 1, ("validation", "text"): 0,
+    }  # fmt: skip
+    removed = separation.remove_leaks(pairs, text)
+    assert pairs == {"train": [a, b], "validation": [], "test": [scarce, shorter, brief, across]}
+    assert text == {"train": [raw], "validation": [clean], "test": []}
+    assert sum(removed.values()) == 5 and not any(naive_leaks(pairs, text).values())
+    assert removed["test: document shares text with train"] == 2 and sum(removed.values()) == 5
+    assert separation.remove_leaks({split: [] for split in pairs}, {split: [] for split in pairs}).keys()
+
+
+@pytest.mark.slow
+def test_no_held_out_text_of_the_corpus_stands_in_training():
+    pairs, text = ({s: loading._corpus_table(kind, s).to_list() for s in loading.SPLITS} for kind in ("pairs", "text"))
+    assert len(pairs["test"]) > 1500 and len(text["train"]) > 50_000
+    assert not any(naive_leaks(pairs, text).values())
 
 
 # -------------------------------------------------------------------------------------------------------- whole corpus
@@ -369,14 +444,14 @@ def test_build_corpus(planted_distribution):
     assert pydocs.corpus_settings()["packages"] == {"planted": "1.0"}
     seen = []
     corpus = pydocs.build_corpus(lambda *row: seen.append(row))
-    assert seen[-1] == ("removing duplicates", 2, 2) and ("reading docstrings", 42, 42) in seen
+    assert seen[-1] == ("removing duplicates", 3, 3) and ("reading docstrings", 42, 42) in seen
     pairs, text = corpus["pairs"], corpus["text"]
     everything = [row for rows in pairs.values() for row in rows]
     assert len({row["id"] for row in everything}) == len(everything) == 3 * 41 - 1
-    assert pydocs.split_of("planted.leaky") == "train"  # else the next lines prove nothing
+    assert separation.split_of("planted.leaky") == "train"  # else the next lines prove nothing
     assert corpus["removed"]["test: summary also in train"] == 1
     for split, rows in pairs.items():
-        assert {pydocs.split_of(row["module"]) for row in rows} <= {split}
+        assert {separation.split_of(row["module"]) for row in rows} <= {split}
         assert {row["module"] for row in text[split]} >= {row["module"] for row in rows}
     training_text = " ".join(" ".join(row["text"].lower().split()) for row in text["train"])
     assert leak.lower() in training_text  # its held-out twin was dropped, not this one

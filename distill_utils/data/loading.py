@@ -22,10 +22,10 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, disable_progress_bars, load_dataset
 
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
-from distill_utils.data import pydocs
+from distill_utils.data import pydocs, separation
 
 disable_progress_bars()
-SPLITS = pydocs.SPLITS
+SPLITS = separation.SPLITS
 TASKS = {"belongs": pydocs.belongs_task, "family": pydocs.family_task}
 HUB_CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}
 HUB_COLUMNS = {"abisee/cnn_dailymail": ("article", "highlights")}

@@ -1,8 +1,7 @@
 """The embedded corpus `pydocs`: documents and one-line summaries from installed packages' docstrings.
 
 Source files are read as text and never imported. A docstring's first paragraph is the summary its author wrote; the
-object's kind, name, signature and the remaining text are the document. Splits are drawn by a hash of the module, never
-of the item, and what repeats across splits is removed from the held-out side.
+object's kind, name, signature and the remaining text are the document. How splits are kept apart: separation.py.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ import multiprocessing
 import platform
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from distill_utils.data import separation
+from distill_utils.data.separation import SPLITS, normalise
 
 # Package family -> distributions; the family is the label of the topic task. All are pinned in requirements.lock.
 FAMILIES = {
@@ -37,9 +39,6 @@ FAMILIES = {
         "python-dateutil", "multiprocess", "dill", "absl-py", "cffi", "bleach", "nest-asyncio2", "tenacity",
     ),
 }  # fmt: skip
-SPLITS = ("train", "validation", "test")
-HELD_OUT = {"validation": (0, 40), "test": (40, 130)}  # module hash modulo 1000
-NEAR_DUPLICATE = 0.5  # Jaccard similarity of word 3-grams of document and summary together
 MAX_DOCUMENT_CHARACTERS = 1500
 MIN_RAW_WORDS = 8
 
@@ -54,9 +53,10 @@ _NOT_PROSE = re.compile(r"[|{}<>=\\]{2,}|>>>|\.\. |https?://|^[-=~*#:@.]|\bTODO\
 
 
 def corpus_settings() -> dict:
-    """Return what the corpus depends on: this file, Python's parser and the installed version of every package."""
+    """Return what the corpus depends on: its code, Python's parser and the installed version of every package."""
+    code = (__file__, separation.__file__)
     return {
-        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "code": hashlib.sha256(b"".join(Path(file).read_bytes() for file in code)).hexdigest()[:12],
         "python": ".".join(platform.python_version_tuple()[:2]),
         "packages": {package: distribution.version for package, _, distribution in _installed()},
     }
@@ -79,23 +79,20 @@ def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, nu
             texts += raw
             if done % 64 == 0 or done == len(files):
                 progress("reading docstrings", done, len(files))
-    pairs, removed = separate_splits(items)
-    progress("removing duplicates", 1, 2)
-    text, removed_text = _separate_text(texts, pairs)
-    progress("removing duplicates", 2, 2)
+    pairs, removed = separation.separate_splits(items)
+    progress("removing duplicates", 1, 3)
+    text, removed_text = separation.separate_text(texts, pairs)
+    progress("removing duplicates", 2, 3)
+    leaked = separation.remove_leaks(pairs, text)
+    progress("removing duplicates", 3, 3)
     content = hashlib.sha256()
     for split in SPLITS:
         for row in pairs[split]:
             content.update(f"{row['id']}\0{row['document']}\0{row['summary']}\1".encode())
         for row in text[split]:
             content.update(f"{row['text']}\1".encode())
-    return {"pairs": pairs, "text": text, "removed": removed | removed_text, "fingerprint": content.hexdigest()[:12]}
-
-
-def split_of(module: str) -> str:
-    """Return the split of a module: a stable hash of its dotted name, the same on every machine and version."""
-    bucket = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 1000
-    return next((split for split, (low, high) in HELD_OUT.items() if low <= bucket < high), "train")
+    removed = removed | removed_text | leaked
+    return {"pairs": pairs, "text": text, "removed": removed, "fingerprint": content.hexdigest()[:12]}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -236,104 +233,6 @@ def make_pair(kind: str, name: str, signature: str, text: str) -> dict | None:
         return None
     document = f"{kind} {name}{signature} {body}"[:MAX_DOCUMENT_CHARACTERS]
     return {"document": document, "summary": summary}
-
-
-# ---------------------------------------------------------------------------------------------------------- separation
-
-
-def separate_splits(items: list[dict]) -> tuple[dict[str, list[dict]], dict[str, int]]:
-    """Assign items to splits by module and remove what repeats.
-
-    Everywhere a document or id seen before is dropped; from validation and test also an item whose summary stands word
-    for word in train, or which is a near duplicate of a train item (for validation also: of a test item).
-    Returns split -> items, and the number removed by reason.
-    """
-    removed: Counter[str] = Counter()
-    pairs: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    seen_documents: set[str] = set()
-    seen_ids: set[str] = set()
-    # Train first, so that it is the held-out copy of a repeated document that goes.
-    for item in sorted(items, key=lambda row: (SPLITS.index(split_of(row["module"])), row["id"])):
-        key = normalise(item["document"])
-        split = split_of(item["module"])
-        if key in seen_documents or item["id"] in seen_ids:
-            removed[f"{split}: exact duplicate document"] += 1
-            continue
-        seen_documents.add(key)
-        seen_ids.add(item["id"])
-        pairs[split].append(item)
-    for split, others in (("test", ("train",)), ("validation", ("train", "test"))):
-        references = [row for other in others for row in pairs[other]]
-        summaries = {normalise(row["summary"]) for row in references}
-        kept = [row for row in pairs[split] if normalise(row["summary"]) not in summaries]
-        removed[f"{split}: summary also in {' or '.join(others)}"] += len(pairs[split]) - len(kept)
-        near = near_duplicates([_joined(row) for row in kept], [_joined(row) for row in references])
-        pairs[split] = [row for index, row in enumerate(kept) if index not in near]
-        removed[f"{split}: near duplicate of {' or '.join(others)}"] += len(near)
-    return pairs, dict(removed)
-
-
-def _joined(row: dict) -> str:
-    return f"{row['summary']} {row['document']}"
-
-
-def normalise(text: str) -> str:
-    """Return lower-case words only, so that case and punctuation make no difference."""
-    return " ".join(_WORD.findall(text.lower()))
-
-
-def shingles(text: str) -> set[int]:
-    """Return the hashes of all word 3-grams of a text (of the whole text when it is shorter)."""
-    words = _WORD.findall(text.lower())
-    return {hash(tuple(words[i : i + 3])) for i in range(max(1, len(words) - 2))}
-
-
-def near_duplicates(held_out: list[str], references: list[str]) -> set[int]:
-    """Return the indices of held-out texts whose 3-gram Jaccard similarity with a reference reaches NEAR_DUPLICATE.
-
-    Exact, not sampled, by an inverted index over the held-out side, which is small.
-    """
-    sets = [shingles(text) for text in held_out]
-    index: dict[int, list[int]] = defaultdict(list)
-    for number, found in enumerate(sets):
-        for value in found:
-            index[value].append(number)
-    near: set[int] = set()
-    for text in references:
-        values = shingles(text)
-        common = Counter(number for value in values for number in index.get(value, ()))
-        near |= {i for i, n in common.items() if n >= NEAR_DUPLICATE * (len(values) + len(sets[i]) - n)}
-    return near
-
-
-def _separate_text(texts: list[dict], pairs: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], dict[str, int]]:
-    """Split raw text by module; drop repeats, and training text that contains most of a held-out pair."""
-    removed: Counter[str] = Counter()
-    split_texts: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
-    for row in sorted(texts, key=lambda row: (row["module"], row["text"])):
-        key = normalise(row["text"])
-        if key in seen:
-            removed["text: exact duplicate"] += 1
-            continue
-        seen.add(key)
-        split_texts[split_of(row["module"])].append(row)
-    # Denoising must not memorize held-out summaries: no training text may hold one as a sentence, nor be a near
-    # duplicate of the pair.
-    held_out = [_joined(row) for split in ("validation", "test") for row in pairs[split]]
-    summaries = {normalise(row["summary"]) for split in ("validation", "test") for row in pairs[split]}
-    training = [row for row in split_texts["train"] if summaries.isdisjoint(_sentences(row["text"]))]
-    removed["text: holds a held-out summary"] += len(split_texts["train"]) - len(training)
-    near = near_duplicates([row["text"] for row in training], held_out)
-    split_texts["train"] = [row for index, row in enumerate(training) if index not in near]
-    removed["text: near duplicate of a held-out pair"] += len(near)
-    return split_texts, dict(removed)
-
-
-def _sentences(text: str) -> set[str]:
-    # A docstring's first line is the object's name, which would hide the sentence after it.
-    parts = re.split(r"(?<=[.!?])\s+|\n\n", text) + re.split(r"(?<=[.!?])\s+|\n\n", text.partition("\n")[2])
-    return {normalise(part) for part in parts}
 
 
 # ------------------------------------------------------------------------------------------------- classification tasks
