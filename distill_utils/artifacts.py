@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +38,23 @@ def config_hash(settings: object) -> str:
     """Return 10 hex digits that depend on every value of a JSON-serialisable object and on nothing else."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def later(default):
+    """Return a dataclass field that came after first results: `hashed` leaves it out where it has its default."""
+    return field(default=default, metadata={"later": True})
+
+
+def hashed(description) -> dict:
+    """Return a dataclass as a dictionary to be hashed, nested ones too, so that results from before are found again."""
+    values = asdict(description)
+    for each in fields(description):
+        value = getattr(description, each.name)
+        if each.metadata.get("later") and value == each.default:
+            del values[each.name]
+        elif is_dataclass(value):
+            values[each.name] = hashed(value)
+    return values
 
 
 def file_hash(path: Path) -> str:

@@ -28,7 +28,7 @@ from distill_utils.experiments import launch, miniend
 from distill_utils.experiments.miniend import AgnosticRun
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
-from distill_utils.training import distributed, loop
+from distill_utils.training import checkpoints, distributed, loop
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(
@@ -307,7 +307,7 @@ def test_a_run_with_a_killed_process_stops_and_goes_on_in_another_number(place, 
     assert f"building runs/{folder.name}" in capsys.readouterr().out
     assert not (folder / "results.json").exists()
     (checkpoint,) = folder.glob("checkpoint-*")
-    assert {path.name for path in checkpoint.iterdir()} == set(loop.CHECKPOINT_FILES)
+    assert {path.name for path in checkpoint.iterdir()} == set(checkpoints.CHECKPOINT_FILES)
     step = int(checkpoint.name.split("-")[1])
     assert 4 <= step < 24
 

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tiny_models import BOS, EOS, PAD, WORDS, tiny_tokenizer
 from tokenizers import processors
 
@@ -439,6 +439,34 @@ def test_pair_stream_is_a_function_of_step_and_seed():
         assert all(row == originals[row[0]] for row in seen)
     assert expected[:6] != expected[6:12]
     assert [unpadded(pair_stream(rows, PAD, 4, seed=6)(step)) for step in range(6)] != expected[:6]
+
+
+def test_rows_dropped_inside_a_fixed_order_leave_gaps_that_others_fill():
+    rows = make_rows(20)
+    whole = pair_stream(rows, PAD, 4, seed=5)
+    kept = rows.select([i for i in range(20) if i % 3])
+    some = pair_stream(kept.select(range(len(kept) - 1, -1, -1)), PAD, 4, seed=5, order=rows)  # whatever their order
+    gaps = {f"row{i}" for i in range(0, 20, 3)}
+    for epoch in range(3):
+        fillers = []
+        for step in range(5 * epoch, 5 * epoch + 5):
+            for wanted, found in zip(unpadded(whole(step)), unpadded(some(step)), strict=True):
+                assert (found == wanted) if wanted[0] not in gaps else found[0] not in gaps
+                fillers += [found[0]] if wanted[0] in gaps else []
+        assert len(fillers) == len(set(fillers)) == 7  # no document stands in twice before all others did
+
+
+def test_several_targets_of_a_document_take_turns():
+    rows = make_rows(20)
+    second = rows.remove_columns("id").add_column("id", [f"row{i}@1" for i in range(20)])
+    whole = pair_stream(rows, PAD, 4, seed=5)
+    both = pair_stream(concatenate_datasets([rows, second]), PAD, 4, seed=5, order=rows)
+    chosen = Counter()
+    for step in range(20):  # four epochs
+        names = [row[0] for row in unpadded(both(step))]
+        assert [name.removesuffix("@1") for name in names] == [row[0] for row in unpadded(whole(step))]
+        chosen.update(names)
+    assert set(chosen.values()) == {2} and len(chosen) == 40
 
 
 def test_micro_batches_concatenate_to_the_batch():

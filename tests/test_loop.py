@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from distill_utils.artifacts import InputError, read_json
 from distill_utils.device import device
 from distill_utils.distillation import objectives
 from distill_utils.models.hooks import projections
-from distill_utils.training import loop
+from distill_utils.training import checkpoints, loop
 from distill_utils.training.loop import Training, fit
 
 
@@ -216,6 +217,81 @@ def test_dropout_and_seed_matter(tmp_path):
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
 
 
+# ----------------------------------------------------------------------------------------- trunk, cooldown and patience
+
+
+def test_cooldown_by_hand():
+    falling = Training(max_steps=8, learning_rate=1.0, warmup_steps=2, schedule="cooldown", cooldown_share=0.5)
+    assert [loop.learning_rate_at(step, falling) for step in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    constant = Training(max_steps=8, learning_rate=1.0, warmup_steps=2, schedule="constant")
+    assert [loop.learning_rate_at(step, constant) for step in range(8)] == [0.5, *[1] * 7]
+
+
+def end_of(run, folder, until=0, trunk=None, **more):
+    model = tiny_bart(1, 1, dropout=0.2)
+    if trunk:
+        history = loop.fit_from_trunk(model, loss_fn, batches, run, folder, trunk, **more)
+    else:
+        history = fit(model, loss_fn, batches, run, folder, until=until, **more)
+    times = ("seconds", "examples_per_second")
+    return weights_of(model), [{name: value for name, value in row.items() if name not in times} for row in history]
+
+
+def test_a_trunk_goes_on_and_every_cooldown_is_a_branch_of_it(tmp_path):
+    constant = settings(max_steps=100, schedule="constant", log_every=4, checkpoint_every=3)
+    pauses = [end_of(constant, tmp_path / "trunk", until) for until in (5, 11)]
+    assert equal(end_of(constant, tmp_path / "straight", 11)[0], pauses[1][0])
+    assert end_of(constant, tmp_path / "straight", 11)[1] == pauses[1][1]
+    kept = sorted(path.name for path in (tmp_path / "trunk").glob("checkpoint-*"))
+    assert kept == ["checkpoint-000005", "checkpoint-000011"]
+    short, long = (settings(max_steps=n, schedule="cooldown", cooldown_share=0.5, log_every=4) for n in (10, 16))
+    for run, name in ((long, "long"), (short, "short")):
+        branch = end_of(run, tmp_path / name, trunk=tmp_path / "trunk")
+        alone = end_of(run, tmp_path / f"{name}-alone")  # the same schedule without any trunk
+        assert equal(branch[0], alone[0]) and branch[1] == alone[1]
+    assert equal(end_of(constant, tmp_path / "trunk", 11)[0], pauses[1][0])  # no branch has changed it
+    with pytest.raises(InputError, match="other data"):
+        fit(tiny_bart(1, 1), loss_fn, lambda step: batches(step + 1), constant, tmp_path / "trunk", until=13)
+    with pytest.raises(InputError, match="learning_rate 0.001.* 0.002"):
+        fit(tiny_bart(1, 1), loss_fn, batches, replace(constant, learning_rate=2e-3), tmp_path / "trunk", until=13)
+    with pytest.raises(InputError, match="schedule constant"):  # another learning rate all along
+        fit(tiny_bart(1, 1), loss_fn, batches, settings(max_steps=100, log_every=4), tmp_path / "trunk", until=13)
+
+
+def scripted(values):
+    """An evaluation that gives the next value each time it is asked; a resumed run starts with its first again."""
+    counter = iter(values)
+    return lambda model: {"validation_ce": next(counter)}
+
+
+def test_patience_stops_and_keeps_the_best_weights(tmp_path):
+    run = settings(max_steps=20, eval_every=2, patience=2, schedule="constant")
+    weights, history = end_of(run, tmp_path / "run", evaluate=scripted([5, 3, 4, 2, 3, 2, 1]))
+    assert [row["step"] for row in history if "validation_ce" in row] == [2, 4, 6, 8, 10, 12]
+    assert history[-1]["step"] == 12 and loop.best_row(history, run)["step"] == 8
+    at_best = settings(max_steps=20, eval_every=2, schedule="constant")
+    assert equal(weights, end_of(at_best, tmp_path / "best", 8, evaluate=scripted([5, 3, 4, 2]))[0])
+
+    never = end_of(replace(run, patience=7), tmp_path / "never", evaluate=scripted(range(10)))
+    assert never[1][-1]["step"] == 16
+    with pytest.raises(InputError, match="rouge2.*validation_ce"):
+        end_of(replace(run, stop_metric="rouge2"), tmp_path / "other", evaluate=scripted([5]))
+
+
+def test_patience_brings_the_cooldown_forward(tmp_path):
+    run = settings(max_steps=40, schedule="cooldown", cooldown_share=0.25, eval_every=2, patience=2)
+    evaluations = [5, 4, 4, 4, 3, 2]
+    (tmp_path / "branch").mkdir()
+    weights, history = end_of(run, tmp_path / "branch", trunk=tmp_path / "trunk", evaluate=scripted(evaluations))
+    assert history[-1]["step"] == 11  # the trunk stopped at 8, a quarter of 11 updates is the cooldown
+    assert [row["lr"] for row in history[-4:]] == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    further = replace(run, schedule="constant", patience=0)
+    end_of(further, tmp_path / "trunk", 12, evaluate=scripted([3, 3]))
+    (tmp_path / "again").mkdir()
+    again = end_of(run, tmp_path / "again", trunk=tmp_path / "trunk", evaluate=scripted([3, 2]))
+    assert equal(again[0], weights) and again[1] == history  # a trunk that went on is the same trunk
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -235,6 +311,10 @@ def test_dropout_and_seed_matter(tmp_path):
         ({"max_grad_norm": 0.0}, ["max_grad_norm 0.0"]),
         ({"precision": "half"}, ["'half'", "float32"]),
         ({"optimizer": "sgd"}, ["'sgd'", "muon"]),
+        ({"schedule": "cosine"}, ["'cosine'", "cooldown"]),
+        ({"cooldown_share": 1.0}, ["cooldown_share 1.0"]),
+        ({"schedule": "cooldown", "cooldown_share": 0.5, "warmup_steps": 4}, ["warmup_steps 4", "max_steps 6"]),
+        ({"patience": 2}, ["patience 2", "eval_every"]),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_computed(tmp_path, changes, parts):
@@ -287,7 +367,7 @@ def test_muon_moves_the_inner_matrices_and_adamw_the_rest(tmp_path, tied):
     assert inner == 4 + 2 + 8 + 2  # projections of three attentions, two feed-forward blocks
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_a_stopped_run_goes_on_with_the_state_of_either_optimizer(tmp_path, optimizer):
     run = settings(max_steps=7, checkpoint_every=3, optimizer=optimizer)
 
@@ -346,7 +426,7 @@ def test_history_round_trip(tmp_path):
         {"step": 10, "loss": 2.0000000000000004, "lr": 1e-05},
         {"step": 20, "loss": 0.1, "lr": 3e-4, "validation_loss": 1.5},
     ]
-    loop.write_history(tmp_path, history)
+    checkpoints.write_history(tmp_path, history)
     assert loop.read_history(tmp_path) == history
     assert (tmp_path / "history.csv").read_text().splitlines()[0] == "step,loss,lr,validation_loss"
 
@@ -384,9 +464,9 @@ def plant(moment: str) -> None:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-        loop.save_file = half
+        checkpoints.save_file = half
     elif moment == "state":  # all tensors, no state
-        loop.write_json = lambda *_: die()
+        checkpoints.write_json = lambda *_: die()
     elif moment == "rename":  # all files, under the temporary name
         replace = os.replace
         os.replace = lambda source, target: (

@@ -176,6 +176,20 @@ def test_half_precision_inputs_are_computed_in_float32(logits):
     assert value.dtype == torch.float32 and torch.equal(value, hidden_loss(*full, LABELS != -100))
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 1024])
+def test_label_smoothing_moves_a_share_of_the_target_to_all_tokens(chunk_tokens):
+    torch.manual_seed(4)
+    logits, rest = torch.randn(3, 4, 9, requires_grad=True), 0.1 / 9
+    valid = LABELS != -100
+    log_q = logits[valid].double().log_softmax(-1)
+    target = torch.full_like(log_q, rest).scatter(1, LABELS[valid][:, None], 0.9 + rest)
+    found = token_losses(logits, None, LABELS, chunk_tokens=chunk_tokens, label_smoothing=0.1)["ce_loss"]
+    expected = -(target * log_q).sum(-1).mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_a_loss_that_is_not_asked_for_is_not_computed(monkeypatch):
     student, teacher, head = torch.randn(3, 4, 6), torch.randn(3, 4, 6), nn.Linear(6, 9)
     assert list(chunked_token_losses(student, head, LABELS)) == ["ce_loss"]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.data.batches import batch_list, tokenize_pairs
+from distill_utils.data.batches import batch_list, document_id, tokenize_pairs
 from distill_utils.distillation.pseudo_labels import cross_fit_halves, measure_labels
 from distill_utils.evaluation import scoring
 from distill_utils.evaluation.generation import summarize
@@ -194,6 +194,55 @@ def test_training_rows_of_each_way_to_label(based):
     middle = rates[len(rates) // 2]
     filtered = runs.training_rows(replace(base, label_filters={"copy_rate": middle}), teacher, tokenizer, train)
     assert len(filtered) == sum(rate <= middle for rate in rates) < len(labels)
+
+
+def test_every_method_sees_the_same_documents_in_every_update(based, monkeypatch):
+    base, teacher, tokenizer = based
+    train = planted(22, 1)
+
+    usable = runs.labelled
+    monkeypatch.setattr(runs, "labelled", lambda folder: usable(folder).select(range(2, 20)))  # four are no good
+
+    def seen(method: str, **changes) -> list[list[str]]:
+        run = replace(base, method=method, **changes)
+        rows = runs.training_rows(run, teacher, tokenizer, train)
+        batches = runs.batches_of(run, tokenizer, rows, train)
+        return [[document_id(name) for batch in batches(step) for name in batch["ids"]] for step in range(13)]
+
+    alone = seen("sft")
+    assert all(seen(method) == alone for method in ("kd", "pl", "pl_kl", "pl_gold", "kd_cached"))
+    assert seen("pl", label_teachers=[base.cross_fit_base]) == alone
+    labels = runs.training_rows(base, teacher, tokenizer, train)
+    references = dict(zip(train["id"], train["summary"], strict=True))
+    kept = [summary == references[name] for name, summary in zip(labels["id"], labels["summary"], strict=True)]
+    assert len(labels) == len(train) and sum(kept) == 4
+
+    written = labels.select([i for i, reference in enumerate(kept) if not reference])
+    filters = {"copy_rate": min(measure_labels(written)["copy_rate"])}
+    filtered = seen("pl", label_filters=filters)
+    same = [one == other for one, other in zip(sum(alone, []), sum(filtered, []), strict=True)]
+    assert 0 < sum(same) < len(same)
+    assert seen("pl_kl", label_filters=filters) == filtered
+
+
+def test_cooldowns_of_a_method_share_a_trunk_and_results_name_where_it_stopped(place):
+    base, teacher, tokenizer = place
+    train, validation = planted(16, 1), planted(6, 2)
+    cooled = replace(base.training, schedule="cooldown", cooldown_share=0.5, eval_every=1, max_steps=8)
+    short, long = (replace(base, training=replace(cooled, max_steps=steps)) for steps in (4, 8))
+    folders = [runs.train_student(run, teacher, tokenizer, train, validation) for run in (long, short)]
+    (trunk,) = folders[0].parent.glob("*-trunk-*")
+    assert sorted(path.name for path in trunk.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000004"]
+    assert [read_json(folder / "results.json")["trained_steps"] for folder in folders] == [8, 4]
+    rates = [[row["lr"] for row in read_history(folder)] for folder in folders]
+    assert rates == [[1e-3] * 5 + [7.5e-4, 5e-4, 2.5e-4], [1e-3] * 3 + [5e-4]]
+
+    patient = replace(base.training, learning_rate=10.0, eval_every=1, max_steps=9, patience=2)
+    folder = runs.train_student(replace(base, training=patient), teacher, tokenizer, train, validation)
+    results, history = read_json(folder / "results.json"), read_history(folder)
+    losses = [row["validation_ce"] for row in history]
+    assert results["best_step"] == 1 + losses.index(min(losses)) and results["stop_metric"] == "validation_ce"
+    assert results["trained_steps"] == results["best_step"] + 2 < 9
 
 
 def test_a_second_teacher_of_another_tokenizer_is_rejected(based, tmp_path):

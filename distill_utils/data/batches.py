@@ -5,6 +5,7 @@ Out of scope: reading data (loading.py) and corrupting text (denoising.py).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -71,21 +72,45 @@ def length_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, p
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
+def document_id(name: str) -> str:
+    """Return a document's id from that of one of its labels: candidates end in #number, joined labels in @number."""
+    return re.sub(r"(#\d+)?(@\d+)*$", "", name) or name
+
+
 def pair_stream(
-    rows: Dataset, pad_token_id: int, batch_size: int, seed: int, micro_batch_size: int = 0
-) -> Callable[[int], list[dict]]:
+    rows: Dataset, pad_token_id: int, batch_size: int, seed: int, micro_batch_size: int = 0,
+    order: Dataset | None = None,
+) -> Callable[[int], list[dict]]:  # fmt: skip
     """Return `batches(step)`: the micro-batches of an optimizer step, a function of step and seed alone.
 
-    Because nothing is kept between calls, a resumed run sees the data of an uninterrupted one, and two methods with
-    the same seed see the same order.
+    Because nothing is kept between calls, a resumed run sees the data of an uninterrupted one. `order` holds all
+    documents of a comparison, tokenized (id, input_ids); without it `rows` are all. Methods with the same `order` and
+    seed see the same documents in every update, whatever their targets are. Where a document has several rows, they
+    take turns from epoch to epoch; where it has none, a gap, one of those that have takes its place, each in turn.
     """
     if not len(rows):
         raise InputError("there are no training rows: check the data set and num_train")
     columns = {name: list(rows[name]) for name in ("id", "input_ids", "labels")}
     # By source alone: pseudo-labels have other lengths than references, and the order must not depend on the method.
-    lengths = [len(source) for source in columns["input_ids"]]
+    lengths = [len(source) for source in (order or rows)["input_ids"]]
+    targets: list[list[int]] = [[row] for row in range(len(rows))]  # of each document, its rows
+    if order is not None:
+        targets = [[] for _ in lengths]
+        numbers = {document: number for number, document in enumerate(order["id"])}
+        for row, name in enumerate(columns["id"]):
+            targets[numbers[name if name in numbers else document_id(name)]].append(row)
+    present = [number for number, found in enumerate(targets) if found]
     per_epoch, size = -(-len(lengths) // batch_size), micro_batch_size or batch_size
-    epoch_batches = lru_cache(maxsize=1)(lambda epoch: length_batches(lengths, batch_size, seed, epoch))
+
+    @lru_cache(maxsize=1)
+    def epoch_batches(epoch: int) -> list[list[int]]:
+        spare = itertools.cycle(np.random.default_rng([seed, epoch, 1]).permutation(present).tolist())
+        filled = [
+            [number if targets[number] else next(spare) for number in batch]
+            for batch in length_batches(lengths, batch_size, seed, epoch)
+        ]
+        # Half of the documents begin with their first row, half with their second, so that a batch mixes both.
+        return [[targets[n][(n + epoch) % len(targets[n])] for n in batch] for batch in filled]
 
     def batches(step: int) -> list[dict]:
         numbers = epoch_batches(step // per_epoch)[step % per_epoch]

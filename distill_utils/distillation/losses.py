@@ -59,6 +59,7 @@ def chunked_token_losses(
     jsd_beta: float = 0.5,
     with_ce: bool = True,
     mix: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """Return `ce_loss` and, given a teacher, `kl_loss` in nats per target token, without ever holding all logits.
 
@@ -75,7 +76,8 @@ def chunked_token_losses(
 
     Padding is dropped before the projection; then `chunk_tokens` tokens at a time are projected, and again in the
     backward pass, so the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher has no gradient.
-    Without `with_ce` the cross-entropy is neither computed nor returned. Without any valid token the losses are 0 and
+    Without `with_ce` the cross-entropy is neither computed nor returned; `label_smoothing` gives all tokens a share of
+    its target, and stays a mean over tokens. Without any valid token the losses are 0 and
     still have a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
 
     Shapes: hidden (batch, target, dim), labels (batch, target) with -100 for padding; the projections map (tokens, dim)
@@ -86,7 +88,7 @@ def chunked_token_losses(
 
     def chunk_sums(student_hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None) -> dict[str, Tensor]:
         student_logits = student_project(student_hidden)  # (chunk, vocab)
-        sums = {"ce_loss": _ce_sum(student_logits, labels)} if with_ce else {}
+        sums = {"ce_loss": _ce_sum(student_logits, labels, label_smoothing)} if with_ce else {}
         if teacher_hidden is not None:
             with torch.no_grad():
                 teacher_logits = teacher_project(teacher_hidden)
@@ -251,8 +253,8 @@ def _valid_tokens(labels: Tensor, values: Tensor) -> Tensor:
     return labels != IGNORED
 
 
-def _ce_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+def _ce_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _divergence_sum(

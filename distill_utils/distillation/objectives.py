@@ -42,11 +42,15 @@ RELATION_TERMS = {
 }
 
 
-def sft(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def sft(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *, label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
     """Shrink and fine-tune: cross-entropy on the labels, the teacher unused (Shleifer & Rush 2020)."""
     encoded, _ = encode(student, batch)
     decoded, _ = decode(student, batch, encoded)
-    return weighted_loss(chunked_token_losses(decoded, partial(project, student), batch["labels"]), ce_loss=1.0)
+    project_student = partial(project, student)
+    losses = chunked_token_losses(decoded, project_student, batch["labels"], label_smoothing=label_smoothing)
+    return weighted_loss(losses, ce_loss=1.0)
 
 
 def kd(
@@ -63,6 +67,7 @@ def kd(
     match: str = "outputs",
     normalize_hidden: bool = True,
     teacher_dropout: bool = False,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation: labels, the teacher's distribution and its hidden states (Shleifer & Rush 2020).
 
@@ -88,7 +93,7 @@ def kd(
             teacher_decoded, teacher_decoder_hidden = decode(teacher, batch, teacher_encoded, decoder_layer_ids, match)
     losses = chunked_token_losses(
         decoded, partial(project, student), labels, teacher_decoded if kl_weight else None, partial(project, teacher),
-        temperature, divergence=divergence, jsd_beta=jsd_beta, with_ce=ce_weight != 0,
+        temperature, divergence=divergence, jsd_beta=jsd_beta, with_ce=ce_weight != 0, label_smoothing=label_smoothing,
     )  # fmt: skip
     if hidden_weight:
         mask = batch["attention_mask"]

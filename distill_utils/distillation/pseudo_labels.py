@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
+from distill_utils.data.batches import document_id
 from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import amp_dtype, device
 from distill_utils.evaluation import ctranslate, generation, metrics
@@ -167,7 +167,7 @@ def cross_fit_halves(dataset: Dataset, seed: int = 0) -> tuple[Dataset, Dataset]
     The half follows from seed and id alone, not from order or company; candidates of a document (`<id>#0`, ...) stay
     together. The halves are equal up to chance.
     """
-    names = (re.sub(r"(#\d+)?(@\d+)*$", "", str(id_)) or str(id_) for id_ in dataset["id"])
+    names = (document_id(str(name)) for name in dataset["id"])
     sides = [hashlib.sha256(f"{seed}:{name}".encode()).digest()[0] % 2 for name in names]
     if len(set(sides)) < 2:
         raise InputError(f"{len(sides)} rows leave one half empty: give more rows or another seed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distill_utils.artifacts import InputError, artifact, config_hash, read_json, write_json
+from distill_utils.artifacts import InputError, artifact, config_hash, hashed, read_json, write_json
 from distill_utils.data.batches import batch_list, pair_stream
 from distill_utils.data.denoising import language_model_stream
 from distill_utils.data.loading import data_fingerprint
@@ -99,7 +99,7 @@ def control_teacher(kind: str, text: Text, training: Training) -> Path:
         save_model(model.to("cpu"), text.tokenizer, folder / "model")
         return results
 
-    settings = {"shape": SHAPE, "text": text.fingerprint, "training": asdict(training)}
+    settings = {"shape": SHAPE, "text": text.fingerprint, "training": hashed(training)}
     return artifact(f"control-{kind}-teacher-s{training.seed}", settings, build)
 
 
@@ -112,7 +112,7 @@ def distill_control(kind: str, path: str, teacher: Path, text: Text, training: T
     settings = {
         "teacher": model_fingerprint(str(teacher / "model"), None), "layers": STUDENT_LAYERS,
         "weights": run.weights | SILENT if path == "none" else run.weights, "text": text.fingerprint,
-        "training": asdict(training),
+        "training": hashed(training),
     }  # fmt: skip
 
     def build(folder: Path) -> dict:
@@ -138,7 +138,7 @@ def continue_control(kind: str, trained: Path, text: Text, training: Training, s
     run = control_run(kind, "scratch", text, training)
     settings = {
         "model": model_fingerprint(str(trained / "model"), None), "text": text.fingerprint, "start": start,
-        "training": asdict(training),
+        "training": hashed(training),
     }  # fmt: skip
 
     def build(folder: Path) -> dict:
@@ -192,7 +192,7 @@ def tune_control(
     """
     settings = {
         "model": model_fingerprint(str(trained / "model"), None), "text": text.fingerprint,
-        "rows": [data_fingerprint(rows) for rows in (train, test)], "training": asdict(training),
+        "rows": [data_fingerprint(rows) for rows in (train, test)], "training": hashed(training),
     }  # fmt: skip
 
     def build(folder: Path) -> dict:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, report_progress
+from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, report_progress, runs_dir
 from distill_utils.data import loading
-from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
+from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.pseudo_labels import (
@@ -31,7 +31,9 @@ from distill_utils.distillation.pseudo_labels import (
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
-from distill_utils.training.loop import Training, check_training, choose_attention, fit
+from distill_utils.training.checkpoints import FREE_SETTINGS
+from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
+from distill_utils.training.optimizers import Training, best_row, check_training
 
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
@@ -74,6 +76,7 @@ class StudentRun:
     encoder_layer_ids: list[int] | None = None  # the teacher's layers to copy; None = `models.students.layer_map`
     decoder_layer_ids: list[int] | None = None
     variant: str = ""  # what sets this run apart from another of its method and shape, in names and tables
+    label_smoothing: float = later(0.0)  # share of the target that goes to all tokens alike, as in Pegasus's recipe
 
     @property
     def group(self) -> str:
@@ -97,7 +100,7 @@ def with_seed(run: StudentRun, seed: int) -> StudentRun:
 
 
 def grid(base: StudentRun, methods: list[str], shapes: list[str], seeds: list[int]) -> list[StudentRun]:
-    """Return one run for every method, shape and seed: the same description but for these."""
+    """Return one run for every method, shape and seed."""
     variants = [replace(base, method=method, shape=shape) for shape in shapes for method in methods]
     return [with_seed(run, seed) for run in variants for seed in seeds]
 
@@ -132,6 +135,9 @@ def _check_run(run: StudentRun, teacher) -> None:
     check_training(run.training)
     objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
     bounds_of(run.label_filters)
+    if not 0 <= run.label_smoothing < 1 or (run.label_smoothing and run.method == "kd_cached"):
+        reason = "is not between 0 and 1" if run.method != "kd_cached" else "is not for cached targets"
+        raise InputError(f"label_smoothing {run.label_smoothing} {reason}: use 0, or 0.1 with another method")
     if run.cross_fit not in CROSS_FIT:
         raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
     if run.cross_fit and not run.cross_fit_base:
@@ -177,8 +183,8 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
     shared = students.has_teacher_encoder(student, teacher)
-    weights = _fields(run, "ce_weight", "kl_weight")
-    softened = _fields(run, "temperature", "divergence", "jsd_beta") | {"shared_encoder": shared}
+    weights, smoothing = _fields(run, "ce_weight", "kl_weight"), _fields(run, "label_smoothing")
+    softened = _fields(run, "temperature", "divergence", "jsd_beta") | smoothing | {"shared_encoder": shared}
     hidden = _fields(run, "hidden_weight", "match", "normalize_hidden", "teacher_dropout")
     hidden |= {"encoder_layer_ids": imitated[0], "decoder_layer_ids": imitated[1]}
     sampled = {"share": run.on_policy_share, "max_new_tokens": run.max_target_length}
@@ -187,7 +193,7 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         "pl_kl": softened,
         "on_policy": weights | softened | sampled,
         "kd_cached": weights,
-    }.get(run.method, {})
+    }.get(run.method, smoothing)
     return student, {"options": options, "encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
 
 
@@ -228,8 +234,10 @@ def labelled(folder: Path, filters: dict | None = None) -> Dataset:
 def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Dataset:
     """Return what a run trains on: the references, or the teacher's summaries as its label settings ask for.
 
-    With `cross_fit` every half of the data is labelled by a teacher that was trained on the other half, which cannot
-    have memorized its references, or on its own half, which can; both are fine-tuned from `cross_fit_base`.
+    A document whose labels are empty or repeating keeps its reference, so that every method has all documents; what
+    `label_filters` drop is a gap, which `pair_stream` fills. With `cross_fit` every half of the data is labelled by a
+    teacher that was trained on the other half, which cannot have memorized its references, or on its own half, which
+    can; both are fine-tuned from `cross_fit_base`.
     """
     if run.method not in ON_PSEUDO_LABELS:
         return train
@@ -244,17 +252,20 @@ def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Datase
             model, other = load_model(name)
             check_same_tokenizer(run.teacher, tokenizer, name, other)
             folders.append(label(replace(run, teacher=name), model, train))
-    rows = [labelled(folder, run.label_filters) for folder in folders]
-    rows += [train] if run.method == "pl_gold" else []
-    return join_labels(rows)[0] if len(rows) > 1 else rows[0]
+    usable = [labelled(folder) for folder in folders]
+    written = {document_id(name) for rows in usable for name in rows["id"]}
+    rows = [filter_labels(each, run.label_filters)[0] if run.label_filters else each for each in usable]
+    unlabelled = train.select([i for i, name in enumerate(train["id"]) if name not in written])
+    rest = train if run.method == "pl_gold" else unlabelled
+    return join_labels([*rows, rest])[0] if len(rows) > 1 or len(rest) else rows[0]
 
 
 def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
     """Return the artifact of a teacher fine-tuned on one half of the training data: teacher/, history.csv."""
-    training = replace(run.training, max_steps=run.cross_fit_steps, seed=0, eval_every=0)
+    training = replace(run.training, max_steps=run.cross_fit_steps, seed=0, eval_every=0, schedule="linear", patience=0)
     model, own = load_model(run.cross_fit_base)
     check_same_tokenizer(run.teacher, tokenizer, run.cross_fit_base, own)
-    settings = {"training": asdict(training), "lengths": run.lengths, "data": loading.data_fingerprint(half)}
+    settings = {"training": hashed(training), "lengths": run.lengths, "data": loading.data_fingerprint(half)}
 
     def build(folder: Path) -> dict:
         seed_everything(training.seed)
@@ -272,11 +283,15 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
     return artifact("half-teacher", settings | {"base": model_fingerprint(run.cross_fit_base, model)}, build)
 
 
-def batches_of(run: StudentRun, tokenizer, rows: Dataset):
-    """Return the run's stream of batches, a function of the step."""
+def batches_of(run: StudentRun, tokenizer, rows: Dataset, documents: Dataset | None = None):
+    """Return the run's stream of batches, a function of the step, in the order of all `documents` (the rows')."""
     training = run.training
     tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
-    return pair_stream(tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size)
+    documents = None if documents is rows else documents
+    order = documents and tokenize_pairs(documents, tokenizer, *run.lengths)
+    return pair_stream(
+        tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size, order
+    )
 
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
@@ -314,28 +329,33 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
     the same for every method: cross-entropy of the references and KL to the teacher at temperature 1.
     """
     settings = {
-        **asdict(run),
+        **hashed(run),
         "teacher": model_fingerprint(run.teacher, teacher),
         "data": loading.data_fingerprint(train),
         "validation": loading.data_fingerprint(validation),
     }
+    if run.method in ON_PSEUDO_LABELS:
+        settings["order"] = "documents"  # that of the labels, in results from before
 
     def build(folder: Path) -> dict:
         rows = training_rows(run, teacher, tokenizer, train)
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
         choose_attention(student, run.max_source_length)
-        batches = batches_of(run, tokenizer, rows)
+        batches = batches_of(run, tokenizer, rows, train)
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
         objective = partial(objective_of(run.method), **cut["options"])
 
         began = time.monotonic()
-        history = fit(
-            student, lambda model, batch: objective(model, teacher, batch), batches, run.training, folder,
-            partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]), stage=run.name,
-        )  # fmt: skip
+        arguments = {
+            "model": student, "loss_fn": lambda model, batch: objective(model, teacher, batch), "batches": batches,
+            "settings": run.training, "folder": folder, "stage": run.name,
+            "evaluate": partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]),
+        }  # fmt: skip
+        cools = run.training.schedule == "cooldown"
+        history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
         student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
         save_model(student.to("cpu"), tokenizer, folder / "student")
         return {
@@ -347,9 +367,24 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "num_train": len(rows),
             "seconds": round(time.monotonic() - began, 2),
             "final": history[-1],
+            **stop_facts(history, run.training),
         }
 
     return artifact(run.name, settings, build)
+
+
+def trunk_of(name: str, settings: dict) -> Path:
+    """Return the folder of the trunk of runs that differ in length alone; it is extended, never finished."""
+    shared = {key: value for key, value in settings["training"].items() if key not in FREE_SETTINGS}
+    return runs_dir() / f"{name}-trunk-{config_hash(settings | {'training': shared})}"
+
+
+def stop_facts(history: list[dict], training: Training) -> dict:
+    """Return after how many updates a run stopped and, with patience, where by which metric it was best."""
+    facts = {"trained_steps": history[-1]["step"]}
+    if training.patience and (best := best_row(history, training)):
+        facts |= {"stop_metric": training.stop_metric, "patience": training.patience, "best_step": best["step"]}
+    return facts
 
 
 @torch.no_grad()

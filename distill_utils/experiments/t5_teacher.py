@@ -8,7 +8,6 @@ they have seen no task, only text, and all of them the same. `python -m distill_
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from distill_utils.artifacts import artifact, git_state, read_json
+from distill_utils.artifacts import artifact, git_state, hashed, read_json
 from distill_utils.data.denoising import denoising_stream
 from distill_utils.device import seed_everything
 from distill_utils.evaluation.statistics import bootstrap_interval
@@ -135,7 +134,7 @@ def infill(width: int, layers: int) -> Path:
         "held_out": HELD_OUT,
         "eased": True,
     }
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(INFILLING)}
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": hashed(INFILLING)}
     settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
 
     def build(folder: Path) -> dict:
@@ -163,7 +162,7 @@ def corrupt(infilled: Path) -> Path:
     """Go on with span corruption, T5's own objective, and return the run folder."""
     tokenizer_folder = make_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": asdict(SPAN_CORRUPTION)}
+    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": hashed(SPAN_CORRUPTION)}
 
     def build(folder: Path) -> dict:
         seed_everything(SPAN_CORRUPTION.seed)
@@ -245,7 +244,7 @@ def build(name: str = "pydocs-t5") -> Path:
         "loss": [round(value, 4) for value in (mean, low, high)],
         "num_checked": CHECKED,
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
-        **({"downstream": downstream(name), "tuning": asdict(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
+        **({"downstream": downstream(name), "tuning": hashed(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
     }
     write_card(folder, facts, trained, card_text)
     return folder

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
-from distill_utils.artifacts import artifact, git_state, provenance, read_json, write_atomic, write_json
+from distill_utils.artifacts import artifact, git_state, hashed, provenance, read_json, write_atomic, write_json
 from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
 from distill_utils.data.denoising import denoising_stream, gap_pairs, pack_text
 from distill_utils.data.loading import corpus_facts, load_pairs, load_text
@@ -140,7 +139,7 @@ def denoise() -> Path:
     tokenizer = load_tokenizer(tokenizer_folder)
     shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "init_std": INIT_STD, "window": WINDOW,
              "source": MAX_SOURCE_LENGTH, "aligned_steps": ALIGNED_STEPS}  # fmt: skip
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": asdict(DENOISING)}
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": hashed(DENOISING)}
 
     def build(folder: Path) -> dict:
         seed_everything(DENOISING.seed)
@@ -173,7 +172,7 @@ def fine_tune(denoised: Path) -> Path:
     """Fine-tune the denoised model on the corpus's pairs; return the run folder."""
     tokenizer_folder = train_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": denoised.name, "training": asdict(FINE_TUNING)}
+    settings = {"start": denoised.name, "training": hashed(FINE_TUNING)}
 
     def build(folder: Path) -> dict:
         seed_everything(FINE_TUNING.seed)
@@ -257,7 +256,7 @@ def stage_facts(stage: str, folder: Path, settings: Training) -> dict:
         "seconds": round(final["seconds"]),
         "loss": round(final["loss"], 4),
         "validation_loss": round(final["validation_loss"], 4),
-        "settings": asdict(settings),
+        "settings": hashed(settings),
     }
 
 

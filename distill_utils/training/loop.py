@@ -10,57 +10,49 @@ losses and the gradient's norm, is that of the whole. Only rank 0 writes and pri
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch.utils.data import DataLoader
 
-from distill_utils.artifacts import InputError, folder_atomic, read_json, report_progress, write_atomic, write_json
+from distill_utils.artifacts import InputError, folder_atomic, lock, report_progress
 from distill_utils.device import device, mixed_precision, to_device
+from distill_utils.training.checkpoints import (
+    load_best,
+    read_history,
+    restore_checkpoint,
+    save_best,
+    save_checkpoint,
+    write_history,
+)
 from distill_utils.training.distributed import (
     clip_gradients,
-    gather,
-    is_sharded,
     local_rows,
-    part_like,
     rank_and_world_size,
     reset_fsdp_state,
     sum_over_processes,
 )
+from distill_utils.training.optimizers import (
+    MUON_RATE,
+    Training,
+    best_row,
+    check_training,
+    cooldown_steps,
+    learning_rate_at,
+    make_optimizers,
+    stopped_at,
+)
 
-MUON_RATE = 2.0  # times the learning rate, for updates of root mean square 0.4 of it, an AdamW update's usual size
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+__all__ = ["Training", "check_training", "fit", "fit_from_trunk", "read_history"]
+MAX_WORKERS = 8  # processes that prepare batches for a GPU
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What determines one training run besides model, objective and data; JSON-serialisable by `asdict`."""
-
-    max_steps: int
-    batch_size: int = 32  # examples an optimizer step
-    micro_batch_size: int = 0  # examples a forward pass, 0 = batch_size
-    optimizer: str = "adamw"  # or "muon": inner matrices by Muon, everything else by AdamW
-    learning_rate: float = 3e-4  # peak
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    eval_every: int = 0  # steps, 0 = only at the end
-    checkpoint_every: int = 0  # steps, 0 = never
-    log_every: int = 10  # steps averaged in one history row
-    seed: int = 0
-    precision: str = "auto"  # "auto" = bf16 where the device has it, or "float32"
 
 
 @dataclass
@@ -73,6 +65,7 @@ class TrainingState:
     parameters: dict[str, torch.nn.Parameter]  # the trainable ones
     optimizers: list
     memory: dict  # what `after_step` keeps, plain JSON
+    data: str  # hash of the first update's examples, which tells other data
     step: int = 0  # updates done
     history: list[dict] = field(default_factory=list)
     window: dict = field(default_factory=dict)  # sums since the last history row
@@ -93,6 +86,7 @@ def fit(
     stage: str = "training",
     memory: dict | None = None,
     after_step: Callable[[int, dict], None] | None = None,
+    until: int = 0,
 ) -> list[dict]:
     """Train `model` in place and return the history, one row every `log_every` steps.
 
@@ -103,6 +97,9 @@ def fit(
     plain JSON, which is saved in checkpoints and restored from them.
     The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued, by any
     number of processes. Where several share the run, all call `fit` with the same arguments and batches.
+    `until` pauses after that update, with a checkpoint that stays; the schedule does not know of it. With `patience`
+    training stops when `stop_metric` no longer falls, and the model ends with its best weights; in a cooldown it never
+    stops early. A pause ends with the weights of its update.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
     rank, world = rank_and_world_size()
@@ -115,12 +112,17 @@ def fit(
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
     optimizers = make_optimizers(model, parameters, settings)
     dtype = "auto" if settings.precision == "auto" else None
-    state = TrainingState(folder, settings, model, parameters, optimizers, {} if memory is None else memory)
-    restore_checkpoint(state)
+    memory = {} if memory is None else memory
+    state = TrainingState(folder, settings, model, parameters, optimizers, memory, _data_hash(batches(0)))
+    end = min(until or settings.max_steps, settings.max_steps)
+    restore_checkpoint(state, end)
+    can_stop = settings.patience and settings.schedule != "cooldown"
+    if can_stop and (stopped := stopped_at(state.history, settings)):
+        end = stopped
+        restore_checkpoint(state, end)  # a run that went on without patience has passed it
 
-    for step in range(state.step, settings.max_steps):
+    for step, micro_batches in _prefetched(batches, state.step, end, on):
         torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
-        micro_batches = batches(step)
         counts = [_count_targets(batch) for batch in micro_batches]
         sums: dict[str, torch.Tensor] = {}
         for batch in map(local_rows, micro_batches):
@@ -152,7 +154,7 @@ def fit(
             after_step(state.step, values)
         _count(state.window, values, micro_batches, sum(counts))
         if rank == 0:
-            report_progress(folder, stage, state.step, settings.max_steps, loss=round(values["loss"], 3))
+            report_progress(folder, stage, state.step, end, loss=round(values["loss"], 3))
         last = state.step == settings.max_steps
         evaluates = evaluate and (last or (settings.eval_every and state.step % settings.eval_every == 0))
         if state.step % settings.log_every == 0 or evaluates or last:
@@ -166,14 +168,84 @@ def fit(
                 if rank == 0:
                     print(format_row(stage, row, settings.max_steps), flush=True)
             state.history.append(row)
-        if settings.checkpoint_every and state.step % settings.checkpoint_every == 0 and not last:
+            if evaluates and settings.patience:
+                _check_metric(row, settings)
+                if best_row(state.history, settings) is row:
+                    save_best(state)
+            if can_stop and stopped_at(state.history, settings):
+                break
+        if settings.checkpoint_every and state.step % settings.checkpoint_every == 0 and state.step < end:
             save_checkpoint(state)
             if rank == 0:
                 write_history(folder, state.history)
     model.eval()
+    if until:
+        save_checkpoint(state, keep=True)
+    elif settings.patience and best_row(state.history, settings):
+        load_best(state)
     if rank == 0:
         write_history(folder, state.history)
     return state.history
+
+
+def fit_from_trunk(
+    model: torch.nn.Module, loss_fn: Callable, batches: Callable, settings: Training, folder: Path, trunk: Path, **rest
+) -> list[dict]:  # fmt: skip
+    """Train with a cooldown as a branch of a trunk, which has a constant learning rate and can always go on.
+
+    The trunk's folder is that of a run without an end: it is trained as far as this cooldown begins, from wherever it
+    stands, and keeps that checkpoint. `patience` ends the trunk, and so brings the cooldown forward. The arguments are
+    those of `fit`; weights and data are those of a single run, bit by bit.
+    """
+    if not list(folder.glob("checkpoint-*")):
+        begin = settings.max_steps - cooldown_steps(settings)
+        with lock(trunk):
+            history = fit(model, loss_fn, batches, replace(settings, schedule="constant"), trunk, until=begin, **rest)
+        reached = f"checkpoint-{stopped_at(history, settings) or begin:06d}"
+        with folder_atomic(folder / reached) as temporary:
+            shutil.copytree(trunk / reached, temporary, dirs_exist_ok=True)
+    begin = min(int(path.name[-6:]) for path in folder.glob("checkpoint-*"))
+    if begin < settings.max_steps - cooldown_steps(settings):  # patience ended the trunk
+        settings = replace(settings, max_steps=round(begin / (1 - settings.cooldown_share)))
+    return fit(model, loss_fn, batches, settings, folder, **rest)
+
+
+def _data_hash(micro_batches: list[dict]) -> str:
+    content = hashlib.sha256()
+    for batch in micro_batches:
+        content.update(repr(batch["ids"]).encode())
+        content.update(batch["labels"].numpy().tobytes())
+    return content.hexdigest()[:10]
+
+
+def _check_metric(row: dict, settings: Training) -> None:
+    if settings.stop_metric not in row:
+        known = ", ".join(name for name in row if name.startswith("validation_"))
+        raise InputError(f"stop_metric {settings.stop_metric!r} is not evaluated: use one of {known}")
+
+
+class _Steps:
+    """The micro-batches of each step, by index: what DataLoader asks for."""
+
+    def __init__(self, batches: Callable[[int], list[dict]]):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> list[dict]:
+        return self.batches(step)
+
+
+def _prefetched(batches: Callable, begin: int, end: int, on: torch.device) -> Iterator[tuple[int, list[dict]]]:
+    """Yield (step, its micro-batches); for a GPU, other processes prepare them ahead."""
+    steps = range(begin, end)
+    workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if on.type == "cuda" else 0
+    if not workers:
+        return zip(steps, map(batches, steps), strict=True)
+    loader = DataLoader(
+        _Steps(batches), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=4,
+        collate_fn=lambda micro_batches: micro_batches,
+        multiprocessing_context="fork",  # what makes a batch is a closure, which cannot be sent
+    )  # fmt: skip
+    return zip(steps, loader, strict=True)
 
 
 def _count(window: dict, values: dict[str, float], micro_batches: list[dict], targets: int) -> None:
@@ -196,60 +268,6 @@ def _history_row(state: TrainingState, values: dict[str, float]) -> dict:
     row["examples_per_second"] = round(window["examples"] / max(seconds - window.get("began", 0.0), 1e-9), 2)
     state.window = {"began": seconds}
     return row
-
-
-def check_training(settings: Training, num_processes: int = 1) -> None:
-    """Reject impossible settings before anything is computed."""
-    for name in ("max_steps", "batch_size", "log_every"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} {getattr(settings, name)} is too small: use at least 1")
-    for name in ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{name} {getattr(settings, name)} is negative: use 0 or more")
-    if settings.micro_batch_size and settings.batch_size % settings.micro_batch_size:
-        raise InputError(
-            f"micro_batch_size {settings.micro_batch_size} does not divide batch_size {settings.batch_size}: "
-            "use one that does"
-        )
-    for name, usual in (("learning_rate", 0.0003), ("max_grad_norm", 1.0)):
-        if not getattr(settings, name) > 0:
-            raise InputError(f"{name} {getattr(settings, name)} is not positive: use for example {usual}")
-    for name, known in (("optimizer", ("adamw", "muon")), ("precision", ("auto", "float32"))):
-        if getattr(settings, name) not in known:
-            raise InputError(f"{name} {getattr(settings, name)!r} is unknown: use {' or '.join(known)}")
-    name = "micro_batch_size" if settings.micro_batch_size else "batch_size"
-    if (rows := getattr(settings, name)) % num_processes:
-        raise InputError(f"{num_processes} processes do not divide {name} {rows}: use a multiple of {num_processes}")
-
-
-def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: Training) -> list:
-    """Return the optimizers that share the trainable parameters: AdamW alone, or Muon for the layers' matrices as well.
-
-    Muon (Jordan et al. 2024) orthogonalises a matrix's update; embeddings, the head, norms and biases stay with AdamW.
-    """
-    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    outer += [model.lm_head] if hasattr(model, "lm_head") else []
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    linear -= {id(module.weight) for module in outer}
-    matrices = [weight for weight in parameters.values() if settings.optimizer == "muon" and id(weight) in linear]
-    inner = {id(weight) for weight in matrices}
-    rest = [weight for weight in parameters.values() if id(weight) not in inner]
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if any(map(is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
-        raise InputError("optimizer muon needs whole matrices, and processes hold parts: use adamw, or one process")
-    # The fused update takes sharded and whole tensors, but not in one group.
-    groups = [[weight for weight in rest if is_sharded(weight) == sharded] for sharded in (False, True)]
-    groups = [{"params": group} for group in groups if group]
-    found = [torch.optim.AdamW(groups, fused=True, **rates)] if rest else []
-    return found + ([torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates)] if matrices else [])
-
-
-def learning_rate_at(step: int, settings: Training) -> float:
-    """Return the learning rate of a step: linear warm-up to the peak, then linear decay to zero."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
-    return settings.learning_rate * left
 
 
 def train_mode(model: torch.nn.Module) -> None:
@@ -287,114 +305,3 @@ def format_row(stage: str, row: dict, max_steps: int) -> str:
 
 def _count_targets(batch: dict) -> int:
     return int((batch["labels"] != -100).sum())
-
-
-def write_history(folder: Path, history: list[dict]) -> None:
-    """Write the history as CSV; columns in order of first appearance."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_atomic(folder / "history.csv", text.getvalue())
-
-
-def read_history(folder: Path) -> list[dict]:
-    """Read a history as rows of numbers; empty cells are left out."""
-    with open(folder / "history.csv", newline="") as file:
-        return [{k: json.loads(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(state: TrainingState) -> None:
-    """Write checkpoint-NNNNNN/ with whole tensors, for any number of processes, and remove older ones.
-
-    All processes call this together.
-    """
-    moments = {}
-    for name, parameter in state.parameters.items():
-        for key, value in _moments_of(parameter, state.optimizers).items():
-            moments[f"{name}|{key}"] = value
-    # named_parameters lists a tied matrix once, which is what safetensors wants.
-    weights = gather({name: p.detach() for name, p in state.model.named_parameters()})
-    moments = gather(moments)
-    if rank_and_world_size()[0] > 0:
-        return
-    target = state.folder / f"checkpoint-{state.step:06d}"
-    with folder_atomic(target) as temporary:
-        save_file(weights, temporary / "model.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        kept = {name: getattr(state, name) for name in ("step", "seconds", "history", "window", "memory")}
-        write_json(temporary / "state.json", kept | {"settings": asdict(state.settings)})
-    for old in (
-        *state.folder.glob("checkpoint-*"),
-        *state.folder.glob(".checkpoint-*"),
-    ):  # the latter left by killed processes
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_checkpoint(state: TrainingState) -> None:
-    """Put a run back to the newest checkpoint of its folder: weights, moments and progress; without one it is fresh.
-
-    Raises InputError when it lacks a file, is of other settings or another model, or processes see different folders.
-    """
-    folder, model = state.folder, state.model
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    rank, world = rank_and_world_size()
-    if world > 1:
-        mine = int(found[-1].name.split("-")[1]) if found else 0
-        seen = torch.tensor([mine, -mine], device=device())
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if seen[0] != -seen[1]:
-            raise InputError(
-                f"processes see different checkpoints in {folder.name}, the newest of steps {-seen[1]} and {seen[0]}: "
-                "set DISTILL_RUNS to a folder that all machines share"
-            )
-    if not found:
-        return
-    newest = found[-1]
-    lacking = [name for name in CHECKPOINT_FILES if not (newest / name).exists()]
-    if lacking:
-        raise InputError(f"{newest.name} lacks {lacking[0]}: put it back, or remove the folder to go without it")
-    kept = read_json(newest / "state.json")
-    now, before = asdict(state.settings), kept.get("settings") or {}  # older checkpoints do not say
-    for name in now.keys() & before.keys():
-        if now[name] != before[name]:
-            raise InputError(
-                f"{newest.name} was written with {name} {before[name]}, this run has {now[name]}: use that, or "
-                "another folder"
-            )
-    with torch.no_grad(), safe_open(newest / "model.safetensors", "pt") as file:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
-        other = [name for name in (*shapes, *theirs) if shapes.get(name) != theirs.get(name)]
-        if other:
-            raise InputError(
-                f"{newest.name} is of another model, {other[0]} has shape {theirs.get(other[0])} there and "
-                f"{shapes.get(other[0])} here: use the model it was made with, or another folder"
-            )
-        for name, parameter in model.named_parameters():
-            parameter.copy_(part_like(file.get_tensor(name), parameter))
-    with safe_open(newest / "optimizer.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118, a safetensors handle is no dictionary
-            name, moment = key.rsplit("|", 1)
-            like = state.parameters[name]
-            # The fused optimizer keeps its step count beside the parameter, too.
-            _moments_of(like, state.optimizers)[moment] = part_like(file.get_tensor(key), like)
-    if rank == 0:
-        print(f"continuing from {newest.name}", flush=True)
-    state.step, state.history, state.window = kept["step"], kept["history"], kept["window"]
-    state.memory |= kept.get("memory") or {}
-    state.began = time.monotonic() - kept["seconds"]
-
-
-def _moments_of(parameter, optimizers) -> dict:
-    """Return the state dictionary of a parameter in the optimizer that has it."""
-    for optimizer in optimizers:
-        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
-            return optimizer.state[parameter]
-    raise KeyError("a trainable parameter belongs to no optimizer")
