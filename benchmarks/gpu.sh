@@ -2,9 +2,10 @@
 # Everything that only a GPU can show, in few full calls on a bare machine without a network:
 #
 #     OUT=results bash benchmarks/gpu.sh check bench     # about 4 minutes: does it run at all, then speed and memory
-#     OUT=results bash benchmarks/gpu.sh study           # about 8 minutes: a larger teacher and its students, notebook 03
+#     OUT=results bash benchmarks/gpu.sh teachers        # about 8 minutes: the last stages of the embedded teachers
+#     OUT=results bash benchmarks/gpu.sh study           # about 6 minutes: students of notebook 03
 #
-# Parts: check, bench, study. WHEELS is a folder of wheels to install beside what is there; CORPUS a built corpus (a tar of
+# Parts: check, bench, teachers, study. WHEELS is a folder of wheels to install beside what is there; CORPUS a built corpus (a tar of
 # runs/pydocs-*), as other package versions give other text. TINY=1 takes sizes that a CPU can do, to try the script.
 # ONLY="kd_step tests" leaves the other steps of the parts out. A part that fails does not stop the next; logs and small result files lie in $OUT.
 set -u
@@ -73,24 +74,42 @@ bench() {
     cd ..
 }
 
+teachers() {  # the last stages of the embedded teachers, side by side: none of them fills the GPU
+    local seconds=${TEACHER_SECONDS:-330} tuning=${TUNING_SECONDS:-100} size=() name jobs=()
+    [ -n "${TINY:-}" ] && seconds=2 tuning=2 size=(--batch-size 2)
+    run prepare 240 $PYTHON -c "
+from distill_utils.experiments import t5_teacher, teacher
+for folder in (teacher.train_tokenizer(), t5_teacher.make_tokenizer()):
+    for split in ('train', 'validation'):
+        teacher.token_stream(split, teacher.load_tokenizer(folder), folder)"
+    for name in pydocs-bart pydocs-t5 pydocs-t5-small pydocs-t5-tiny; do
+        run "$name" $((seconds + tuning + 150)) $PYTHON benchmarks/timed_teachers.py $name --seconds "$seconds" \
+            --tuning-seconds "$tuning" "${size[@]}" --output "$OUT/$name" &
+        jobs+=($!)
+    done
+    wait "${jobs[@]}"
+    for name in pydocs-bart pydocs-t5 pydocs-t5-small pydocs-t5-tiny; do
+        grep -h "updates in" "$OUT/$name.log" | tail -n 1
+        cp "$OUT/$name"/*.json "$OUT"/
+    done
+    (cd "$OUT" && cp pydocs-bart/pydocs-bart/model.safetensors bart.safetensors &&
+        cp pydocs-bart/pydocs-bart-base/model.safetensors base.safetensors)
+    (cd "$OUT" && cp pydocs-t5/pydocs-t5/model.safetensors t5.safetensors)
+    (cd "$OUT" && mkdir rest && for name in pydocs-bart pydocs-t5-small pydocs-t5-tiny; do
+        mv $name rest/; done && rm rest/pydocs-bart/*/model.safetensors && tar -cf rest.tar rest)
+    (cd "$OUT" && tar -cJf logs.tar.xz ./*.log ./*.json && rm -rf ./*.log ./*.json rest pydocs-*)
+}
+
 study() {
-    local width=512 heads=8 batch=128 seconds=${STUDY_SECONDS:-140} changes=()
-    if [ -n "${TINY:-}" ]; then
-        width=64 heads=2 batch=8 seconds=8
+    local changes=()
+    [ -n "${TINY:-}" ] &&
         changes=(-p num_train=64 -p num_test=24 -p num_validation=16 -p max_steps=4 -p batch_size=8 -p warmup_steps=1)
-    fi
-    local teacher="$DISTILL_RUNS/teacher-w$width"
-    run larger_teacher $((seconds * 2 + 60)) $PYTHON benchmarks/larger_teacher.py --width $width --heads $heads \
-        --batch-size $batch --seconds "$seconds" --output "$teacher"
-    grep -h "ms an update" "$OUT/larger_teacher.log"
-    cp "$teacher/training.json" "$OUT/larger_teacher.json"
-    run report_03 ${REPORT_SECONDS:-350} $PYTHON -m distill_utils report 03 --profile h200 -p teacher="$teacher" \
-        "${changes[@]}" --output "$OUT/reports"
+    run report_03 ${REPORT_SECONDS:-350} $PYTHON -m distill_utils report 03 --profile h200 "${changes[@]}" --output "$OUT/reports"
     (cd "$DISTILL_RUNS" && tar -cJf "$OUT/study_runs.tar.xz" */history.csv */results.json */scores.json)
     tar -cJf "$OUT/study.tar.xz" -C "$OUT" reports
     rm -rf "$OUT/reports"
 }
 
 for part in "$@"; do
-    case $part in check | bench | study) $part ;; *) echo "no part $part: use check, bench, study" >&2; exit 2 ;; esac
+    case $part in check | bench | teachers | study) $part ;; *) echo "no part $part: use check, bench, teachers, study" >&2; exit 2 ;; esac
 done

@@ -138,6 +138,22 @@ def test_impossible_runs_are_rejected_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "num_validation", "message"),
+    [
+        ({"patience": 2, "eval_every": 1}, 99, "99 validation rows are too few to stop early by"),
+        ({"patience": 2, "eval_every": 0}, 100, "patience 2 needs evaluations"),
+        ({"stop_metric": "rouge2"}, 100, "stop_metric 'rouge2' is unknown"),
+        ({"schedule": "cosine"}, 100, "schedule 'cosine' is unknown"),
+        ({"schedule": "cooldown", "warmup_steps": 8, "max_steps": 8}, 100, "do not fit in max_steps 8"),
+    ],
+)
+def test_impossible_schedules_and_early_stopping_are_rejected(change, num_validation, message):
+    plan = [replace(BASE, training=replace(BASE.training, **change))]
+    with pytest.raises(InputError, match=message):
+        runs.check_runs(plan, tiny_bart(), num_validation)
+
+
 @pytest.mark.parametrize(("methods", "message"), [(["sft", "sft"], "named twice"), ([], "nothing to train")])
 def test_repeated_or_no_runs_are_rejected(methods, message):
     with pytest.raises(InputError, match=message):

@@ -33,11 +33,12 @@ from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
-from distill_utils.training.optimizers import Training, best_row, check_training
+from distill_utils.training.optimizers import MIN_VALIDATION, Training, check_early_stopping, check_training, stop_facts
 
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
 CROSS_FIT = ("", "other", "own")
+HELD_OUT_METRICS = ("validation_ce", "validation_kl")
 USABLE = {"repeating": 0}  # labels that every run trains on; empty ones are always dropped
 
 
@@ -119,12 +120,16 @@ def parse_shape(shape: str, teacher) -> tuple[int, int]:
     return encoder, decoder
 
 
-def check_runs(runs: list[StudentRun], teacher) -> None:
-    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
+def check_runs(runs: list[StudentRun], teacher, num_validation: int = MIN_VALIDATION) -> None:
+    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed.
+
+    `num_validation` is the number of pairs that early stopping would look at.
+    """
     if not runs:
         raise InputError("there is nothing to train: name at least one method, one student shape and one seed")
     for run in runs:
         _check_run(run, teacher)
+        check_early_stopping(run.training, HELD_OUT_METRICS, num_validation)
     if len({run.name for run in runs}) < len(runs):
         raise InputError("a method, student shape or seed is named twice: name each once")
 
@@ -377,14 +382,6 @@ def trunk_of(name: str, settings: dict) -> Path:
     """Return the folder of the trunk of runs that differ in length alone; it is extended, never finished."""
     shared = {key: value for key, value in settings["training"].items() if key not in FREE_SETTINGS}
     return runs_dir() / f"{name}-trunk-{config_hash(settings | {'training': shared})}"
-
-
-def stop_facts(history: list[dict], training: Training) -> dict:
-    """Return after how many updates a run stopped and, with patience, where by which metric it was best."""
-    facts = {"trained_steps": history[-1]["step"]}
-    if training.patience and (best := best_row(history, training)):
-        facts |= {"stop_metric": training.stop_metric, "patience": training.patience, "best_step": best["step"]}
-    return facts
 
 
 @torch.no_grad()

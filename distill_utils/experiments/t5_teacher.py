@@ -23,6 +23,7 @@ from distill_utils.evaluation.statistics import bootstrap_interval
 from distill_utils.experiments import miniend
 from distill_utils.experiments.teacher import (
     load_tokenizer,
+    origin,
     stage_facts,
     token_stream,
     train_tokenizer,
@@ -220,25 +221,33 @@ def build(name: str = "pydocs-t5") -> Path:
 
     The largest, which notebook 04 fine-tunes, is also measured on the tasks.
     """
-    tasks = name == "pydocs-t5"
     trained_by = git_state()
     infilled = infill(*SHAPES[name])
     trained = corrupt(infilled)
     folder = ASSETS / name
     model, tokenizer = load_model(trained / "model")
     save_model(model.to(torch.bfloat16), tokenizer, folder)
-
-    model, tokenizer = load_model(folder)
-    losses = held_out_losses(model, tokenizer, token_stream("validation", tokenizer, make_tokenizer()))
-    mean, low, high = bootstrap_interval(losses)
     facts = {
         **trained_by,
-        "parameters": students.count_parameters(model),
+        **origin(trained),
         "training_tokens": read_json(trained / "results.json")["tokens"],
         "stages": [
             stage_facts("text infilling", infilled, INFILLING),
             stage_facts("span corruption", trained, SPAN_CORRUPTION),
         ],
+    }
+    write_card(folder, facts | measure(name), card_text)
+    return folder
+
+
+def measure(name: str) -> dict:
+    """Return what the card says of a shipped model's files: size, loss on held-out windows, and scores on the tasks."""
+    model, tokenizer = load_model(name)
+    losses = held_out_losses(model, tokenizer, token_stream("validation", tokenizer, make_tokenizer()))
+    mean, low, high = bootstrap_interval(losses)
+    tasks = name == "pydocs-t5"
+    return {
+        "parameters": students.count_parameters(model),
         "source_length": SOURCE_LENGTH,
         "num_windows": HELD_OUT,
         "loss": [round(value, 4) for value in (mean, low, high)],
@@ -246,8 +255,6 @@ def build(name: str = "pydocs-t5") -> Path:
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
         **({"downstream": downstream(name), "tuning": hashed(TUNING), "task_rows": TASK_ROWS} if tasks else {}),
     }
-    write_card(folder, facts, trained, card_text)
-    return folder
 
 
 def card_text(card: dict) -> str:
@@ -258,8 +265,8 @@ def card_text(card: dict) -> str:
     return f"""# {card["name"]}
 
 A small T5-shaped language model of Python documentation with {card["parameters"]["total"] / 1e6:.1f} M parameters,
-trained from nothing by `{card["command"]}` at commit {card["commit"]} on the corpus with fingerprint
-{card["corpus_fingerprint"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
+trained from nothing by `{card["command"]}` at commit {card["commit"]} on the training part of corpus
+{card["training_corpus"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
 
 Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows in
 {first["seconds"] / 60:.0f} minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base;
@@ -267,8 +274,9 @@ then span corruption ({second["steps"]:,} updates of {second["examples"] // seco
 {second["seconds"] / 60:.0f} minutes). Both over {card["training_tokens"]:,} tokens of docstrings and comments.
 Trained on: {machine}.
 
-Loss on {card["num_windows"]} windows of validation text, {card["source_length"]} source tokens each: {mean:.3f} nats
-per target token, 95 % bootstrap interval over windows {low:.3f} to {high:.3f}.
+Loss on {card["num_windows"]} windows of {card["source_length"]} source tokens, validation text of corpus
+{card["corpus_fingerprint"]}: {mean:.3f} nats per target token, 95 % bootstrap interval over windows
+{low:.3f} to {high:.3f}.
 {_worth(card)}
 Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
 """

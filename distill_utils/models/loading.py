@@ -138,9 +138,13 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write weights (safetensors), config, generation settings and tokenizer; the folder appears whole or not at all.
 
+    A truncation that some call left in the tokenizer is not written: it would cut texts wherever the file is loaded.
     Raises InputError when the tokenizer is larger than the vocabulary or the disk is full.
     """
     _check_tokenizer(str(folder), tokenizer, model.config.vocab_size)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     with folder_atomic(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

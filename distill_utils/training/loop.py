@@ -51,7 +51,7 @@ from distill_utils.training.optimizers import (
 )
 
 __all__ = ["Training", "check_training", "fit", "fit_from_trunk", "read_history"]
-MAX_WORKERS = 8  # processes that prepare batches for a GPU
+MAX_WORKERS = 4  # processes that prepare batches for a GPU
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
 
 

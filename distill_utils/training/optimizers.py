@@ -17,6 +17,7 @@ from distill_utils.training.distributed import is_sharded
 MUON_RATE = 2.0  # times the learning rate, for updates of root mean square 0.4 of it, an AdamW update's usual size
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("linear", "cooldown", "constant")
+MIN_VALIDATION = 100  # rows; fewer measure a loss so roughly that chance would choose the best checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,17 @@ def check_training(settings: Training, num_processes: int = 1) -> None:
     name = "micro_batch_size" if settings.micro_batch_size else "batch_size"
     if (rows := getattr(settings, name)) % num_processes:
         raise InputError(f"{num_processes} processes do not divide {name} {rows}: use a multiple of {num_processes}")
+
+
+def check_early_stopping(settings: Training, metrics: tuple[str, ...], num_validation: int) -> None:
+    """Reject a metric that is none of what is evaluated, and early stopping by too few rows."""
+    if settings.stop_metric not in metrics:
+        raise InputError(f"stop_metric {settings.stop_metric!r} is unknown: use {' or '.join(metrics)}")
+    if settings.patience and num_validation < MIN_VALIDATION:
+        raise InputError(
+            f"{num_validation} validation rows are too few to stop early by: use at least {MIN_VALIDATION}, "
+            "or patience 0"
+        )
 
 
 def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: Training) -> list:
@@ -142,3 +154,11 @@ def stopped_at(history: list[dict], settings: Training) -> int | None:
             if 0 < settings.patience <= waited:
                 return row["step"]
     return None
+
+
+def stop_facts(history: list[dict], training: Training) -> dict:
+    """Return after how many updates a run stopped and, with patience, where by which metric it was best."""
+    facts = {"trained_steps": history[-1]["step"]}
+    if training.patience and (best := best_row(history, training)):
+        facts |= {"stop_metric": training.stop_metric, "patience": training.patience, "best_step": best["step"]}
+    return facts
