@@ -33,7 +33,7 @@ FLOORS = {
 }  # fmt: skip
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
-    "ipywidgets": {"widgets"},
+    "ipywidgets": {"tables"},
     "matplotlib": {"figures", "style"},
     "adjustText": {"style"},
     "seaborn": {"figures", "style"},

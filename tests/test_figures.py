@@ -6,13 +6,14 @@ import itertools
 import math
 
 import IPython.display
+import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
 from distill_utils.experiments.miniend import PATHS
-from distill_utils.report import figures, style, tables, widgets
+from distill_utils.report import figures, style, tables
 
 
 def with_interval(key: str, value: float, half: float = 1.0) -> dict:
@@ -186,15 +187,15 @@ def test_lengths_state_the_share_left_whole():
 
 def test_widgets_are_labelled_and_work(monkeypatch, shown):
     made = []
-    monkeypatch.setattr(widgets, "interact", lambda function, **controls: made.append((function, controls)))
-    widgets.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
-    widgets.metric_picker([{**row, "words": 9.0} for row in ROWS])
+    monkeypatch.setattr(ipywidgets, "interact", lambda function, **controls: made.append((function, controls)))
+    tables.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
+    tables.metric_picker([{**row, "words": 9.0} for row in ROWS])
     assert all(control.description for _, controls in made for control in controls.values())
     made[0][0](index=1)
     assert "&lt;d&gt;" in shown[-1]
     assert made[1][1]["x"].value == "ms_per_token" and "rouge2_low" not in made[1][1]["x"].options
     with pytest.raises(ValueError, match="no rows"):
-        widgets.sample_browser([])
+        tables.sample_browser([])
 
 
 def marks(ax) -> list:

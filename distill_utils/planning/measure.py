@@ -21,8 +21,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.device import device
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model, load_config
-from distill_utils.planning import machine
-from distill_utils.planning.plan import step_seconds
+from distill_utils.planning.plan import machine_ceilings, run_times, step_seconds
 from distill_utils.planning.step import Objective, plan_step
 from distill_utils.training import loop
 
@@ -144,17 +143,16 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    seconds = run_times(step, repeats, on)
     if on.type == "cuda":
-        seconds = machine.run_times(step, repeats, on)
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        seconds = machine.run_times(step, repeats, on)
         resident_peak = _resident("VmHWM")
         peak = living_bytes() + allocated_peak(step)
     found = {"device": on.type, "threads": torch.get_num_threads(), "repeats": repeats}
-    found["ceilings"] = machine.machine_ceilings()  # last, for it needs memory of its own
+    found["ceilings"] = machine_ceilings()  # last, for it needs memory of its own
     found |= {"seconds": min(seconds), "seconds_median": statistics.median(seconds), "peak_bytes": peak}
     if on.type == "cpu" and resident is not None:
         found["resident_bytes"] = resident_peak - resident
