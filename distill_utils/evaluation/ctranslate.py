@@ -139,8 +139,6 @@ def summarize_ctranslate2(
     min_length: int | None = None,
     batch_tokens: int = 4096,
     prefix: str = "",
-    return_scores: bool = True,
-    num_threads: int = 0,
     num_candidates: int = 1,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -154,12 +152,11 @@ def summarize_ctranslate2(
     penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens` counts a forced first token and the
     forced end, and `min_length` counts the decoder's start token too. Beam search stops early (as `early_stopping=True`
     does), so beam outputs agree with `generate` over a corpus, not string by string. Runs on the CPU. Scores (see
-    generation.py) are None for empty documents and without `return_scores`. A document's candidates follow one another,
-    best first: as beam search ranks them, samples by score.
+    generation.py) are None for empty documents. A document's candidates follow one another, best first: as beam search
+    ranks them, samples by score.
 
     Args:
         batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
-        num_threads: 0 means as many as torch uses.
         temperature: draw tokens at this temperature in place of beams, from the `top_k` likeliest or from the likeliest
             that together reach the probability `top_p` (at that temperature, as `generate` does). The same seed and
             batches draw the same.
@@ -170,7 +167,7 @@ def summarize_ctranslate2(
     decoding = decoding_settings(settings, num_beams, max_new_tokens, length_penalty, no_repeat_ngram_size, min_length)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
     first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
-    num_threads = num_threads or torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
     workers = max(1, num_threads // 4) if temperature is None else 1
     sampling = {}
@@ -195,7 +192,7 @@ def summarize_ctranslate2(
             # A forced end takes the last place from the text.
             max_decoding_length=decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None),
             max_input_length=0,
-            return_scores=return_scores,
+            return_scores=True,
             return_end_token=True,
             end_token=as_list(settings.eos_token_id) or None,
             asynchronous=True,
@@ -207,9 +204,9 @@ def summarize_ctranslate2(
         result = future.result()
         for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
             summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
-            if return_scores:  # the engine divides the sum by length ** penalty, the prefix counted with 0
-                total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
-                scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
+            # the engine divides the sum by length ** penalty, the prefix counted with 0
+            total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
+            scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
         if progress and (done % 16 == 0 or done == len(documents)):
             progress(done, len(documents))
     return summaries, scores
