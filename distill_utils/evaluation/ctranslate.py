@@ -132,11 +132,6 @@ def summarize_ctranslate2(
     documents: Sequence[str],
     *,
     max_source_length: int,
-    num_beams: int | None = None,
-    max_new_tokens: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    min_length: int | None = None,
     batch_tokens: int = 4096,
     prefix: str = "",
     num_candidates: int = 1,
@@ -145,15 +140,16 @@ def summarize_ctranslate2(
     top_p: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **decoding: int | float | None,
 ) -> tuple[list[str], list[float | None]]:
-    """Write one summary a document with a model converted by `to_ctranslate2`; return (summaries, scores).
+    """Write one summary per document with a model converted by `to_ctranslate2`; return (summaries, scores).
 
-    Decoding settings that are not given are the model's own, as in `summarize`; forced tokens and the repetition
-    penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens` counts a forced first token and the
-    forced end, and `min_length` counts the decoder's start token too. Beam search stops early (as `early_stopping=True`
-    does), so beam outputs agree with `generate` over a corpus, not string by string. Runs on the CPU. Scores (see
-    generation.py) are None for empty documents. A document's candidates follow one another, best first: as beam search
-    ranks them, samples by score.
+    `decoding` settings (`decoding_settings` knows them) that are not given are the model's own, as in `summarize`;
+    forced tokens and the repetition penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens`
+    counts a forced first token and the forced end, and `min_length` counts the decoder's start token too. Beam search
+    stops early (as `early_stopping=True` does), so beam outputs agree with `generate` over a corpus, not string by
+    string. Runs on the CPU. Scores (see generation.py) are None for empty documents. A document's candidates follow one
+    another, best first: as beam search ranks them, samples by score.
 
     Args:
         batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
@@ -164,7 +160,7 @@ def summarize_ctranslate2(
     import ctranslate2
 
     settings = GenerationConfig.from_pretrained(folder)
-    decoding = decoding_settings(settings, num_beams, max_new_tokens, length_penalty, no_repeat_ngram_size, min_length)
+    decoding = decoding_settings(settings, **decoding)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
     first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
     num_threads = torch.get_num_threads()

@@ -1,6 +1,6 @@
 """One training step from configs alone: its operations, the bytes they move and its peak memory by cause.
 
-Not here: the time that takes and whether it fits (planning.py), and steps that really run (scaling.py).
+Out of scope: the time that takes and whether it fits (plan.py), and steps that really run (measure.py).
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ def plan_step(
     checkpoint_activations: bool = False,
     attention: str = "sdpa",
     padded: bool = True,
-    prepare: Callable[[PreTrainedModel], object] | None = None,
     on: str = "cuda",
     devices: int = 1,
     shard: Sequence[str] = ("teacher", "student"),
@@ -75,8 +74,8 @@ def plan_step(
     The objective itself, the backward pass, clipping and the optimizer run on tensors without contents
     (`FakeTensorMode`), and every storage they would allocate is counted as it comes and goes. Student weights are
     float32, used in bfloat16 by autocast where `precision` says so; the teacher is in eval mode, without gradients, in
-    `teacher_dtype`. `prepare(student)` may freeze parts first (`freeze`). Positions all count as valid tokens;
-    `padded` says whether the masks are needed, which for T5 is a (batch, heads, length, length) bias in each layer.
+    `teacher_dtype`. Positions all count as valid tokens; `padded` says whether the masks are needed, which for T5 is a
+    (batch, heads, length, length) bias in each layer.
 
     One step is `batch_size` examples over all `devices`, `micro_batch_size` (0 = all of a device's) a pass. With
     several, the layers of the models in `shard` are split as launch.py does by FSDP2: weights, gradients and
@@ -113,15 +112,11 @@ def plan_step(
         model.set_attn_implementation(attention)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
-        if prepare:
-            prepare(model)
         train_mode(model)
         if checkpoint_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
         ledger = _Ledger(models, padded, devices, shard, repeated)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        if not trained:
-            raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
         optimizers = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer))
         for weight in trained.values():
             weight.grad = torch.empty_like(weight)
