@@ -75,20 +75,6 @@ def test_fewer_ids_give_a_lower_bound_that_rises_with_their_number(tmp_path):
     assert residuals[0] > 0.01 and residuals[-1] < 1e-6
 
 
-def test_every_token_keeps_its_own_probabilities(tmp_path):
-    teacher, rows = tiny_bart(2, 2), make_rows()
-    write(tmp_path / "top", teacher, rows, top_k=5, temperature=1.5)
-    for batch in targets.with_targets(lambda step: batch_list(rows, PAD, 2), tmp_path / "top")(0):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        with torch.no_grad():
-            probs = (teacher(**inputs).logits / 1.5).softmax(-1)
-        valid = batch["labels"] != -100
-        expected = probs.topk(5)
-        assert torch.equal(batch["target_ids"][valid], expected.indices[valid])
-        torch.testing.assert_close(batch["target_probs"][valid], expected.values[valid], rtol=1e-3, atol=1e-4)
-        assert not batch["target_probs"][~valid].any() and batch["target_temperature"] == 1.5
-
-
 def test_shares_of_samples_are_unbiased_over_all_draws():
     """Every outcome of three draws from four ids, weighted by its probability, averages to the distribution."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
