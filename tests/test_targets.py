@@ -12,6 +12,7 @@ from datasets import Dataset
 from test_objectives import gradients
 from tiny_models import FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch
 
+from distill_utils import device
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import batch_list, pair_stream
 from distill_utils.distillation import targets
@@ -23,7 +24,7 @@ TOKEN_LOSSES = partial(kd, encoder_layer_ids=[], decoder_layer_ids=[], hidden_we
 
 @pytest.fixture(autouse=True)
 def float32_teacher(monkeypatch):
-    monkeypatch.setattr(targets, "amp_dtype", lambda on: None)
+    monkeypatch.setattr(device, "amp_dtype", lambda on=None: None)
 
 
 def make_rows(count=7):
@@ -133,7 +134,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
 
 def test_large_vocabularies_and_bf16_teachers_are_kept_too(tmp_path, monkeypatch):
     teacher, rows = tiny_bart(1, 1, vocab_size=70_000), make_rows(2)
-    monkeypatch.setattr(targets, "amp_dtype", lambda on: torch.bfloat16)
+    monkeypatch.setattr(device, "amp_dtype", lambda on=None: torch.bfloat16)
     with torch.no_grad():
         teacher.final_logits_bias[0, 69_999] = 1000.0
     write(tmp_path / "large", teacher, rows, top_k=1)

@@ -1,6 +1,6 @@
 """CTranslate2, the fast engine on the CPU: conversion of a saved model, summaries with scores, scores of given texts.
 
-Not here: `generate` and what both engines share (generation.py, on the same floor; it knows nothing of this file).
+Out of scope: `generate` and what both engines share (generation.py, which knows nothing of this file).
 
 CTranslate2 renormalises over the allowed tokens when a setting forbids some (minimum length, repeated n-grams).
 """
@@ -46,14 +46,14 @@ UNSUPPORTED_SETTINGS = {
 def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantization: str = "float32") -> Path:
     """Convert a saved model for CTranslate2, atomically, with its generation settings beside it.
 
-    Mends what the converter reads from old configuration files: output scaling of T5 v1.1 and Flan (it must follow
+    Fixes what the converter reads from old configuration files: output scaling of T5 v1.1 and Flan (it must follow
     `scale_decoder_outputs`, not the tied embeddings), BART-style norm positions, vocabularies larger than the
     tokenizer, and the decoder's start token. Raises ValueError for what CTranslate2 cannot express.
     """
     model_folder, output_folder = Path(model_folder), Path(output_folder)
     if not (model_folder / "config.json").is_file():
         raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
-    refuse_unsupported(model_folder)
+    check_convertible(model_folder)
     converter = _converter(model_folder, quantization)
     with artifacts.folder_atomic(output_folder) as temporary:
         converter.convert(str(temporary), quantization=quantization, force=True)
@@ -64,7 +64,7 @@ def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantiza
 def _converter(model_folder: Path, quantization: str):
     from ctranslate2.converters import TransformersConverter
 
-    class MendingConverter(TransformersConverter):
+    class FixedConverter(TransformersConverter):
         def load_model(self, model_class, name, **kwargs):
             if quantization not in ("float16", "bfloat16"):
                 kwargs["dtype"] = torch.float32
@@ -92,7 +92,7 @@ def _converter(model_folder: Path, quantization: str):
             specification.config.decoder_start_token = self.tokenizer.convert_ids_to_tokens(start)
             return specification
 
-    return MendingConverter(str(model_folder))
+    return FixedConverter(str(model_folder))
 
 
 def read_config(model_folder: Path | str) -> dict:
@@ -107,7 +107,7 @@ def read_generation_config(model_folder: Path | str) -> GenerationConfig:
     return GenerationConfig.from_pretrained(model_folder, config_file_name=name)
 
 
-def refuse_unsupported(model_folder: Path) -> None:
+def check_convertible(model_folder: Path) -> None:
     """Raise ValueError naming the first thing of a saved model that CTranslate2 cannot express."""
     config = read_config(model_folder)
     kind = config.get("model_type")

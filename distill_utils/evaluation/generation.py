@@ -1,6 +1,6 @@
 """Summaries in bulk with `generate`, and what both engines share: tokens, batches, decoding settings, text.
 
-Not here: CTranslate2 (ctranslate.py), labels on disk (pseudo_labels.py), scores against references (evaluation/speed).
+Out of scope: CTranslate2 (ctranslate.py), labels on disk (pseudo_labels.py), ROUGE (metrics.py).
 
 A *score* is the mean natural log-probability of a summary's own tokens under the model that wrote it, the end token
 included; tokens that the generation settings force (first language token, end at the length limit) do not count.

@@ -1,6 +1,6 @@
 """Language understanding as text-to-text: GLUE and the embedded tasks as text pairs, labels by likelihood, scores.
 
-Not here: how the embedded tasks are made (pydocs.py), and fine-tuning, which takes these rows as it does summaries.
+Out of scope: how the embedded tasks are made (pydocs.py), and fine-tuning, which takes these rows as it does summaries.
 """
 
 from __future__ import annotations

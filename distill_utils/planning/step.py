@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import mixed_precision
 from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
@@ -103,7 +104,7 @@ def plan_step(
     configs = {"student": student, "teacher": teacher}
     given = {name: config for name, config in configs.items() if config is not None}
     models = {name: empty_model(config, dtypes[name]) for name, config in given.items()}
-    half = torch.bfloat16 if precision == "bfloat16" else None
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
     repeated = [1.0]  # chunks of a relation; only the first of them is run
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on, repeated):
         for model in models.values():
@@ -141,7 +142,7 @@ def plan_step(
                 ledger.add(weight.grad, "gradients", weight)
         with ledger:
             ledger.times = passes
-            with torch.autocast("cpu", half, enabled=half is not None):
+            with mixed_precision(torch.device("cpu"), dtype):
                 loss = objective(model, frozen, batch)["loss"]
             ledger.phase = "backward"
             (loss * 1.0).backward()  # weighted by its tokens, as the loop does
@@ -169,7 +170,7 @@ def plan_step(
 
 
 def _check_step(settings: dict) -> int:
-    """Return how many passes a step has on a device, or refuse the settings."""
+    """Return how many passes a step has on a device, or reject the settings."""
     for name in ("source_length", "target_length", "batch_size", "micro_batch_size", "devices"):
         if settings[name] < 1:
             raise InputError(f"{name} {settings[name]} is too small: use at least 1")
