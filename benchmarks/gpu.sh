@@ -45,7 +45,7 @@ check() {
 import json, torch, transformers, datasets
 from distill_utils import artifacts
 from distill_utils.data import loading
-from distill_utils.planning.machine import machine_ceilings
+from distill_utils.planning.plan import machine_ceilings
 print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts()['fingerprint'], **artifacts.provenance()}))"
     tail -n 1 "$OUT/facts.log"
     run tests 150 $PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py

@@ -34,7 +34,7 @@ from distill_utils import artifacts
 from distill_utils.device import amp_dtype, device, mixed_precision
 from distill_utils.distillation import objectives
 from distill_utils.models import students
-from distill_utils.planning.machine import machine_ceilings
+from distill_utils.planning.plan import machine_ceilings
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
 
 # kept: decoder layers of the student; source and target in tokens; batch on a GPU, batch on a CPU.

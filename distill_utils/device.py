@@ -1,10 +1,11 @@
-"""The device to compute on, its mixed precision, seeds and eval mode; torch is imported on use."""
+"""The device to compute on, its mixed precision and clock, seeds and eval mode; torch is imported on use."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -42,6 +43,18 @@ def to_device(batch: dict, on) -> dict:
     import torch
 
     return {key: value.to(on, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def timed(run: Callable[[], object], on=None) -> float:
+    """Return the seconds of one call, with all that it started on the device."""
+    import torch
+
+    wait = torch.cuda.synchronize if (on or device()).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

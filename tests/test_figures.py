@@ -6,13 +6,14 @@ import itertools
 import math
 
 import IPython.display
+import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
 from distill_utils.experiments.miniend import PATHS
-from distill_utils.report import figures, style, tables, widgets
+from distill_utils.report import figures, style, tables
 
 
 def with_interval(key: str, value: float, half: float = 1.0) -> dict:
@@ -186,15 +187,15 @@ def test_lengths_state_the_share_left_whole():
 
 def test_widgets_are_labelled_and_work(monkeypatch, shown):
     made = []
-    monkeypatch.setattr(widgets, "interact", lambda function, **controls: made.append((function, controls)))
-    widgets.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
-    widgets.metric_picker([{**row, "words": 9.0} for row in ROWS])
+    monkeypatch.setattr(ipywidgets, "interact", lambda function, **controls: made.append((function, controls)))
+    tables.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
+    tables.metric_picker([{**row, "words": 9.0} for row in ROWS])
     assert all(control.description for _, controls in made for control in controls.values())
     made[0][0](index=1)
     assert "&lt;d&gt;" in shown[-1]
     assert made[1][1]["x"].value == "ms_per_token" and "rouge2_low" not in made[1][1]["x"].options
     with pytest.raises(ValueError, match="no rows"):
-        widgets.sample_browser([])
+        tables.sample_browser([])
 
 
 def marks(ax) -> list:
@@ -289,8 +290,8 @@ def test_layers_have_one_panel_a_stack_and_lines_only_with_intervals():
 def test_heatmaps_carry_numbers_until_there_are_too_many():
     small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1])
     big = pd.DataFrame([[0.5] * 13] * 13)
-    one, other = figures.plot_heatmaps({"ROUGE-2": small, "big": big}, {"ROUGE-2": 1, "big": 2}, (0, 1)).axes
-    assert texts(one) == ["1.0", "0.2"] and not other.texts
+    one, other = figures.plot_heatmaps({"small": small, "big": big}, (0, 1)).axes
+    assert texts(one) == ["1.00", "0.25"] and not other.texts
 
 
 def test_pareto_front_holds_what_nothing_beats_in_both():

@@ -193,9 +193,7 @@ def test_a_teacher_in_bf16_stays_so_in_parts(place, forked, monkeypatch, tmp_pat
     run = replace(run, path="miniend")
     teacher, _ = load_model(run.teacher, torch.bfloat16)
     one = distilled(monkeypatch, tmp_path / "one", miniend.distill, run, teacher, *rest)
-    two = distilled(
-        monkeypatch, tmp_path / "two", launch.distill, run, teacher, *rest, num_processes=2, sharded=True
-    )
+    two = distilled(monkeypatch, tmp_path / "two", launch.distill, run, teacher, *rest, num_processes=2, sharded=True)
     assert_same(two, one)
     exact = distilled(monkeypatch, tmp_path / "exact", miniend.distill, run, *place[1:])
     assert one[1] != exact[1]

@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from distill_utils.artifacts import InputError
 from distill_utils.data import loading, pydocs
 from distill_utils.data.batches import batch_list, collate, length_batches, pair_stream, tokenize_pairs
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
 
 
@@ -186,24 +184,6 @@ def test_hub_columns_and_configurations(monkeypatch):
     monkeypatch.setattr(loading, "load_dataset", fail)
     message = refusal(loading.load_pairs, "EdinburghNLP/xsum", "test")
     assert "'EdinburghNLP/xsum'" in message and "Couldn't reach the server" in message and "second" not in message
-
-
-@pytest.mark.parametrize("name", ["xsum", "cnn_dm", "corpus_en"])
-def test_shared_data(name):
-    folder = SHARED / name
-    if not folder.exists():
-        pytest.skip("the shared data sets are not here")
-    counts = re.findall(r"^\| (validation|test) \| (\d+) \|", (folder / "README.md").read_text(), re.MULTILINE)
-    assert len(counts) == 2
-    for split, rows in counts:
-        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
-            first = json.loads(next(file))
-        if name == "corpus_en":
-            loaded, expected = loading.load_text(str(folder), split), first["text"]
-        else:
-            loaded = loading.load_pairs(str(folder), split)
-            expected = {key: first[key].strip() for key in ("id", "document", "summary")}
-        assert len(loaded) == int(rows) and loaded[0] == expected
 
 
 def test_the_corpus_is_built_once(monkeypatch):

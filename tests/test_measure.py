@@ -50,7 +50,7 @@ def test_planned_peak_is_the_allocators(path, family, changes):
         pytest.skip("the allocator's record is that of the CPU")
     student, teacher = family(1), family(2)
     plan = step.plan_step(objective(path), student, teacher, **TEXT | changes, on="cpu")
-    found = measure._run_steps(objective(path), student, teacher, plan["settings"], None, 1, 0)
+    found = measure._run_steps(objective(path), student, teacher, plan["settings"], 1, 0)
     assert found["peak_bytes"] > 2e6
     assert plan["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.05)  # promised: 0.15
 

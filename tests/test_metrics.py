@@ -47,18 +47,10 @@ def test_rouge_equals_rouge_score_itself():
             assert scores[metric][i] == pytest.approx(100 * expected[metric].fmeasure)
 
 
-def test_rouge_takes_the_best_of_several_references():
-    scores = metrics.rouge_scores(["red list"], [["blue", "red list", "red"]])
-    assert scores["rouge1"][0] == pytest.approx(100) and scores["rouge2"][0] == pytest.approx(100)
-
-
 @pytest.mark.parametrize("predictions, references", [(["a"], ["a", "b"]), ([], [])])
 def test_rouge_refuses_lists_that_do_not_fit(predictions, references):
     with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
         metrics.rouge_scores(predictions, references)
-
-
-# ---------------------------------------------------------------------------------------------------------- intervals
 
 
 def test_lead_words():

@@ -98,6 +98,10 @@ def page(html):
 def test_files(made):
     names = {path.relative_to(made[0]).as_posix() for path in made[0].rglob("*") if path.is_file()}
     assert names == {"small/03_kd_pl_sft.html", "small/03_kd_pl_sft.json", "index.html", "results.csv"}
+    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
+    assert saved["rows"][1]["latency_ms"] is None  # not a number, which JSON lacks
+    assert saved["question"] == "Which *signal* gives the best student for $x^2$ updates?"
+    assert saved["seconds"] == {"corpus": 1.5, "training": 75.0}
 
 
 def test_language_title_and_one_first_heading(page):
@@ -350,25 +354,12 @@ def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     assert readme.read_text() == text
 
 
-def test_not_a_number_becomes_null_beside_the_page(made):
-    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
-    assert saved["rows"][1]["latency_ms"] is None
-    assert saved["question"] == "Which *signal* gives the best student for $x^2$ updates?"
-    assert saved["seconds"] == {"corpus": 1.5, "training": 75.0}
-
-
 def test_wall_time_names_what_was_reused():
-    assert index.wall_time({"wall_seconds": 61.0}) == "1 min 01 s"
+    for seconds, text in ((8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")):
+        assert index.wall_time({"wall_seconds": seconds}) == text
     assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
     assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
     assert index.wall_time({}) == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
-)
-def test_duration(seconds, text):
-    assert index.duration(seconds) == text
 
 
 def test_readme_sends_to_the_report_for_many_rows(reports):

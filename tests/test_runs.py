@@ -16,7 +16,7 @@ from distill_utils.distillation.pseudo_labels import cross_fit_halves, measure_l
 from distill_utils.evaluation import scoring
 from distill_utils.evaluation.generation import summarize
 from distill_utils.experiments import comparison, runs
-from distill_utils.experiments.forecast import forecast
+from distill_utils.experiments.checks import forecast
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.loop import Training, read_history

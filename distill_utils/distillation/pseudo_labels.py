@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
@@ -136,29 +137,20 @@ def join_labels(datasets: Sequence[Dataset]) -> tuple[Dataset, int]:
     """
     if not datasets:
         raise InputError("no labels to join: give at least one data set")
-    parts = []
-    for part in datasets:
-        if "reference" not in part.column_names:
-            part = part.add_column("reference", part["summary"])
-        if "score" not in part.column_names:
-            part = part.add_column("score", [None] * len(part), feature=Value("float64"))
-        parts.append(part.select_columns(list(LABEL_FEATURES)).cast(LABEL_FEATURES))
-    seen, taken, ids, kept, row = set(), set(), [], [], -1
-    for number, part in enumerate(parts):
-        for id_, document, summary in zip(part["id"], part["document"], part["summary"], strict=True):
-            row += 1
-            text = hashlib.sha256(json.dumps([document, summary]).encode()).digest()
-            if text in seen:
-                continue
-            while id_ in taken:
-                id_ = f"{id_}@{number}"
-            seen.add(text)
-            taken.add(id_)
-            ids.append(id_)
-            kept.append(row)
-    joined = concatenate_datasets(parts).select(kept)
-    joined = joined.remove_columns("id").add_column("id", ids).select_columns(list(LABEL_FEATURES))
-    return joined, row + 1 - len(kept)
+    tables = [part.to_pandas().assign(number=number) for number, part in enumerate(datasets)]
+    for table in tables:
+        table["reference"] = table.get("reference", table["summary"])
+        table["score"] = table.get("score", math.nan)
+    rows = pd.concat(tables, ignore_index=True)
+    kept = rows.drop_duplicates(["document", "summary"])
+    ids: dict[str, None] = {}
+    for name, number in zip(kept["id"], kept["number"], strict=True):
+        while name in ids:
+            name = f"{name}@{number}"
+        ids[name] = None
+    kept = kept.assign(id=list(ids))[list(LABEL_FEATURES)]
+    joined = Dataset.from_pandas(kept, features=LABEL_FEATURES, preserve_index=False)
+    return joined, len(rows) - len(kept)
 
 
 def cross_fit_halves(dataset: Dataset, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -274,7 +266,7 @@ def _choose_engine(model_folder: Path, engine: str) -> str:
     if engine == "transformers" or (engine == "auto" and torch.cuda.is_available()):
         return "transformers"
     try:
-        ctranslate.refuse_unsupported(model_folder)
+        ctranslate.check_convertible(model_folder)
     except ValueError:
         if engine == "ctranslate2":
             raise

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill_utils.artifacts import InputError, folder_atomic, read_json, write_json
 from distill_utils.data.batches import batch_list
-from distill_utils.device import amp_dtype
+from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED
 from distill_utils.distillation.objectives import decode, encode, teacher_mode
 from distill_utils.models.students import project
@@ -54,7 +54,6 @@ def write_targets(
     _check_numbers(rows, top_k, samples, temperature, vocab_size)
     id_dtype = _id_dtype(vocab_size)
     generator = torch.Generator(on).manual_seed(seed)
-    half = amp_dtype(on)
     index, tokens, entries, residual = {}, 0, 0, 0.0
     with (
         folder_atomic(folder) as temporary,
@@ -62,10 +61,10 @@ def write_targets(
         open(temporary / "ids.bin", "wb") as ids_file,
         open(temporary / "probs.bin", "wb") as probs_file,
         teacher_mode(teacher),
-        torch.autocast(on.type, half, enabled=half is not None),
+        mixed_precision(on),
     ):
         for batch in batch_list(rows, pad_token_id, batch_size):
-            moved = {name: batch[name].to(on) for name in ("input_ids", "attention_mask", "labels")}
+            moved = to_device(batch, on)
             decoded, _ = decode(teacher, moved, encode(teacher, moved)[0])
             counts = []  # ids kept, of each token
             for hidden in decoded[moved["labels"] != IGNORED].split(CHUNK_TOKENS):

@@ -1,6 +1,6 @@
 """CTranslate2, the fast engine on the CPU: conversion of a saved model, summaries with scores, scores of given texts.
 
-Not here: `generate` and what both engines share (generation.py, on the same floor; it knows nothing of this file).
+Out of scope: `generate` and what both engines share (generation.py, which knows nothing of this file).
 
 CTranslate2 renormalises over the allowed tokens when a setting forbids some (minimum length, repeated n-grams).
 """
@@ -46,14 +46,14 @@ UNSUPPORTED_SETTINGS = {
 def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantization: str = "float32") -> Path:
     """Convert a saved model for CTranslate2, atomically, with its generation settings beside it.
 
-    Mends what the converter reads from old configuration files: output scaling of T5 v1.1 and Flan (it must follow
+    Fixes what the converter reads from old configuration files: output scaling of T5 v1.1 and Flan (it must follow
     `scale_decoder_outputs`, not the tied embeddings), BART-style norm positions, vocabularies larger than the
     tokenizer, and the decoder's start token. Raises ValueError for what CTranslate2 cannot express.
     """
     model_folder, output_folder = Path(model_folder), Path(output_folder)
     if not (model_folder / "config.json").is_file():
         raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
-    refuse_unsupported(model_folder)
+    check_convertible(model_folder)
     converter = _converter(model_folder, quantization)
     with artifacts.folder_atomic(output_folder) as temporary:
         converter.convert(str(temporary), quantization=quantization, force=True)
@@ -64,7 +64,7 @@ def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantiza
 def _converter(model_folder: Path, quantization: str):
     from ctranslate2.converters import TransformersConverter
 
-    class MendingConverter(TransformersConverter):
+    class FixedConverter(TransformersConverter):
         def load_model(self, model_class, name, **kwargs):
             if quantization not in ("float16", "bfloat16"):
                 kwargs["dtype"] = torch.float32
@@ -92,7 +92,7 @@ def _converter(model_folder: Path, quantization: str):
             specification.config.decoder_start_token = self.tokenizer.convert_ids_to_tokens(start)
             return specification
 
-    return MendingConverter(str(model_folder))
+    return FixedConverter(str(model_folder))
 
 
 def read_config(model_folder: Path | str) -> dict:
@@ -107,7 +107,7 @@ def read_generation_config(model_folder: Path | str) -> GenerationConfig:
     return GenerationConfig.from_pretrained(model_folder, config_file_name=name)
 
 
-def refuse_unsupported(model_folder: Path) -> None:
+def check_convertible(model_folder: Path) -> None:
     """Raise ValueError naming the first thing of a saved model that CTranslate2 cannot express."""
     config = read_config(model_folder)
     kind = config.get("model_type")
@@ -132,34 +132,27 @@ def summarize_ctranslate2(
     documents: Sequence[str],
     *,
     max_source_length: int,
-    num_beams: int | None = None,
-    max_new_tokens: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    min_length: int | None = None,
     batch_tokens: int = 4096,
     prefix: str = "",
-    return_scores: bool = True,
-    num_threads: int = 0,
     num_candidates: int = 1,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **decoding: int | float | None,
 ) -> tuple[list[str], list[float | None]]:
-    """Write one summary a document with a model converted by `to_ctranslate2`; return (summaries, scores).
+    """Write one summary per document with a model converted by `to_ctranslate2`; return (summaries, scores).
 
-    Decoding settings that are not given are the model's own, as in `summarize`; forced tokens and the repetition
-    penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens` counts a forced first token and the
-    forced end, and `min_length` counts the decoder's start token too. Beam search stops early (as `early_stopping=True`
-    does), so beam outputs agree with `generate` over a corpus, not string by string. Runs on the CPU. Scores (see
-    generation.py) are None for empty documents and without `return_scores`. A document's candidates follow one another,
-    best first: as beam search ranks them, samples by score.
+    `decoding` settings (`decoding_settings` knows them) that are not given are the model's own, as in `summarize`;
+    forced tokens and the repetition penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens`
+    counts a forced first token and the forced end, and `min_length` counts the decoder's start token too. Beam search
+    stops early (as `early_stopping=True` does), so beam outputs agree with `generate` over a corpus, not string by
+    string. Runs on the CPU. Scores (see generation.py) are None for empty documents. A document's candidates follow one
+    another, best first: as beam search ranks them, samples by score.
 
     Args:
         batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
-        num_threads: 0 means as many as torch uses.
         temperature: draw tokens at this temperature in place of beams, from the `top_k` likeliest or from the likeliest
             that together reach the probability `top_p` (at that temperature, as `generate` does). The same seed and
             batches draw the same.
@@ -167,10 +160,10 @@ def summarize_ctranslate2(
     import ctranslate2
 
     settings = GenerationConfig.from_pretrained(folder)
-    decoding = decoding_settings(settings, num_beams, max_new_tokens, length_penalty, no_repeat_ngram_size, min_length)
+    decoding = decoding_settings(settings, **decoding)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
     first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
-    num_threads = num_threads or torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
     workers = max(1, num_threads // 4) if temperature is None else 1
     sampling = {}
@@ -195,7 +188,7 @@ def summarize_ctranslate2(
             # A forced end takes the last place from the text.
             max_decoding_length=decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None),
             max_input_length=0,
-            return_scores=return_scores,
+            return_scores=True,
             return_end_token=True,
             end_token=as_list(settings.eos_token_id) or None,
             asynchronous=True,
@@ -207,9 +200,9 @@ def summarize_ctranslate2(
         result = future.result()
         for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
             summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
-            if return_scores:  # the engine divides the sum by length ** penalty, the prefix counted with 0
-                total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
-                scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
+            # the engine divides the sum by length ** penalty, the prefix counted with 0
+            total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
+            scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
         if progress and (done % 16 == 0 or done == len(documents)):
             progress(done, len(documents))
     return summaries, scores

@@ -1,6 +1,6 @@
 """Summaries in bulk with `generate`, and what both engines share: tokens, batches, decoding settings, text.
 
-Not here: CTranslate2 (ctranslate.py), labels on disk (pseudo_labels.py), scores against references (evaluation/speed).
+Out of scope: CTranslate2 (ctranslate.py), labels on disk (pseudo_labels.py), ROUGE (metrics.py).
 
 A *score* is the mean natural log-probability of a summary's own tokens under the model that wrote it, the end token
 included; tokens that the generation settings force (first language token, end at the length limit) do not count.
@@ -8,7 +8,6 @@ included; tokens that the generation settings force (first language token, end a
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 from collections import Counter
@@ -21,44 +20,31 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from distill_utils.artifacts import InputError
-from distill_utils.device import amp_dtype
+from distill_utils.device import amp_dtype, eval_mode, mixed_precision
 
 
-def summarize(
-    model,
-    tokenizer,
-    documents: Sequence[str],
-    *,
-    max_source_length: int,
-    batch_size: int = 32,
-    prefix: str = "",
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **generation_settings,
-) -> list[str]:
-    """Write one summary a document with `model.generate`, in the order of the documents.
+def summarize(model, tokenizer, documents: Sequence[str], **options) -> list[str]:
+    """Write one summary per document with `model.generate`; options are those of `summarize_with_scores`."""
+    return summarize_with_scores(model, tokenizer, documents, with_scores=False, **options)[0]
+
+
+@torch.inference_mode()
+def summarize_with_scores(
+    model, tokenizer, documents: Sequence[str], max_source_length: int, batch_size: int = 32, prefix: str = "",
+    dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None, with_scores: bool = True,
+    num_candidates: int = 1, seed: int | None = None, **generation_settings,
+) -> tuple[list[str], list[float | None]]:  # fmt: skip
+    """Return (summaries, scores) in the order of the documents; an empty document gives "" and None.
 
     Documents are cut to `max_source_length` tokens and batched by length, longest first, so that a batch too large
-    for the memory fails at once. An empty document gives "". Settings not given are those the model carries.
+    for the memory fails at once. Settings not given are those the model carries. A document's candidates follow one
+    another, best first: as beam search ranks them, samples by score.
 
     Args:
         dtype: bf16 or fp16 for autocast, float32 for none; None means what the device is good at on CUDA and
             float32 on the CPU, where results are then those of plain `generate`.
         progress: called with (documents done, documents in all) after each batch.
-    """
-    options = (max_source_length, batch_size, prefix, dtype, progress)
-    return summarize_with_scores(model, tokenizer, documents, *options, with_scores=False, **generation_settings)[0]
-
-
-@torch.inference_mode()
-def summarize_with_scores(
-    model, tokenizer, documents, max_source_length, batch_size=32, prefix="", dtype=None, progress=None,
-    with_scores=True, num_candidates: int = 1, seed: int | None = None, **generation_settings,
-) -> tuple[list[str], list[float | None]]:  # fmt: skip
-    """Return (summaries, scores) as `summarize` does; a score is None for an empty document or without scores.
-
-    A document's candidates follow one another, best first: as beam search ranks them, samples by score. `seed` fixes
-    what `do_sample` draws (with the same batches) and leaves the random state outside as it was.
+        seed: fixes what `do_sample` draws (with the same batches) and leaves the random state outside as it was.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix, limit)
@@ -66,13 +52,15 @@ def summarize_with_scores(
     device = model.device
     if dtype is None and device.type == "cuda":
         dtype = amp_dtype(device)
-    cast = dtype is not None and dtype != torch.float32
     if num_candidates > 1:
         settings["num_return_sequences"] = num_candidates
     summaries, scores = [""] * len(documents) * num_candidates, [None] * len(documents) * num_candidates
-    with _evaluation_mode(model, seed):
+    own_state = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None)
+    with eval_mode(model), own_state:
+        if seed is not None:
+            torch.manual_seed(seed)
         for chosen in batches_by_length([len(ids) for ids in source_ids], batch_size=batch_size, progress=progress):
-            with torch.autocast(device.type, dtype=dtype) if cast else contextlib.nullcontext():
+            with mixed_precision(device, dtype):
                 inputs = pad([source_ids[i] for i in chosen], tokenizer.pad_token_id, device)
                 if with_scores:
                     sequences, batch_scores = _generate_with_scores(model, inputs, settings)
@@ -87,20 +75,6 @@ def summarize_with_scores(
                 for place, candidate in enumerate(rows, start=i * num_candidates):
                     summaries[place], scores[place] = to_text(tokenizer, sequences[candidate]), batch_scores[candidate]
     return summaries, scores
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model, seed: int | None):
-    """Put the model in eval mode and, with a seed, torch's random state at it; both are put back at the end."""
-    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
 
 
 def _generate_with_scores(model, inputs: dict[str, Tensor], settings: dict) -> tuple[Tensor, list[float]]:

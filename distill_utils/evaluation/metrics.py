@@ -31,23 +31,20 @@ def split_sentences(text: str) -> str:
     return re.sub(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(\[])", "\n", text.strip())
 
 
-def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:
+def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
     """Return ROUGE-1, -2, -L, -Lsum, each (documents,): F1 x 100, Porter stemmer, as rouge-score defines them.
 
-    Lsum compares sentences split by `split_sentences` on both sides. Of several references for a document the best
-    counts, for each metric alone. Raises ValueError when the two lists differ in length or are empty.
+    Lsum compares sentences split by `split_sentences` on both sides. Raises ValueError when the two lists differ in
+    length or are empty.
     """
     _check_lengths(predictions, references, "references")
     without_sum, with_sum = _rouge_scorers()
     rows = []
-    for prediction, targets in zip(predictions, references, strict=True):
-        prediction, found = split_sentences(prediction), [[0.0] * len(METRICS)]
-        for target in map(split_sentences, [targets] if isinstance(targets, str) else targets):
-            # With one sentence on both sides Lsum is L, and its table need not be filled twice.
-            scorer = with_sum if "\n" in prediction or "\n" in target else without_sum
-            scores = scorer.score(target, prediction)  # the target comes first
-            found.append([100 * scores.get(metric, scores["rougeL"]).fmeasure for metric in METRICS])
-        rows.append(np.max(found, axis=0))
+    for prediction, target in zip(map(split_sentences, predictions), map(split_sentences, references), strict=True):
+        # With one sentence on both sides Lsum is L, and its table need not be filled twice.
+        scorer = with_sum if "\n" in prediction or "\n" in target else without_sum
+        scores = scorer.score(target, prediction)  # the target comes first
+        rows.append([100 * scores.get(metric, scores["rougeL"]).fmeasure for metric in METRICS])
     return dict(zip(METRICS, np.array(rows).T, strict=True))
 
 
@@ -147,7 +144,7 @@ def _names(text: str) -> list[str]:
 
 
 def evaluate_summaries(
-    documents: Sequence[str], predictions: Sequence[str], references: Sequence[str | Sequence[str]],
+    documents: Sequence[str], predictions: Sequence[str], references: Sequence[str],
     baseline_scores: dict[str, np.ndarray] | None = None, seed: int = 0,
 ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:  # fmt: skip
     """Return (one flat results row, ROUGE of every document).

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from distill_utils.artifacts import artifact, read_json, report_progress, write_atomic, write_json
 from distill_utils.data.loading import data_fingerprint
-from distill_utils.device import amp_dtype
+from distill_utils.device import eval_mode, mixed_precision, timed
 from distill_utils.evaluation import tasks
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import evaluate_summaries
@@ -100,15 +100,6 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in read_json(folder / "scores.json").items()}
 
 
-def _seconds(run: Callable, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
 def interleaved_latency_ms(
     runs: Mapping[object, Callable[[list[str]], object]], documents: Sequence[str], device: torch.device,
     repeats: int = 3, max_seconds: float = 60.0,
@@ -126,7 +117,7 @@ def interleaved_latency_ms(
             break
         for i, text in enumerate(documents[:1] if repeat < 0 else documents):
             for name, run in runs.items():
-                spent = _seconds(partial(run, [text]), device)
+                spent = timed(partial(run, [text]), device)
                 if repeat >= 0:
                     found[name][repeat, i] = spent
     return {name: 1000 * float(np.median(times.min(0))) for name, times in found.items()}
@@ -156,24 +147,22 @@ def measure_speed(
         raise ValueError("no documents to time: give at least one")
     device, on_cuda = model.device, model.device.type == "cuda"
     options = {"max_source_length": max_source_length, "prefix": prefix, "dtype": dtype, "batch_size": batch_size}
-    timed = decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
-    own = timed["latency_ms"]
-    cast = dtype or (amp_dtype(device) if on_cuda else None)
+    runs = decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
+    own = runs["latency_ms"]
+    cast = dtype or ("auto" if on_cuda else None)
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> None:
         inputs = tokenizer(prefix + texts[0], truncation=True, max_length=max_source_length, return_tensors="pt")
-        with torch.autocast(device.type, dtype=cast, enabled=cast not in (None, torch.float32)):
+        with mixed_precision(device, cast):
             model.get_encoder()(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
 
-    was_training = model.training
-    model.eval()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    own(documents)
-    row = interleaved_latency_ms(timed | {"encoder_ms": encode}, documents, device, repeats)
-    row["ms_per_token"] /= num_new_tokens
-    row["throughput"] = len(documents) / min(_seconds(partial(own, documents), device) for _ in range(repeats))
+    with eval_mode(model):
+        own(documents)
+        row = interleaved_latency_ms(runs | {"encoder_ms": encode}, documents, device, repeats)
+        row["ms_per_token"] /= num_new_tokens
+        row["throughput"] = len(documents) / min(timed(partial(own, documents), device) for _ in range(repeats))
     row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
-    model.train(was_training)
     return row

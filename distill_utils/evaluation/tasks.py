@@ -1,6 +1,6 @@
 """Language understanding as text-to-text: GLUE and the embedded tasks as text pairs, labels by likelihood, scores.
 
-Not here: how the embedded tasks are made (pydocs.py), and fine-tuning, which takes these rows as it does summaries.
+Out of scope: how the embedded tasks are made (pydocs.py), and fine-tuning, which takes these rows as it does summaries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from distill_utils.artifacts import InputError
 from distill_utils.data import loading, pydocs
 from distill_utils.data.batches import tokenize_pairs
-from distill_utils.device import amp_dtype
+from distill_utils.device import eval_mode, mixed_precision
 from distill_utils.evaluation import generation
 from distill_utils.evaluation.statistics import bootstrap_interval
 
@@ -167,17 +167,14 @@ def predict_labels(
         raise InputError(f"the tokenizer writes two labels of task {task!r} alike ({', '.join(words)}): use another")
     limit = getattr(model.config, "max_position_embeddings", None)
     source_ids = generation.tokenize_documents(tokenizer, rows["document"], max_source_length, limit=limit)
-    device, was_training = model.device, model.training
-    dtype = amp_dtype(device) if device.type == "cuda" else None
     predictions = [""] * len(source_ids)
-    model.eval()
-    for chosen in generation.batches_by_length(list(map(len, source_ids)), batch_size=batch_size, progress=progress):
-        inputs = generation.pad([source_ids[i] for i in chosen], tokenizer.pad_token_id, device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    batches = generation.batches_by_length(list(map(len, source_ids)), batch_size=batch_size, progress=progress)
+    with eval_mode(model), mixed_precision(model.device, "auto" if model.device.type == "cuda" else None):
+        for chosen in batches:
+            inputs = generation.pad([source_ids[i] for i in chosen], tokenizer.pad_token_id, model.device)
             found = label_scores(model, inputs, candidates).argmax(1).tolist()
-        for i, best in zip(chosen, found, strict=True):
-            predictions[i] = words[best]
-    model.train(was_training)
+            for i, best in zip(chosen, found, strict=True):
+                predictions[i] = words[best]
     return predictions
 
 

@@ -1,6 +1,6 @@
-"""Two checks that save a wasted day: a student that works before training, a saved student that is the trained one.
+"""What saves a wasted day: the forecast of a run, the check of a student before training, the proof of the saved one.
 
-Out of scope: the scores themselves (metrics.py), generation (generation.py, ctranslate.py).
+Out of scope: plans of models that are not loaded (planning/), what a run did cost (comparison.py).
 """
 
 from __future__ import annotations
@@ -10,23 +10,103 @@ import math
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
-from distill_utils.device import eval_mode
+from distill_utils.data.batches import tokenize_pairs
+from distill_utils.device import device, eval_mode, mixed_precision, timed, to_device
 from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
+from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
+from distill_utils.experiments import runs
+from distill_utils.models import students
 from distill_utils.models.loading import load_model
+from distill_utils.training.loop import choose_attention, train_mode
 
+TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
 LOGITS_TOLERANCE = 1e-3  # of a reloaded student, in standard deviations of the logits, or absolute where that is more
 MIN_AGREEMENT = 95.0  # mean ROUGE-L of CTranslate2's summaries against the student's own
 MAX_SCORE_GAP = 0.01  # nats per token between their log-probabilities of the same texts
+
+# ------------------------------------------------------------------------------------------------------------- forecast
+
+
+def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset) -> list[dict]:
+    """Predict time, memory and disk of each method, shape and variant.
+
+    Seconds are the better of two forward and backward passes, after one that warms up, on a micro-batch of typical
+    length. `memory (MB)` counts weights, gradients and the optimizer's two moments in float32, `activations (MB)` what
+    the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
+    """
+    return [_predict(run, teacher, tokenizer, train) for run in {run.group: run for run in plan}.values()]
+
+
+def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
+    student, cut = runs.cut_student(run, teacher)
+    student.to(device())
+    choose_attention(student, run.max_source_length)
+    train_mode(student)
+    batch, passes = typical_batch(run, teacher, tokenizer, train)
+    objective, kept = runs.objective_of(run.method), {}
+
+    def step(watch) -> None:
+        with mixed_precision(student.device, "auto" if run.training.precision == "auto" else None), watch:
+            loss = objective(student, teacher, batch, **cut["options"])["loss"]
+        loss.backward()
+
+    step(kept_for_backward(student, kept))
+    seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
+    counts = students.count_parameters(student)
+    return {
+        "student": run.group,
+        "steps": run.training.max_steps,
+        "ms/step": 1000 * seconds,
+        "predicted_seconds": seconds * run.training.max_steps,
+        "memory (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
+        "activations (MB)": sum(kept.values()) / 2**20,
+        "disk (MB)": (8 * counts["total"] + 8 * counts["trainable"]) / 2**20,
+    }
+
+
+def typical_batch(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> tuple[dict, int]:
+    """Return one micro-batch of the references on the device, with cached targets where needed, and how many a step."""
+    sample = train.select(range(min(TYPICAL, len(train))))
+    batches = runs.batches_of(runs.with_seed(run, 0), tokenizer, sample)
+    if run.method == "kd_cached":
+        with tempfile.TemporaryDirectory() as folder:
+            targets = Path(folder) / "targets"
+            write_targets(
+                targets, teacher, tokenize_pairs(sample, tokenizer, *run.lengths),
+                pad_token_id=tokenizer.pad_token_id, **runs.kept_targets(run),
+                batch_size=run.training.micro_batch_size or run.training.batch_size,
+            )  # fmt: skip
+            micro_batches = with_targets(batches, targets)(0)
+    else:
+        micro_batches = batches(0)
+    return to_device(micro_batches[0], device()), len(micro_batches)
+
+
+def kept_for_backward(model, found: dict[int, int]):
+    """Return a context that fills {address: bytes} of the storages a forward pass keeps, without the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
 
 # ------------------------------------------------------------------------------------------------------ before training
 
@@ -83,7 +163,8 @@ def check_initial_student(
 
 
 def _forward(name: str, model, batch: dict[str, torch.Tensor]):
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")}
+    moved = to_device(batch, model.device)
+    inputs = {key: moved[key] for key in ("input_ids", "attention_mask", "labels")}
     out = model(**inputs, output_hidden_states=True)
     if torch.isfinite(out.logits).all():
         return out

@@ -1,6 +1,6 @@
 """One run in several processes: sharded models (FSDP2), what each process does, and its start from a notebook.
 
-Not here: the loop, `loop.fit`, which is the same in one process and in many.
+Out of scope: the loop, `loop.fit`, which is the same in one process and in many.
 
 `distill` takes the description of a run as `miniend.distill` does, and starts `torchrun` on this machine. On a
 cluster `distill(..., num_processes=0)` prepares the run and names its folder, which all machines must share. Then
@@ -131,19 +131,11 @@ def _settle_left(stack: nn.Module, inputs: tuple, output: object) -> None:
 
 def unshard(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a whole copy in rank 0's main memory, None elsewhere; all processes call this together."""
-    weights = model.state_dict(keep_vars=True)
-    distinct = {str(id(weight)): weight.detach() for weight in weights.values()}  # tied ones once
-    found = gather(distinct)
+    weights = gather(model.state_dict())
     if rank_and_world_size()[0] > 0:
         return None
-    made = {
-        str(id(weight)): nn.Parameter(found[str(id(weight))], weight.requires_grad)
-        if isinstance(weight, nn.Parameter)
-        else found[str(id(weight))]
-        for weight in weights.values()
-    }
-    whole = type(model)(copy.deepcopy(model.config))
-    whole.load_state_dict({name: made[str(id(weight))] for name, weight in weights.items()}, assign=True)
+    whole = type(model)(copy.deepcopy(model.config))  # ties what the model ties
+    whole.load_state_dict(weights)
     whole.generation_config = copy.deepcopy(model.generation_config)
     return whole.eval()
 

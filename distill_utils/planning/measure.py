@@ -1,6 +1,6 @@
 """Real training steps of a given shape, with random weights: time, peak memory and utilization beside the plan.
 
-Not here: the plan itself (planning.py) and training that is meant to learn something (training.py). Speed and memory do
+Out of scope: the plan itself (plan.py) and training that is meant to learn something (training/). Speed and memory do
 not depend on what the weights are; quality does, and nothing here says anything about it.
 """
 
@@ -18,11 +18,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 
 from distill_utils.artifacts import InputError
-from distill_utils.device import device
+from distill_utils.device import device, mixed_precision
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model, load_config
-from distill_utils.planning import machine
-from distill_utils.planning.plan import step_seconds
+from distill_utils.planning.plan import machine_ceilings, run_times, step_seconds
 from distill_utils.planning.step import Objective, plan_step
 from distill_utils.training import loop
 
@@ -57,11 +56,10 @@ def measure_step(
 
     Returns `seconds` (best), `seconds_median`, `tokens_per_second` (at best), `peak_bytes` by the allocator's record
     (on CUDA its own maximum; on a CPU every change that the profiler saw in one more step, above what lived before it),
-    `resident_bytes` by which the process grew at most, `flops` of a step without what is computed again,
-    `flops_per_second`; `utilization`, the share of the time that they take at the measured matmul ceilings, each
-    operation at that of its precision;
-    `roofline_efficiency`, what `plan.step_seconds` takes as its utilization, and which tensors that stay in a CPU's
-    cache can bring above 1; `ceilings`; and the planned peak.
+    `flops` of a step without what is computed again, `flops_per_second`; `utilization`, the share of the time that they
+    take at the measured matmul ceilings, each operation at that of its precision; `roofline_efficiency`, what
+    `plan.step_seconds` takes as its utilization, and which tensors that stay in a CPU's cache can bring above 1;
+    `ceilings`; and the planned peak.
 
     Raises InputError where the plan would, and when the process dies, as it does out of memory.
     """
@@ -70,7 +68,7 @@ def measure_step(
         raise InputError(f"devices {plan['settings']['devices']} cannot be measured in one process: use devices=1")
     start = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
     receiver, sender = start.Pipe(duplex=False)
-    work = (sender, objective, student, teacher, plan["settings"], settings.get("prepare"), repeats, threads)
+    work = (sender, objective, student, teacher, plan["settings"], repeats, threads)
     process = start.Process(target=_measure, args=work)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell a notebook when it starts and stops
     process.start()
@@ -109,20 +107,17 @@ def _measure(sender, *given) -> None:
         sender.send(InputError(f"the measured step failed: {' '.join(str(error).split())[:300]}"))
 
 
-def _run_steps(objective, student_config, teacher_config, settings, prepare, repeats: int, threads: int) -> dict:
+def _run_steps(objective, student_config, teacher_config, settings, repeats: int, threads: int) -> dict:
     if threads:
         torch.set_num_threads(threads)
     on = device()
     torch.manual_seed(0)
-    resident = _resident("VmRSS")
     student = random_model(student_config, torch.float32, on)
     student.set_attn_implementation(settings["attention"])
     teacher = None
     if teacher_config is not None:
         teacher = random_model(teacher_config, getattr(torch, settings["teacher_dtype"]), on).eval()
         teacher.requires_grad_(False)
-    if prepare:
-        prepare(student)
     loop.train_mode(student)
     if settings["checkpoint_activations"]:
         loop.recompute_activations(student)
@@ -130,12 +125,12 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
     options = loop.Training(1, settings["batch_size"], optimizer=settings["optimizer"])
     optimizers = loop.make_optimizers(student, weights, options)
     batch = random_batch(settings, min(config.vocab_size for config in (student_config, teacher_config) if config), on)
-    half = torch.bfloat16 if settings["precision"] == "bfloat16" else None
+    dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else None
     passes = settings["batch_size"] // settings["micro_batch_size"]
 
     def step() -> None:
         for _ in range(passes):
-            with torch.autocast(on.type, half, enabled=half is not None):
+            with mixed_precision(on, dtype):
                 loss = objective(student, teacher, batch)["loss"]
             (loss / passes).backward()
             del loss
@@ -144,21 +139,16 @@ def _run_steps(objective, student_config, teacher_config, settings, prepare, rep
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    seconds = run_times(step, repeats, on)
     if on.type == "cuda":
-        seconds = machine.run_times(step, repeats, on)
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        seconds = machine.run_times(step, repeats, on)
-        resident_peak = _resident("VmHWM")
         peak = living_bytes() + allocated_peak(step)
     found = {"device": on.type, "threads": torch.get_num_threads(), "repeats": repeats}
-    found["ceilings"] = machine.machine_ceilings()  # last, for it needs memory of its own
-    found |= {"seconds": min(seconds), "seconds_median": statistics.median(seconds), "peak_bytes": peak}
-    if on.type == "cpu" and resident is not None:
-        found["resident_bytes"] = resident_peak - resident
-    return found
+    found["ceilings"] = machine_ceilings()  # last, for it needs memory of its own
+    return found | {"seconds": min(seconds), "seconds_median": statistics.median(seconds), "peak_bytes": peak}
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype, on: torch.device) -> PreTrainedModel:
@@ -211,15 +201,6 @@ def allocated_peak(run: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-def _resident(field: str) -> int | None:
-    """Return the process's own resident bytes (VmRSS) or their peak (VmHWM), None where the system tells neither."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
 
 
 def model_config(name: str) -> PreTrainedConfig:

@@ -1,22 +1,102 @@
 """A training run before it starts: time, disk and memory from simulated steps, and what to change where it cannot fit.
 
-Out of scope: the simulated step itself (step.py) and the machine's ceilings (machine.py).
+Ceilings are measured: what this machine reaches at most in arithmetic and in memory traffic.
+
+Out of scope: the simulated step itself (step.py), real steps (measure.py), and the speed of a whole model on documents
+(evaluation/scoring.py).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import amp_dtype, device, timed
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
-from distill_utils.planning import machine
 from distill_utils.planning.step import CAUSES, PHASES, Objective, plan_step
+
+CPU_SIZE, CUDA_SIZE = 1024, 8192  # rows of the square matrices: large enough to be bound by arithmetic, not by memory
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def run_times(run: Callable[[], object], repeats: int, device: torch.device | None = None) -> list[float]:
+    """Return the seconds of each of `repeats` calls, after one call that is not counted."""
+    return [timed(run, device) for _ in range(repeats + 1)][1:]
+
+
+def matmul_ceiling(size: int = 0, repeats: int = 8) -> dict[str, float | None]:
+    """Return the GFLOP/s (1e9) that a square matrix product reaches here: `float32` and `bfloat16`.
+
+    The best of `repeats`, for other load only slows. `bfloat16` is None where the machine has none of its own.
+    """
+    on = device()
+    size = size or (CUDA_SIZE if on.type == "cuda" else CPU_SIZE)
+    ceiling: dict[str, float | None] = dict.fromkeys(("float32", "bfloat16"))
+    for name, dtype in (("float32", torch.float32), ("bfloat16", amp_dtype(on))):
+        if dtype is not None:
+            # Random numbers: a GPU multiplies equal ones faster than it ever multiplies data.
+            left, right = (torch.randn(size, size, device=on).to(dtype) for _ in range(2))
+            ceiling[name] = 2 * size**3 / min(run_times(lambda a=left, b=right: a @ b, repeats, on)) / 1e9
+    return ceiling
+
+
+def encoder_flops(num_parameters: int, num_layers: int, width: int, num_tokens: int) -> float:
+    """Return the floating-point operations of one encoder pass over one document of `num_tokens` tokens.
+
+    Two for each weight (embeddings excepted) and token, four for each pair of tokens, layer and unit of width: scores
+    and weighted sum. Norms, activations and softmax are left out.
+    """
+    return 2.0 * num_parameters * num_tokens + 4.0 * num_layers * width * num_tokens**2
+
+
+def encoder_speed(model, num_parameters: int, num_layers: int, num_tokens: int, batch_size: int) -> dict[str, float]:
+    """Time the encoder on documents of one length: `batch_size`, `ms` a pass (median of five), `gflops` a second."""
+    ids = torch.full((batch_size, num_tokens), model.config.eos_token_id, device=model.device)
+    with torch.inference_mode():
+        seconds = statistics.median(run_times(lambda: model.get_encoder()(ids, torch.ones_like(ids)), 5, model.device))
+    flops = batch_size * encoder_flops(num_parameters, num_layers, model.config.hidden_size, num_tokens)
+    return {"batch_size": batch_size, "ms": 1000 * seconds, "gflops": flops / seconds / 1e9}
+
+
+def memory_bandwidth(num_bytes: int = 0, repeats: int = 8) -> float:
+    """Return the GB/s (1e9 bytes, read and written both counted) that copying a large tensor reaches here."""
+    on = device()
+    num_bytes = num_bytes or (2**31 if on.type == "cuda" else 2**28)  # far above any cache
+    source = torch.ones(num_bytes // 4, device=on)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(run_times(lambda: target.copy_(source), repeats, on)) / 1e9
+
+
+def machine_ceilings() -> dict[str, float | None]:
+    """Return `matmul_ceiling` (GFLOP/s) and `bandwidth` (GB/s) of this machine: what `step_seconds` divides by."""
+    return matmul_ceiling() | {"bandwidth": memory_bandwidth()}
+
+
+def device_memory() -> int:
+    """Return the bytes of the device to compute on: the GPU's memory, or of RAM what this process may use."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    limits = [psutil.virtual_memory().total]
+    for path in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # absent outside of Linux; "max" without a limit
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+# --------------------------------------------------------------------------------------------------- time, disk, memory
 
 
 def step_seconds(
@@ -55,7 +135,7 @@ def label_seconds(
     inner = getattr(teacher, "d_kv", 0) * getattr(teacher, "num_heads", 0) or teacher.d_model
     cached = 2 * rows * inner * len(students.decoder_layers(model)) * (source_length + target_length / 2) * width
     speed, bandwidth = 1e9 * (ceilings.get(dtype) or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
-    encoding = machine.encoder_flops(
+    encoding = encoder_flops(
         parts["encoder"], len(students.encoder_layers(model)), inner, source_length
     ) * batch_size / speed  # fmt: skip
     weights = parts["decoder"] + head
@@ -115,25 +195,31 @@ def check_fits(
     ceilings: dict[str, float | None] | None = None,
     **settings: object,
 ) -> dict:
-    """Return `plan_step` of the settings where it fits into `memory` bytes, `machine.device_memory` unless given.
+    """Return `plan_step` of the settings where it fits into `memory` bytes, `device_memory` unless given.
 
     `reserve` is the share of memory that the plan may not use: the CUDA context, workspaces and fragmentation. Raises
     InputError otherwise, which names the three cheapest changes that make it fit, each planned anew: a smaller
     micro-batch, activation checkpointing, a bfloat16 teacher, shorter text or more devices, by the device time they add
     per token, at this machine's ceilings unless given.
     """
-    memory = machine.device_memory() if memory is None else memory
+    memory = device_memory() if memory is None else memory
     room = (1 - reserve) * memory
     step = plan_step(objective, student, teacher, **settings)
     if step["peak_bytes"] <= room:
         return step
-    ceilings = ceilings or machine.machine_ceilings()
-    again = partial(_plan_changed, objective, student, teacher, settings, step)
+    ceilings = ceilings or machine_ceilings()
+
+    @cache
+    def again(*change: tuple[str, object]) -> dict:
+        return plan_step(objective, student, teacher, **(settings | dict(change)))
 
     def cost(planned: dict) -> float:
         return step_seconds(planned, ceilings)["total"] * planned["settings"]["devices"] / planned["tokens"]
 
-    planned = [(change, again(change)) for change in _fitting(_changes(step["settings"]), again, room)]
+    planned = []
+    for kind in _changes(step["settings"]):  # a milder change never needs less, so that halving finds the mildest
+        at = bisect_left(kind, True, key=lambda change: again(*change.items())["peak_bytes"] <= room)
+        planned += [(change, again(*change.items())) for change in kind[at : at + 1]]
     causes = sorted(step["memory"].items(), key=lambda item: -item[1])[:2]
     needs = (
         f"a step needs {step['peak_bytes'] / 1e9:.2f} GB ({', '.join(f'{c} {b / 1e9:.2f}' for c, b in causes)}), of "
@@ -166,29 +252,3 @@ def _changes(settings: dict) -> list[list[dict]]:
     more = [devices * n for n in (2, 4, 8) if settings["batch_size"] % (devices * n) == 0]
     kinds.append([{"devices": n, "micro_batch_size": min(rows, settings["batch_size"] // n)} for n in more])
     return [kind for kind in kinds if kind]
-
-
-def _fitting(kinds: list[list[dict]], again: Callable[[dict], dict], room: float) -> list[dict]:
-    """Return of each kind of change the mildest that fits: halved in search, for a milder one never needs less."""
-    found = []
-    for kind in kinds:
-        if again(kind[-1])["peak_bytes"] > room:
-            continue
-        low, high = 0, len(kind) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if again(kind[middle])["peak_bytes"] <= room:
-                high = middle
-            else:
-                low = middle + 1
-        found.append(kind[low])
-    return found
-
-
-def _plan_changed(objective, student, teacher, settings: dict, known: dict, change: dict) -> dict:
-    """Return the plan with a change; each is made once."""
-    plans = known.setdefault("changed", {})
-    key = tuple(sorted(change.items()))
-    if key not in plans:
-        plans[key] = plan_step(objective, student, teacher, **(settings | change))
-    return plans[key]

@@ -1,6 +1,6 @@
 """One training step from configs alone: its operations, the bytes they move and its peak memory by cause.
 
-Not here: the time that takes and whether it fits (planning.py), and steps that really run (scaling.py).
+Out of scope: the time that takes and whether it fits (plan.py), and steps that really run (measure.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import mixed_precision
 from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
@@ -65,7 +66,6 @@ def plan_step(
     checkpoint_activations: bool = False,
     attention: str = "sdpa",
     padded: bool = True,
-    prepare: Callable[[PreTrainedModel], object] | None = None,
     on: str = "cuda",
     devices: int = 1,
     shard: Sequence[str] = ("teacher", "student"),
@@ -75,8 +75,8 @@ def plan_step(
     The objective itself, the backward pass, clipping and the optimizer run on tensors without contents
     (`FakeTensorMode`), and every storage they would allocate is counted as it comes and goes. Student weights are
     float32, used in bfloat16 by autocast where `precision` says so; the teacher is in eval mode, without gradients, in
-    `teacher_dtype`. `prepare(student)` may freeze parts first (`freeze`). Positions all count as valid tokens;
-    `padded` says whether the masks are needed, which for T5 is a (batch, heads, length, length) bias in each layer.
+    `teacher_dtype`. Positions all count as valid tokens; `padded` says whether the masks are needed, which for T5 is a
+    (batch, heads, length, length) bias in each layer.
 
     One step is `batch_size` examples over all `devices`, `micro_batch_size` (0 = all of a device's) a pass. With
     several, the layers of the models in `shard` are split as launch.py does by FSDP2: weights, gradients and
@@ -104,7 +104,7 @@ def plan_step(
     configs = {"student": student, "teacher": teacher}
     given = {name: config for name, config in configs.items() if config is not None}
     models = {name: empty_model(config, dtypes[name]) for name, config in given.items()}
-    half = torch.bfloat16 if precision == "bfloat16" else None
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
     repeated = [1.0]  # chunks of a relation; only the first of them is run
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on, repeated):
         for model in models.values():
@@ -113,15 +113,11 @@ def plan_step(
         model.set_attn_implementation(attention)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
-        if prepare:
-            prepare(model)
         train_mode(model)
         if checkpoint_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
         ledger = _Ledger(models, padded, devices, shard, repeated)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        if not trained:
-            raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
         optimizers = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer))
         for weight in trained.values():
             weight.grad = torch.empty_like(weight)
@@ -146,7 +142,7 @@ def plan_step(
                 ledger.add(weight.grad, "gradients", weight)
         with ledger:
             ledger.times = passes
-            with torch.autocast("cpu", half, enabled=half is not None):
+            with mixed_precision(torch.device("cpu"), dtype):
                 loss = objective(model, frozen, batch)["loss"]
             ledger.phase = "backward"
             (loss * 1.0).backward()  # weighted by its tokens, as the loop does
@@ -174,7 +170,7 @@ def plan_step(
 
 
 def _check_step(settings: dict) -> int:
-    """Return how many passes a step has on a device, or refuse the settings."""
+    """Return how many passes a step has on a device, or reject the settings."""
     for name in ("source_length", "target_length", "batch_size", "micro_batch_size", "devices"):
         if settings[name] < 1:
             raise InputError(f"{name} {settings[name]} is too small: use at least 1")

@@ -63,9 +63,7 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def plot_quality_speed(
-    rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2", ax: Axes | None = None
-) -> Axes:
+def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2") -> Axes:
     """Plot quality against speed, one point a row, intervals as error bars, the teacher's as a band.
 
     Rows are results rows: method, student, `x`, `y`, `y`_low, `y`_high. Colour is the method, marker the student's
@@ -232,23 +230,17 @@ def plot_layers(rows: Sequence[Mapping], key: str, ylabel: str) -> Figure:
     return figure
 
 
-def plot_heatmaps(
-    panels: Mapping[str, pd.DataFrame], decimals: Mapping[str, int] | int = 2, limits: Sequence[float] | None = None
-) -> Figure:
-    """Plot tables of numbers as shaded cells, side by side; darker is higher, on one scale where `limits` are given.
+def plot_heatmaps(panels: Mapping[str, pd.DataFrame], limits: Sequence[float]) -> Figure:
+    """Plot tables of numbers as shaded cells, side by side on one scale; darker is higher.
 
     The names of a table's index and columns label its axes. Up to twelve columns the cells carry their numbers.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.5, 6.5 / len(panels) + 0.4), layout="constrained", squeeze=False
-    )
-    low, high = limits or (None, None)
+    size = (6.5, 6.5 / len(panels) + 0.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, frame) in zip(axes[0], panels.items(), strict=True):
-        digits = decimals if isinstance(decimals, int) else decimals[title]
-        size = {"size": 9 if frame.shape[1] <= 4 else 6.5}
         sns.heatmap(
-            frame, ax=ax, cmap="Blues", vmin=low, vmax=high, annot=frame.shape[1] <= 12, fmt=f".{digits}f", cbar=False,
-            square=True, linewidths=1, annot_kws=size,
+            frame, ax=ax, cmap="Blues", vmin=limits[0], vmax=limits[1], annot=frame.shape[1] <= 12, fmt=".2f",
+            cbar=False, square=True, linewidths=1, annot_kws={"size": 9 if frame.shape[1] <= 4 else 6.5},
         )  # fmt: skip
         ax.set_title(title)
         ax.tick_params(length=0, rotation=0)
