@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def ours(shape: str, on: torch.device):
     train_mode(student)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(student, trained, Training(max_steps=10, batch_size=len(batch["labels"])))
+    students.share_frozen(student, teacher)
+    frozen = ExitStack()
+    frozen.enter_context(students.frozen_in(amp_dtype(on), student, teacher))
 
     def step() -> float:
         with mixed_precision(on):
@@ -121,6 +125,7 @@ def ours(shape: str, on: torch.device):
             optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
+    step.frozen = frozen  # as long as the step can be called
     return step
 
 

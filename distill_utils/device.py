@@ -16,11 +16,13 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def amp_dtype(on=None):
-    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32)."""
+def amp_dtype(on=None, precision: str = "auto"):
+    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32, as also asked for)."""
     import torch
 
     on = on or device()
+    if precision == "float32":
+        return None
     if on.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     with contextlib.suppress(OSError):

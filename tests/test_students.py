@@ -15,6 +15,7 @@ from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch,
 from torch import nn
 
 from distill_utils.artifacts import InputError
+from distill_utils.distillation import objectives
 from distill_utils.models import loading, students
 from distill_utils.models.loading import load_config, load_model, save_model, shipped_models
 from distill_utils.models.students import (
@@ -447,3 +448,59 @@ def test_student_starts_from_given_embeddings_of_its_own_size():
     assert student.lm_head.weight is student.get_input_embeddings().weight
     with pytest.raises(InputError, match="width 8 cannot start a student of width 24"):
         students.start_embeddings(source, student)
+
+
+# ------------------------------------------------------------------------------------------------- frozen means frozen
+
+
+def storages(*models):
+    return {weight.data_ptr() for model in models for weight in model.parameters()}
+
+
+@each_family
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embeddings):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch(padding=2)
+    student, _, ids = init_student(teacher, 3, 2)
+    freeze(student, encoder=True, embeddings=embeddings)
+    trained = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = objectives.kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=ids)
+        losses["loss"].backward()
+        found = {name: weight.grad for name, weight in trained.items()}
+        student.zero_grad(set_to_none=True)
+        return found | {"loss": losses["loss"].detach()}
+
+    expected = gradients()
+    before = [{name: weight for name, weight in model.named_parameters()} for model in (student, teacher)]
+    values = [{name: weight.clone() for name, weight in weights.items()} for weights in before]
+    with students.frozen_in(torch.bfloat16, student, teacher):
+        linear = [module for model in (student, teacher) for module in model.modules() if isinstance(module, nn.Linear)]
+        dtypes = {module.weight.dtype for module in linear if not any(module.weight is w for w in trained.values())}
+        assert dtypes == {torch.bfloat16}
+        assert all(weight.dtype == torch.float32 for weight in trained.values())
+        found = gradients()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for model, weights, value in zip((student, teacher), before, values, strict=True):
+        after = dict(model.named_parameters())
+        assert after.keys() == weights.keys() and all(after[name] is weight for name, weight in weights.items())
+        assert all(torch.equal(after[name], value[name]) for name in after)
+
+
+@each_family
+def test_what_is_frozen_and_equal_is_held_once(family):
+    teacher = FAMILIES[family](3, 3)
+    student, *_ = init_student(teacher, 3, 2)
+    freeze(student, encoder=True, embeddings=True)
+    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    students.share_frozen(student, teacher)
+    for name, weight in student.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert (weight.data_ptr() in storages(teacher)) != weight.requires_grad, name
+    with students.frozen_in(torch.bfloat16, student, teacher):
+        shared = storages(student) & storages(teacher)
+        assert len(shared) >= len(list(student.get_encoder().parameters()))
+    assert {weight.data_ptr() for weight in student.parameters() if not weight.requires_grad} <= storages(teacher)

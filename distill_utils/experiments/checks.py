@@ -22,7 +22,7 @@ from datasets import Dataset
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
 from distill_utils.data.batches import tokenize_pairs
-from distill_utils.device import device, eval_mode, mixed_precision, timed, to_device
+from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
 from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.evaluation import ctranslate, generation
@@ -57,14 +57,16 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
     train_mode(student)
     batch, passes = typical_batch(run, teacher, tokenizer, train)
     objective, kept = runs.objective_of(run.method), {}
+    dtype = amp_dtype(precision=run.training.precision)
 
     def step(watch) -> None:
-        with mixed_precision(student.device, "auto" if run.training.precision == "auto" else None), watch:
+        with mixed_precision(student.device, dtype), watch:
             loss = objective(student, teacher, batch, **cut["options"])["loss"]
         loss.backward()
 
-    step(kept_for_backward(student, kept))
-    seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
+    with students.frozen_in(dtype, student, teacher):
+        step(kept_for_backward(student, kept))
+        seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
     counts = students.count_parameters(student)
     return {
         "student": run.group,

@@ -21,7 +21,7 @@ from distill_utils.artifacts import InputError, artifact, config_hash, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import pair_stream, tokenize_pairs, tokens_per_update
 from distill_utils.data.denoising import denoising_stream
-from distill_utils.device import device, seed_everything, to_device
+from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import check_relation_heads
 from distill_utils.evaluation import scoring, tasks
@@ -201,10 +201,11 @@ def train_student(
         return losses
 
     began = time.monotonic()
-    history = fit(
-        student, loss_fn, lambda step: batches(start + step), training, folder, evaluate, stage=run.name,
-        memory=mixing, after_step=grow if mixing else None,
-    )  # fmt: skip
+    with students.frozen_in(amp_dtype(precision=training.precision), student, teacher):
+        history = fit(
+            student, loss_fn, lambda step: batches(start + step), training, folder, evaluate, stage=run.name,
+            memory=mixing, after_step=grow if mixing else None,
+        )  # fmt: skip
     student.set_attn_implementation("sdpa")
     return {
         "name": run.name,

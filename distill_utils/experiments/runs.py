@@ -18,7 +18,7 @@ from datasets import Dataset
 from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, report_progress, runs_dir
 from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
-from distill_utils.device import device, seed_everything, to_device
+from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.pseudo_labels import (
     bounds_of,
@@ -187,6 +187,7 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     imitated = copied
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
+    students.share_frozen(student, teacher)
     shared = students.has_teacher_encoder(student, teacher)
     weights, smoothing = _fields(run, "ce_weight", "kl_weight"), _fields(run, "label_smoothing")
     softened = _fields(run, "temperature", "divergence", "jsd_beta") | smoothing | {"shared_encoder": shared}
@@ -346,7 +347,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         rows = training_rows(run, teacher, tokenizer, train)
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
-        choose_attention(student, run.max_source_length)
+        choose_attention(student.to(device()), run.max_source_length)
         batches = batches_of(run, tokenizer, rows, train)
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
@@ -360,7 +361,8 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "evaluate": partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]),
         }  # fmt: skip
         cools = run.training.schedule == "cooldown"
-        history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
+        with students.frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
+            history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
         student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
         save_model(student.to("cpu"), tokenizer, folder / "student")
         return {

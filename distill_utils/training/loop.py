@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill_utils.artifacts import InputError, folder_atomic, lock, report_progress
-from distill_utils.device import device, mixed_precision, to_device
+from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.training.checkpoints import (
     load_best,
     read_history,
@@ -111,7 +111,7 @@ def fit(
     if not parameters:
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
     optimizers = make_optimizers(model, parameters, settings)
-    dtype = "auto" if settings.precision == "auto" else None
+    dtype = amp_dtype(on, settings.precision)
     memory = {} if memory is None else memory
     state = TrainingState(folder, settings, model, parameters, optimizers, memory, _data_hash(batches(0)))
     end = min(until or settings.max_steps, settings.max_steps)
