@@ -84,6 +84,21 @@ def detectable_difference(
     return float(shown_from + stats.norm.ppf(0.8) * np.hypot(documents, seeds))
 
 
+def before_training(num_documents: int, num_seeds: int, differences: Sequence[float] = ()) -> str:
+    """Return in words which difference in ROUGE-2 between two students so many test documents and seeds can show.
+
+    `differences` are those of two similar systems, one per document, for example of the teacher with fewer beams.
+    """
+    measured = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+    spread = f"{measured or DOCUMENT_SD:.1f} ROUGE-2 per document, {'measured on the teacher' if measured else 'rough'}"
+    spread += f"; {SEED_SD} per seed, rough" if num_seeds > 1 else ""
+    size = detectable_difference(num_documents, num_seeds, measured or DOCUMENT_SD)
+    return (
+        f"Four of five runs like this one ({num_documents:,} test documents, {interval_scope(num_seeds)}) would show a "
+        f"true difference of {size:.2f} ROUGE-2 between two students (standard deviation {spread})."
+    )
+
+
 def _paired(values: np.ndarray, baseline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ours, theirs = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (values, baseline))
     if ours.shape[1] != theirs.shape[1]:

@@ -111,9 +111,15 @@ def reference_row(test: Dataset) -> dict:
     return {"name": "reference", **text_diagnostics(list(test["document"]), list(test["summary"]))}
 
 
-def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float) -> dict:
-    """Return one tidy row of a student: what was run, what it scored, how fast it is, what it cost."""
+def result_row(
+    run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float, teacher_test: Path | None = None
+) -> dict:
+    """Return one tidy row of a student: what was run, what it scored, how fast it is, what it cost.
+
+    With the teacher's test also the share of its ROUGE-2 that this one seed keeps, as of `statistics.share_of`.
+    """
     training = read_json(trained / "results.json")
+    scores = [scoring.read_scores(folder)["rouge2"] for folder in (tested, teacher_test) if folder]
     return {
         "method": run.method,
         "student": run.shape,
@@ -129,6 +135,7 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
         "validation_ce": training["final"]["validation_ce"],
         "validation_kl": training["final"]["validation_kl"],
         **_measured(tested),
+        **(statistics.share_of(*scores) if teacher_test else {}),
     }
 
 
