@@ -153,7 +153,7 @@ def share_of_gap(
     for task, scores in ours.items():
         if compare(high[task], low[task])["low"] <= 0:
             continue
-        gain, gap = scores - low[task], high[task] - low[task]
+        gain, gap = np.atleast_2d(scores - low[task]), np.atleast_2d(high[task] - low[task])
         share = gain.mean() / gap.mean()
         parts.append((gain - share * gap) / gap.mean())
         gain, gap = gain.mean(0), gap.mean(0)
