@@ -215,9 +215,11 @@ def test_detectable_difference():
             values = size + generator.normal(0, seed_sd, (num_seeds, 1)) + generator.normal(size=60)
             shown.append(statistics.compare(values, np.zeros(60), 300)["low"] > 0)
         assert np.mean(shown) == pytest.approx(0.8, abs=0.05)
-    measured = statistics.before_training(100, 1, [0.0, 2.0])
-    assert f"{2.8016 * 2**0.5 / 10:.2f} ROUGE-2" in measured and "1.4 ROUGE-2 per document, measured" in measured
-    assert "12.7 ROUGE-2 per document, rough" in statistics.before_training(100, 1, [0.0, 0.0])  # equal systems
+    measured = statistics.before_training(100, 1, [0.0, 10.0] * 30)
+    assert f"{0.28016 * 5 * (60 / 59) ** 0.5:.2f} ROUGE-2" in measured
+    assert "5.0 ROUGE-2 per document, measured" in measured
+    for differences in ([0.0] * 60, [0.0, 10.0]):  # equal systems, few documents
+        assert "12.7 ROUGE-2 per document, rough" in statistics.before_training(100, 1, differences)
 
 
 def test_words_follow_the_interval():

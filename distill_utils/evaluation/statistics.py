@@ -87,10 +87,12 @@ def detectable_difference(
 def before_training(num_documents: int, num_seeds: int, differences: Sequence[float] = ()) -> str:
     """Return in words which difference in ROUGE-2 between two students so many test documents and seeds can show.
 
-    `differences` are those of two similar systems, one per document, for example of the teacher with fewer beams.
+    `differences` are those of two similar systems, one per document, here of the teacher with fewer and more beams.
+    Without any, or with fewer than 50, the rough DOCUMENT_SD stands in.
     """
-    measured = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
-    spread = f"{measured or DOCUMENT_SD:.1f} ROUGE-2 per document, {'measured on the teacher' if measured else 'rough'}"
+    measured = float(np.std(differences, ddof=1)) if len(differences) >= 50 else 0.0
+    origin = "measured on the teacher with fewer beams" if measured else "rough"
+    spread = f"{measured or DOCUMENT_SD:.1f} ROUGE-2 per document, {origin}"
     spread += f"; {SEED_SD} per seed, rough" if num_seeds > 1 else ""
     size = detectable_difference(num_documents, num_seeds, measured or DOCUMENT_SD)
     return (
