@@ -112,7 +112,8 @@ def _paired(values: np.ndarray, baseline: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _draw(values: np.ndarray, num_samples: int, seed: int) -> tuple[float, np.ndarray, float, int]:
     """Return mean, bootstrap means over documents, the seeds' standard error, and their number."""
-    return float(values.mean()), _bootstrap_means(values.mean(0), num_samples, seed), _seed_error(values), len(values)
+    drawn = _bootstrap_means(values.mean(0), num_samples, seed)
+    return float(values.mean()), drawn, _seed_error(values), len(values)
 
 
 def _seed_error(*parts: np.ndarray) -> float:
@@ -182,17 +183,12 @@ def interval_scope(num_seeds: int, what: str = "documents") -> str:
     return f"{num_seeds} seeds: intervals over {what} and seeds"
 
 
-def format_interval(test: Mapping, decimals: int = 2) -> str:
-    """Return a paired difference with its interval, as in "+0.61, 0.14 to 1.12"."""
-    difference, low, high = (f"{test[name]:.{decimals}f}" for name in ("difference", "low", "high"))
-    return f"{'' if difference.startswith('-') else '+'}{difference}, {low} to {high}"
-
-
 def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, lower_is_better: bool = False) -> str:
     """Return a comparison in words with its interval: "kd beats sft (+0.61, 0.14 to 1.12)"."""
     sign = -effect_sign(test) if lower_is_better else effect_sign(test)
     verb = {1: "beats", -1: "loses to", 0: "cannot be separated from"}[sign]
-    return f"{name} {verb} {other} ({format_interval(test, decimals)})"
+    difference, low, high = (f"{test[name]:.{decimals}f}" for name in ("difference", "low", "high"))
+    return f"{name} {verb} {other} ({'' if difference.startswith('-') else '+'}{difference}, {low} to {high})"
 
 
 def format_share(test: Mapping) -> tuple[str, str]:
