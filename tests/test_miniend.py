@@ -366,6 +366,14 @@ def test_share_of_the_gap_leaves_out_tasks_without_one():
     found = share_of_gap(ours, low, high)
     assert found["tasks"] == ["one", "two"]
     assert found["low"] < found["share"] < found["high"] and found["share"] == pytest.approx(0.25, abs=0.02)
+    gains = np.array([[-2.0], [0.0], [2.0]])  # of three seeds, the same on both tasks
+    apart = {task: values + gains * (1 + (task == "one")) for task, values in ours.items()}
+    wide = share_of_gap(
+        apart, *({task: np.repeat(values[None], 3, 0) for task, values in s.items()} for s in (low, high))
+    )
+    # A seed's share is 0.1 away from the mean: t of two degrees of freedom, over the root of three.
+    assert wide["share"] == pytest.approx(found["share"], abs=0.01)
+    assert wide["high"] - wide["share"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.02)
     assert share_of_gap({"flat": ours["flat"]}, low, high) == {"share": None, "low": None, "high": None, "tasks": []}
 
 
@@ -378,7 +386,10 @@ def test_headline_names_the_winner_and_what_it_cannot_separate():
     text = said(miniend=(0.3, 0.1, 0.39), logits=(0.6, 0.4, 0.8), none=(0.9, 0.8, 1.0))
     assert text.startswith("**logits is the best path**: it closes 60 % (40 to 80)")
     assert "Not separated from it: none closes 90 % (80 to 100)." in text
-    assert "The proposed path, miniend, closes 30 % (10 to 39)." in text and "3 seed(s), 100 updates on text" in text
+    assert (
+        "The proposed path, miniend, closes 30 % (10 to 39)." in text
+        and "100 updates on text, 50 of fine-tuning; 3 seeds" in text
+    )
     assert said(miniend=(0.1, -0.1, 0.3)).startswith("**No path is shown to beat scratch**; miniend closes")
     assert "cannot tell" in said(miniend=(None, None, None))
     assert said(49, miniend=(0.6, 0.4, 0.8)).startswith("**Smoke run:** 49 test rows")

@@ -63,7 +63,7 @@ def test_every_method_from_description_to_row(place, capsys):
         model, _ = load_model(folder / "student")
         tested[name] = scoring.evaluate_model(name, model, tokenizer, folder.name, test, **options)
     rows = [comparison.teacher_row(teacher, teacher_test), *comparison.rule_rows(train, test, named=False)]
-    rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5) for run in plan]
+    rows += [comparison.result_row(run, trained[run.name], tested[run.name], 1.5, teacher_test) for run in plan]
     options = {"max_source_length": base.max_source_length, "num_new_tokens": 4, "num_beams": 1}
     times = comparison.time_students(teacher, tokenizer, plan, trained, test["document"][:2], **options)
     assert set(times) == {("teacher", "", "")} | {(method, "3-1", "") for method in runs.METHODS}
@@ -78,6 +78,10 @@ def test_every_method_from_description_to_row(place, capsys):
     assert {row["label_seconds"] for row in rows if row.get("method") in ("sft", "kd")} == {0.0}
     assert len(means) == 2 + len(runs.METHODS)
     assert [row["name"] for row in versus][:3] == ["KD 3-1", "PL 3-1", "PL+KL 3-1"]
+    pairs = {frozenset((row["name"], row["versus"])) for row in versus}
+    assert len(versus) == len(pairs) == len(runs.METHODS) * (len(runs.METHODS) - 1) / 2
+    assert versus[0]["versus"] == "SFT 3-1" and versus[0]["seeds"] == 2
+    assert all("not_worse_5_percent" in row for row in [*rows[2:], *means[2:], *versus])
     sft = [row for row in rows if row["method"] == "sft"]
     mean = next(row for row in means if row["method"] == "sft")
     assert mean["rouge1"] == pytest.approx((sft[0]["rouge1"] + sft[1]["rouge1"]) / 2, abs=1e-3)

@@ -32,22 +32,22 @@ def test_bootstrap_in_several_parts_is_still_a_bootstrap():
     assert high - low == pytest.approx(2 * 1.96 / 50_000**0.5, rel=0.2) and low < mean < high
 
 
-def test_paired_test_sign_and_p_value():
+def test_one_seed_against_the_paired_t_test():
     generator = np.random.default_rng(0)
     baseline = generator.normal(30, 15, size=200)
     for shift in (0.15, 0.0, -0.15):
         values = baseline + generator.normal(shift, 1.0, size=200)
-        found = statistics.paired_test(values, baseline, num_samples=20_000)
+        found = statistics.compare(values, baseline, num_samples=20_000)
         expected = scipy.stats.ttest_rel(values, baseline)
         assert found["difference"] == pytest.approx((values - baseline).mean())
         assert found["low"] < found["difference"] < found["high"]
         assert found["p_value"] == pytest.approx(expected.pvalue, abs=0.02)
         assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.01)
-    better = statistics.paired_test(baseline + 1, baseline)
+    better = statistics.compare(baseline + 1, baseline)
     assert better["low"] == pytest.approx(1) and better["p_value"] == pytest.approx(2 / 1001)
-    assert statistics.paired_test(baseline, baseline)["p_value"] == 1
+    assert statistics.compare(baseline, baseline)["p_value"] == 1
     with pytest.raises(ValueError, match="same documents"):
-        statistics.paired_test(baseline, baseline[:10])
+        statistics.compare(baseline, baseline[:10])
 
 
 def test_holm_by_hand():
@@ -101,17 +101,132 @@ def test_rank_correlation():
         assert statistics.rank_correlation(*few)["rho"] is None
 
 
-def test_a_comparison_needs_an_interval_without_zero_and_seeds_that_agree():
-    noise = np.random.default_rng(0).normal(size=80)
-    better, worse = 1.0 + noise, noise
-    test = statistics.compare(np.stack([better, better]), np.stack([worse, worse]))
-    assert test["difference"] == pytest.approx(1.0) and test["seeds"] == 2 and test["seeds_agree"]
-    assert statistics.effect_sign(test) == 1 and statistics.effect_sign(test | {"seeds_agree": False}) == 0
-    assert (
-        statistics.effect_sign({"low": -1.0, "high": 0.5}) == 0
-        and statistics.effect_sign({"low": -2, "high": -1}) == -1
+# --------------------------------------------------------------------------------------------- documents and seeds
+
+
+def planted(num_seeds: int, seed_sd: float = 1.0, num_documents: int = 60, seed: int = 0) -> np.ndarray:
+    """Return scores (seeds, documents) around 0 with effects of seeds, of documents, and of both together."""
+    generator = np.random.default_rng(seed)
+    seeds, documents = generator.normal(0, seed_sd, (num_seeds, 1)), generator.normal(size=(1, num_documents))
+    return seeds + documents + generator.normal(size=(num_seeds, num_documents))
+
+
+def naive_interval(values: np.ndarray, num_samples: int) -> tuple[float, float, float]:
+    """The same interval by loops over documents and seeds, and the table of a two-way analysis of variance."""
+    (num_seeds, num_documents), mean = values.shape, values.mean()
+    of_seeds, of_documents = values.mean(1), values.mean(0)
+    between = num_documents * sum((of_seeds - mean) ** 2) / (num_seeds - 1)
+    squares = 0.0
+    for s in range(num_seeds):
+        for d in range(num_documents):
+            squares += (values[s, d] - of_seeds[s] - of_documents[d] + mean) ** 2
+    residual = squares / ((num_seeds - 1) * (num_documents - 1))
+    error = (max(between - residual, 0) / (num_seeds * num_documents)) ** 0.5
+    reach = {2: 12.706205, 3: 4.302653, 5: 2.776445}[num_seeds] * error  # a table of Student's t
+    low, high = statistics.bootstrap_interval(of_documents, num_samples)[1:]
+    return mean, mean - ((mean - low) ** 2 + reach**2) ** 0.5, mean + ((high - mean) ** 2 + reach**2) ** 0.5
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_sd", [0.0, 0.2, 2.0])
+def test_interval_over_seeds_against_loops(num_seeds, seed_sd):
+    values = planted(num_seeds, seed_sd)
+    assert statistics.bootstrap_interval(values, 300) == pytest.approx(naive_interval(values, 300), rel=1e-6)
+    baseline = planted(num_seeds, seed=1)
+    test = statistics.compare(values, baseline, 300)
+    assert [test[name] for name in ("difference", "low", "high")] == pytest.approx(
+        naive_interval(values - baseline, 300), rel=1e-6
     )
-    assert statistics.compare(better, np.stack([worse, worse]))["seeds_agree"] is None
-    fixed = {"difference": -0.5, "low": -0.9, "high": -0.1, "seeds_agree": True}
+    assert (test["p_value"] < 0.05) == (test["low"] > 0 or test["high"] < 0)
+
+
+def test_properties_of_a_comparison():
+    one, baseline = planted(1), planted(1, seed=1)
+    assert statistics.compare(one, baseline) == statistics.compare(one[0], baseline[0])
+    test = statistics.compare(one, baseline)
+    assert test["seeds"] == 1
+    ends = tuple(test[name] for name in ("difference", "low", "high"))
+    assert statistics.bootstrap_interval((one - baseline)[0]) == pytest.approx(ends)
+    same = statistics.compare(planted(3), planted(3))
+    assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
+    equal = statistics.compare(np.repeat(one, 3, axis=0), baseline)  # seeds that change nothing add nothing
+    assert {**equal, "seeds": 1} == pytest.approx(test) and equal["seeds"] == 3
+    effects, documents = np.array([-1.0, 1.0, 0.0, -1.0, 1.0, 0.0]), np.random.default_rng(0).normal(size=60)
+    ends = [statistics.bootstrap_interval(documents + effects[:n, None]) for n in (2, 3, 6)]
+    widths = [high - low for _, low, high in ends]
+    assert widths[0] > 2 * widths[1] > 4 * widths[2] > 0  # Student's t of 1, 2 and 5 degrees of freedom
+    with pytest.raises(ValueError, match="2 seeds against 3 of the baseline: compare the same seeds"):
+        statistics.compare(planted(2), planted(3))
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.15, 3.0])  # none, as much as documents, all that counts
+def test_coverage_with_three_seeds(seed_sd):
+    inside, without_seeds = [], []
+    for repetition in range(700):
+        values = planted(3, seed_sd, seed=repetition)
+        _, low, high = statistics.bootstrap_interval(values, 300)
+        inside.append(low <= 0 <= high)
+        _, low, high = statistics.bootstrap_interval(values.mean(0), 300)
+        without_seeds.append(low <= 0 <= high)
+    assert 0.93 <= np.mean(inside) <= 0.97
+    assert np.mean(without_seeds) < {0.0: 0.97, 0.15: 0.93, 3.0: 0.2}[seed_sd]
+
+
+def test_share_of_a_baseline_against_a_bootstrap_of_the_ratio():
+    generator = np.random.default_rng(0)
+    baseline = generator.gamma(2.0, 5.0, size=600)
+    values = 0.9 * baseline + generator.normal(0, 3, size=600)
+    found = statistics.share_of(values, baseline)
+    drawn = generator.integers(600, size=(5000, 600))
+    low, high = np.quantile(values[drawn].mean(1) / baseline[drawn].mean(1), [0.025, 0.975])
+    assert found["share"] == pytest.approx(values.mean() / baseline.mean())
+    assert (found["share_low"], found["share_high"]) == pytest.approx((low, high), abs=0.003)
+    assert not found["not_worse_5_percent"] and statistics.format_share(found)[1] == "refuted"
+    assert statistics.share_of(baseline, baseline) == {
+        "share": 1.0, "share_low": 1.0, "share_high": 1.0, "not_worse_5_percent": True,
+    }  # fmt: skip
+    few = statistics.share_of(values[:20] + 1, baseline[:20])  # nothing is shown of a score like the baseline's
+    assert few["share_low"] < 0.95 < few["share_high"] and statistics.format_share(few)[1] == "not shown"
+    assert statistics.share_of(values, np.zeros(600))["share"] is None
+    seeds = statistics.share_of(np.stack([values + 0.5, values, values - 0.5]), baseline)
+    assert seeds["share"] == pytest.approx(found["share"]) and seeds["share_low"] < found["share_low"] - 0.05
+
+
+def test_a_system_at_the_margin_is_rarely_shown_to_be_not_worse():
+    shown = []
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        baseline = generator.normal(10, 6, size=150)
+        values = 9.5 + generator.normal(0, 0.05, (3, 1)) + (baseline - 10) + generator.normal(0, 1, (3, 150))
+        shown.append(statistics.share_of(values, baseline)["not_worse_5_percent"])
+    assert np.mean(shown) < 0.045  # 2.5 % and what 400 draws and few documents add
+
+
+def test_detectable_difference():
+    # 1.96 + 0.84 standard errors; the rough figures of ROUGE-2 are those of the 2,200 test documents of pydocs.
+    assert statistics.detectable_difference(2200, 1) == pytest.approx(2.8016 * 12.7 / 2200**0.5, rel=1e-4)
+    by_seeds = [statistics.detectable_difference(2200, seeds) for seeds in (2, 3, 5)]
+    assert by_seeds == sorted(by_seeds, reverse=True) and by_seeds[-1] > statistics.detectable_difference(2200, 1)
+    for num_seeds, seed_sd in ((1, 0.0), (3, 0.3)):
+        size = statistics.detectable_difference(60, num_seeds, 1.0, seed_sd)
+        shown = []
+        for seed in range(400):
+            generator = np.random.default_rng(seed)
+            values = size + generator.normal(0, seed_sd, (num_seeds, 1)) + generator.normal(size=60)
+            shown.append(statistics.compare(values, np.zeros(60), 300)["low"] > 0)
+        assert np.mean(shown) == pytest.approx(0.8, abs=0.05)
+    measured = statistics.before_training(100, 1, [0.0, 10.0] * 30)
+    assert f"{0.28016 * 5 * (60 / 59) ** 0.5:.2f} ROUGE-2" in measured
+    assert "5.0 ROUGE-2 per document, measured" in measured
+    for differences in ([0.0] * 60, [0.0, 10.0]):  # equal systems, few documents
+        assert "12.7 ROUGE-2 per document, rough" in statistics.before_training(100, 1, differences)
+
+
+def test_words_follow_the_interval():
+    for low, high, sign in ((-1.0, 0.5, 0), (-2.0, -1.0, -1), (1.0, 2.0, 1)):
+        assert statistics.effect_sign({"low": low, "high": high}) == sign
+    fixed = {"difference": -0.5, "low": -0.9, "high": -0.1}
     assert statistics.format_comparison("kd", fixed, "sft") == "kd loses to sft (-0.50, -0.90 to -0.10)"
     assert statistics.format_comparison("kd", fixed, "sft", lower_is_better=True).startswith("kd beats sft")
+    assert statistics.interval_scope(1) == "one seed: intervals over documents only"
+    assert statistics.interval_scope(3, "windows") == "3 seeds: intervals over windows and seeds"

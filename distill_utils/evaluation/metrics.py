@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from distill_utils.evaluation.generation import is_empty, is_repeating, words
-from distill_utils.evaluation.statistics import bootstrap_interval, paired_test
+from distill_utils.evaluation.statistics import bootstrap_interval, compare
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -157,7 +157,7 @@ def evaluate_summaries(
     for metric, values in scores.items():
         row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(values, seed=seed)
         if baseline_scores is not None:
-            test = paired_test(values, baseline_scores[metric], seed=seed)
+            test = compare(values, baseline_scores[metric], seed=seed)
             row[f"{metric}_difference"], row[f"{metric}_p_value"] = test["difference"], test["p_value"]
             row[f"{metric}_difference_low"], row[f"{metric}_difference_high"] = test["low"], test["high"]
     return row | text_diagnostics(documents, predictions), scores

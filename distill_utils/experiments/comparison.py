@@ -6,7 +6,7 @@ Out of scope: training students (runs.py) and testing one (evaluation/scoring.py
 from __future__ import annotations
 
 import csv
-import math
+import itertools
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,8 @@ import numpy as np
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
-from distill_utils.evaluation import scoring
+from distill_utils.evaluation import scoring, statistics
 from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores, text_diagnostics
-from distill_utils.evaluation.statistics import bootstrap_interval, compare, effect_sign, format_comparison, paired_test
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
@@ -112,9 +111,15 @@ def reference_row(test: Dataset) -> dict:
     return {"name": "reference", **text_diagnostics(list(test["document"]), list(test["summary"]))}
 
 
-def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float) -> dict:
-    """Return one tidy row of a student: what was run, what it scored, how fast it is, what it cost."""
+def result_row(
+    run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float, teacher_test: Path | None = None
+) -> dict:
+    """Return one tidy row of a student: what was run, what it scored, how fast it is, what it cost.
+
+    With the teacher's test also the share of its ROUGE-2 that this one seed keeps, as of `statistics.share_of`.
+    """
     training = read_json(trained / "results.json")
+    scores = [scoring.read_scores(folder)["rouge2"] for folder in (tested, teacher_test) if folder]
     return {
         "method": run.method,
         "student": run.shape,
@@ -130,6 +135,7 @@ def result_row(run: runs.StudentRun, trained: Path, tested: Path, label_seconds:
         "validation_ce": training["final"]["validation_ce"],
         "validation_kl": training["final"]["validation_kl"],
         **_measured(tested),
+        **(statistics.share_of(*scores) if teacher_test else {}),
     }
 
 
@@ -176,9 +182,9 @@ def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str
 
 
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:
-    """Return one row for each method, shape and variant; scores are first averaged over seeds, document by document.
+    """Return one row for each method, shape and variant: means over seeds, and intervals (`bootstrap_interval`).
 
-    Intervals and the paired test against the teacher are then over documents, as for a single seed.
+    Students also get the p-value of the paired test against the teacher, and `share_of` the teacher's ROUGE-2.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -193,9 +199,11 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
         if folders:
             teacher = scoring.read_scores(teacher_test)
             for metric in METRICS:
-                scores = scores_over_seeds(folders, metric).mean(0)
-                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = bootstrap_interval(scores)
-                mean[f"{metric}_p_value"] = paired_test(scores, teacher[metric])["p_value"]
+                scores = scores_over_seeds(folders, metric)
+                mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = statistics.bootstrap_interval(scores)
+                mean[f"{metric}_p_value"] = statistics.compare(scores, teacher[metric])["p_value"]
+            mean |= statistics.share_of(scores_over_seeds(folders), teacher["rouge2"])
+            mean["at least 95 %"] = ", ".join(statistics.format_share(mean))
         mean["p_value"] = mean.get("rouge2_p_value")
         mean["ROUGE-2 95 %"] = f"{mean['rouge2_low']:.2f} – {mean['rouge2_high']:.2f}"
         means.append(mean)
@@ -208,15 +216,20 @@ def scores_over_seeds(folders: Sequence[Path], metric: str = "rouge2") -> np.nda
 
 
 def compare_methods(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> list[dict]:
-    """Return, for each shape, the paired difference in ROUGE-2 of every method from SFT; [] without SFT."""
-    folders: dict[tuple[str, str], list[Path]] = {}
-    for run in plan:
-        folders.setdefault((run.method, run.shape), []).append(tested[run.name])
+    """Return, for each shape, the paired difference in ROUGE-2 of every two methods, those from SFT first.
+
+    A row also has `share_of`: the share of the other's ROUGE-2.
+    """
+    folders: dict[str, dict[str, list[Path]]] = {}
+    for run in sorted(plan, key=lambda run: run.method != "sft"):
+        folders.setdefault(run.shape, {}).setdefault(method_label(run.method, run.shape), []).append(tested[run.name])
     rows = []
-    for (method, shape), found in folders.items():
-        if method != "sft" and ("sft", shape) in folders:
-            test = compare(scores_over_seeds(found), scores_over_seeds(folders["sft", shape]))
-            rows.append({"name": method_label(method, shape), "student": shape, **test})
+    for shape, methods in folders.items():
+        for other, name in itertools.combinations(methods, 2):
+            pair = [scores_over_seeds(methods[label]) for label in (name, other)]
+            row = {"name": name, "versus": other, "student": shape, "pair": f"{name} versus {other}"}
+            row |= statistics.compare(*pair) | statistics.share_of(*pair)
+            rows.append(row | {"at least 95 %": ", ".join(statistics.format_share(row))})
     return rows
 
 
@@ -313,24 +326,22 @@ def signal_rows(
     return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in found]
 
 
-def documents_needed(test: Mapping, num_documents: int) -> int:
-    """Return about how many test documents would separate a paired difference of this size from zero."""
-    return math.ceil(num_documents * ((test["high"] - test["low"]) / 2 / abs(test["difference"])) ** 2)
-
-
 def choose_student(means: Sequence[dict], versus: Sequence[Mapping], shape: str) -> dict:
-    """Return the row of the method to take for a shape.
+    """Return the row of the method to take for a shape: the cheapest that is shown not to be worse than the best.
 
-    Among methods shown to beat SFT, the cheapest whose interval reaches the largest gain; SFT where none is; without
-    SFT the one of the highest ROUGE-2.
+    The best is the one shown to beat SFT by most, SFT where none is, without SFT that of the highest ROUGE-2. Not worse
+    is by `share_of`, so that a gain too small to matter does not pay for a dearer method.
     """
     rows = {row["name"]: row for row in means if row["method"] in runs.METHODS and row["student"] == shape}
-    better = [test for test in versus if test["student"] == shape and effect_sign(test) > 0]
+    sft = method_label("sft", shape)
+    better = [test for test in versus if test["versus"] == sft and statistics.effect_sign(test) > 0]
+    best = sft if sft in rows else max(rows, key=lambda name: rows[name]["rouge2"])
     if better:
-        gain = max(test["difference"] for test in better)
-        near = [rows[test["name"]] for test in better if test["high"] >= gain]
-        return min(near, key=lambda row: row["train_seconds"] + row["label_seconds"])
-    return rows.get(method_label("sft", shape)) or max(rows.values(), key=lambda row: row["rouge2"])
+        best = max(better, key=lambda test: test["difference"])["name"]
+    near = {test["name"] for test in versus if test["versus"] == best and test["not_worse_5_percent"]}
+    tied = [test for test in versus if test["name"] == best and test["share"]]
+    near |= {test["versus"] for test in tied if test["share_high"] < 1 / (1 - statistics.MARGIN)}
+    return min((rows[name] for name in {best} | near), key=lambda row: row["train_seconds"] + row["label_seconds"])
 
 
 def verdict(
@@ -341,24 +352,29 @@ def verdict(
     teacher = next(row for row in means if row["method"] == "teacher")
     ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
     shapes = dict.fromkeys(row["student"] for row in ranked)
-    take, *others = [choose_student(means, versus, shape) for shape in shapes]
-    share = 100 * take["rouge2"] / max(teacher["rouge2"], 1e-9)
-    real = "real" if take["rouge2_p_value"] < 0.05 else "not shown to be real"
+    chosen = [choose_student(means, versus, shape) for shape in shapes]
+    equal = [row for row in chosen if row["not_worse_5_percent"]]
+    take = max(equal, key=lambda row: row["speedup"]) if equal else chosen[0]
+    others = [row for row in chosen if row is not take]
+    real = "is real" if take["rouge2_p_value"] < 0.05 else "is not shown to be real"
+    share, shown = statistics.format_share(take)
     lines = [
         f"**Take {take['name']}**: {take['rouge2']:.2f} ROUGE-2 "
-        f"({take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), {share:.0f} % of the teacher's "
-        f"{teacher['rouge2']:.2f}, {take['speedup']:.2f} times as fast per token. "
-        f"The difference to the teacher is {real} (p = {take['rouge2_p_value']:.3f})."
+        f"({take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), {take['speedup']:.2f} times as fast per token. "
+        f"It keeps {share} of the teacher's {teacher['rouge2']:.2f}; that this is at least 95 % is {shown}. "
+        f"The difference to the teacher {real} (p = {take['rouge2_p_value']:.3f})."
     ]
     if others:
         named = [f"{row['name']} ({row['rouge2']:.2f} ROUGE-2, {row['speedup']:.2f} times as fast)" for row in others]
         lines.append(f"Of the other shapes: {', '.join(named)}.")
-    tests = [test for test in versus if test["student"] == take["student"]]
+    tests = [test for test in versus if test["versus"] == method_label("sft", take["student"])]
     if tests:
         best = max(tests, key=lambda test: test["difference"])
-        lines.append("; ".join(format_comparison(test["name"], test, "SFT") for test in tests) + ".")
-        if effect_sign(best) == 0 and best["difference"] > 0:
-            lines[-1] += f" About {documents_needed(best, num_test):,} test documents would settle {best['name']}."
+        lines.append("; ".join(statistics.format_comparison(test["name"], test, "SFT") for test in tests) + ".")
+        if statistics.effect_sign(best) == 0 and best["difference"] > 0:
+            times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
+            more = "test documents and seeds" if seeds > 1 else "test documents"
+            lines[-1] += f" About {times:,.1f} times as many {more} would settle {best['name']}."
 
     rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
     worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
@@ -371,7 +387,7 @@ def verdict(
         "a part of the test split": not whole_test,
         "students that were still gaining": any(values[-1] <= min(values) for values in losses),
     }
-    budget = f"{num_test} test documents, {seeds} seed(s), {max_steps} updates per student"
+    budget = f"{num_test} test documents, {max_steps} updates per student; {statistics.interval_scope(seeds)}"
     missing = ", ".join(reason for reason, holds in reasons.items() if holds)
     if num_test < FEW_DOCUMENTS:
         lines.insert(0, f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")

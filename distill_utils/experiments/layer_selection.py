@@ -225,7 +225,7 @@ def gather_evidence(
             scores = leave_one_out(teacher, stack, rouge2)
         cost.append({"evidence": f"leave one out, ROUGE-2, {stack}", "candidates": depth, **spent})
         for layer, (left, values) in enumerate(zip(losses, scores, strict=True)):
-            change = statistics.paired_test(values, own)
+            change = statistics.compare(values, own)
             ends = {"rouge2": change["difference"], "rouge2_low": change["low"], "rouge2_high": change["high"]}
             rows.append({"stack": stack, "layer": layer, "loss_change": left - before, **ends})
     with measured(teacher) as spent:
@@ -253,19 +253,17 @@ def run_of(
     )  # fmt: skip
 
 
-def mean_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> dict[tuple[str, str], np.ndarray]:
-    """Return ROUGE-2 of every (shape, variant), per test document, averaged over seeds."""
+def seed_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> dict[tuple[str, str], np.ndarray]:
+    """Return ROUGE-2 of every (shape, variant), (seeds, documents)."""
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for run in plan:
         found.setdefault((run.shape, run.variant), []).append(scoring.read_scores(tested[run.name])["rouge2"])
-    return {key: np.mean(values, axis=0) for key, values in found.items()}
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def compare(name: str, values: np.ndarray, rival: str, others: np.ndarray) -> dict:
-    """Return the paired difference of two students on the same documents; of a student with itself it is 0."""
-    if values is others:
-        return {"name": name, "rival": rival, "same": True, "difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
-    return {"name": name, "rival": rival, "same": False, **statistics.paired_test(values, others)}
+    """Return the paired difference of two students, scores (seeds, documents); of a student with itself it is 0."""
+    return {"name": name, "rival": rival, "same": values is others, **statistics.compare(values, others)}
 
 
 def judge_maps(
@@ -373,8 +371,7 @@ def verdict(
     )
     lines.append(_ranking(correlation))
     lines += [f"{test['name'][0].upper()}{test['name'][1:]} {_in_words(test)}." for test in cuts]
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    scope = f"{num_test} test documents, {seeds}, {max_steps} updates a student."
+    scope = f"{num_test} test documents, {max_steps} updates a student; {statistics.interval_scope(num_seeds)}."
     lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
     return "\n\n".join(lines)
 

@@ -25,7 +25,7 @@ from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import check_relation_heads
 from distill_utils.evaluation import scoring, tasks
-from distill_utils.evaluation.statistics import bootstrap_interval, compare
+from distill_utils.evaluation.statistics import bootstrap_interval, compare, interval_scope
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models import students
@@ -343,15 +343,16 @@ def document_scores(tested: Sequence[Path]) -> np.ndarray:
 def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[Path] | None = None) -> dict:
     """Return one line of the grid: a model's score on a task, mean over seeds, with interval and paired test.
 
-    The score is ROUGE-2 or the task's own; its interval is over documents, and so is the difference to `baseline`,
-    which counts correct answers where the score itself is no mean over documents.
+    The score is ROUGE-2 or the task's own; intervals are those of `bootstrap_interval` and `compare`. The difference
+    to `baseline` counts correct answers where the score itself is no mean over documents; then its own interval is the
+    mean of each seed's.
     """
     results, values = [read_json(folder / "results.json") for folder in tested], document_scores(tested)
     key = "rouge2" if "rouge2" in results[0] else "score"
     row = {"name": name, "method": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key}
     row["seeds"] = len(tested)
     row["score"] = float(np.mean([result[key] for result in results]))
-    row["score_low"], row["score_high"] = bootstrap_interval(values.mean(0))[1:]
+    row["score_low"], row["score_high"] = bootstrap_interval(values)[1:]
     if key == "score" and abs(row["score"] - values.mean()) > 0.01:
         for end in ("score_low", "score_high"):
             row[end] = float(np.mean([result[end] for result in results]))
@@ -366,7 +367,7 @@ def headline(
     """Return which path won as Markdown, computed from the shares of the gap; it says so where the run cannot tell."""
     if num_test < FEW_DOCUMENTS:
         return f"**Smoke run:** {num_test} test rows show that the code runs, nothing else."
-    budget = f"{num_seeds} seed(s), {distill_steps} updates on text, {tune_steps} of fine-tuning"
+    budget = f"{distill_steps} updates on text, {tune_steps} of fine-tuning; {interval_scope(num_seeds, 'test rows')}"
     ranked = sorted((way for way in ways if way["share"] is not None), key=lambda way: -way["share"])
     closes = {
         way["path"]: f"closes {100 * way['share']:.0f} % ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
@@ -384,7 +385,7 @@ def headline(
         said.append(f"Not separated from it: {', '.join(f'{path} {closes[path]}' for path in near)}.")
     if proposed in closes and proposed not in (best, *near):
         said.append(f"The proposed path, {proposed}, {closes[proposed]}.")
-    return f"{' '.join(said)}\n\n{budget}; tasks that count: {', '.join(paths[0]['tasks'])}; intervals over test rows."
+    return f"{' '.join(said)}\n\nTasks that count: {', '.join(paths[0]['tasks'])}. {num_test} test rows, {budget}."
 
 
 def equal_token_steps(

@@ -62,9 +62,8 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
 
 
 def row(name: str, tested: Sequence[Path], **facts: object) -> dict:
-    """Return one line of the ladder: loss on held-out text, mean over seeds, with an interval over windows."""
-    losses = window_losses(tested).mean(0)
-    mean, low, high = statistics.bootstrap_interval(losses)
+    """Return one line of the ladder: loss on held-out text, mean over seeds, with its interval."""
+    mean, low, high = statistics.bootstrap_interval(window_losses(tested))
     parameters = read_json(tested[0] / "results.json")["parameters"]
     found = {"name": name, "seeds": len(tested), "parameters": parameters}
     return found | {"loss": mean, "loss_low": low, "loss_high": high} | facts
@@ -76,10 +75,7 @@ def window_losses(tested: Sequence[Path]) -> np.ndarray:
 
 
 def compare(name: str, tested: Sequence[Path], other: str, baseline: Sequence[Path]) -> dict:
-    """Return the paired test of two students over the windows; a negative `difference` is the lower loss.
-
-    Both are given the same seeds; `seeds_agree` says whether the difference has one sign in every one.
-    """
+    """Return the paired test of two students of the same seeds; a negative `difference` is the lower loss."""
     return {"name": name, "versus": other} | statistics.compare(window_losses(tested), window_losses(baseline))
 
 
@@ -231,6 +227,5 @@ def verdict(
         lines.append(
             f"Planned memory is {min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps took."
         )
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    lines.append(f"{seeds}, {max_steps} updates; intervals over {num_windows} windows.")
+    lines.append(f"{num_windows} windows, {max_steps} updates; {statistics.interval_scope(num_seeds, 'windows')}.")
     return "\n\n".join(line[0].upper() + line[1:] for line in lines)

@@ -133,7 +133,7 @@ def against_rules(
     rows = []
     for metric in METRICS:
         systems = {method_label(row["method"]): with_interval(row, metric) for row in [*rules, teacher]}
-        test = statistics.paired_test(teacher_scores[metric], scores[best_rule(rules, metric)["method"]][metric])
+        test = statistics.compare(teacher_scores[metric], scores[best_rule(rules, metric)["method"]][metric])
         rows.append({"metric": HEADINGS[metric], **systems, **test})
     return rows
 
@@ -160,7 +160,7 @@ def beam_rows(decoded: Mapping[int, Path], own: Path) -> list[dict]:
     for num_beams, path in decoded.items():
         change = dict.fromkeys(("change", "change_low", "change_high"))
         if path != own:
-            test = statistics.paired_test(scoring.read_scores(path)["rouge2"], scoring.read_scores(own)["rouge2"])
+            test = statistics.compare(scoring.read_scores(path)["rouge2"], scoring.read_scores(own)["rouge2"])
             change = {"change": test["difference"], "change_low": test["low"], "change_high": test["high"]}
         rows.append(decoding_row("teacher", {"num_beams": num_beams}, path) | change)
     return rows

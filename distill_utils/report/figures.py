@@ -266,13 +266,12 @@ def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel:
 def plot_differences(rows: Sequence[Mapping]) -> Axes:
     """Plot paired differences with their intervals, one line a row from the top.
 
-    Filled are those whose interval has no zero, unless seeds disagree on the sign. Rows have name,
-    difference, low, high, and may have seeds_agree.
+    Filled are those whose interval has no zero. Rows have name, difference, low, high.
     """
     ax = plt.subplots(figsize=(style.FIGURE_SIZE[0], 0.9 + 0.34 * len(rows)))[1]
     ax.axvline(0, color="#8b949e", lw=1)
     for at, row in enumerate(rows):
-        real = (row["low"] > 0 or row["high"] < 0) and row.get("seeds_agree", True)
+        real = row["low"] > 0 or row["high"] < 0
         color = style.method_color(str(row["name"]).split()[0])
         ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
         ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
