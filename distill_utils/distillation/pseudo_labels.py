@@ -223,10 +223,7 @@ def _check_settings(path: Path, settings: dict) -> None:
     found = artifacts.read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if found.get(name) != value:
-            raise InputError(
-                f"{path.parent.name} holds pseudo-labels made with {name} {found.get(name)!r}, now {value!r}: "
-                "delete the folder"
-            )
+            raise InputError(f"{path.parent.name} was made with {name} {found.get(name)!r}, now {value!r}: delete it")
     artifacts.write_json(path, settings)
 
 
@@ -298,10 +295,7 @@ def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> 
     columns: dict[str, list[float]] = {}
     if "reference_rouge2" in names:
         if missing:
-            raise InputError(
-                f"reference_rouge2 needs references, {missing} of {len(dataset)} rows have none: "
-                "leave reference_rouge2 out"
-            )
+            raise InputError(f"reference_rouge2 needs references, {missing} of {len(dataset)} lack one: leave it out")
         columns["reference_rouge2"] = metrics.rouge_scores(labels, references)["rouge2"].tolist()
     if "repeating" in names:
         columns["repeating"] = [float(generation.is_repeating(text)) for text in labels]
@@ -337,9 +331,7 @@ def filter_labels(dataset: Dataset, thresholds: dict[str, float | list[float]]) 
                 reasons[i] = name
     counts = {"total": len(reasons), **{name: reasons.count(name) for name in ("kept", "empty", *thresholds)}}
     if not counts["kept"]:
-        raise InputError(
-            f"no pseudo-label is left, {counts}: widen the threshold that removes most, or train the teacher first"
-        )
+        raise InputError(f"no pseudo-label is left, {counts}: widen a threshold, or train the teacher first")
     return dataset.select([i for i, reason in enumerate(reasons) if reason == "kept"]), counts
 
 

@@ -368,9 +368,8 @@ def verdict(
     else:
         lines.append(f"**No student to take here**: each is as slow as the teacher or falls short of {share}.")
     found = " and ".join(_in_words(test) for test in versus)
-    lines.append(
-        f"The search by loss before training keeps decoder layers {', '.join(map(str, searched))}: it {found}."
-    )
+    kept = ", ".join(map(str, searched))
+    lines.append(f"The search by loss before training keeps decoder layers {kept}: it {found}.")
     lines.append(_ranking(correlation))
     lines += [f"{test['name'][0].upper()}{test['name'][1:]} {_in_words(test)}." for test in cuts]
     seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
