@@ -96,10 +96,12 @@ def pseudo_labels(
     config = ctranslate.read_config(source)
     generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
     engine = _choose_engine(source, engine)
-    given = [num_beams, max_new_tokens, length_penalty]
-    if temperature is not None:
-        given = [num_beams or 1, max_new_tokens, 1.0]  # the penalty is for beams
-    own = ctranslate.read_generation_config(source)
+    if temperature is not None:  # the penalty is for beams
+        num_beams, length_penalty = num_beams or 1, 1.0
+    decoding = generation.decoding_settings(
+        ctranslate.read_generation_config(source), num_beams=num_beams, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size, min_length=min_length,
+    )  # fmt: skip
     settings = {
         "engine": engine,
         "quantization": quantization if engine == "ctranslate2" else str(_dtype()),
@@ -107,7 +109,7 @@ def pseudo_labels(
         "num_candidates": num_candidates,
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
         "seed": None if temperature is None else seed,
-        **generation.decoding_settings(own, *given, no_repeat_ngram_size, min_length),
+        **decoding,
         "prefix": prefix,
         "teacher": model_fingerprint(str(source), None),
         "data": data_fingerprint(dataset),
