@@ -76,9 +76,7 @@ def disk_space_named(path: Path):
         codes = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, "errno", None) not in codes and not any(os.strerror(code) in str(error) for code in codes):
             raise
-        raise InputError(
-            f"no space left while writing {path.name}: free some disk or set DISTILL_RUNS to a folder on another disk"
-        ) from error
+        raise InputError(f"no space left while writing {path.name}: free some disk or move DISTILL_RUNS") from error
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:

@@ -90,36 +90,16 @@ def test_shares_of_samples_are_unbiased_over_all_draws():
     torch.testing.assert_close(mean, probs)
 
 
-def test_sampled_targets_give_the_gradient_in_expectation(tmp_path):
-    teacher, rows = tiny_bart(1, 1), make_rows(3)
-    student, _, _ = init_student(teacher, 1, 1)
-    with torch.no_grad():
-        for weight in student.get_decoder().parameters():
-            weight.mul_(0.9)
-    (batch,) = batch_list(rows, PAD, 3)
-    losses = TOKEN_LOSSES(student, teacher, batch, ce_weight=0.0)
-    exact = torch.cat([g.flatten() for g in gradients(student, losses["loss"]).values()])
-    single = []
-    for seed in range(24):
-        facts = write(tmp_path / str(seed), teacher, rows, samples=256, seed=seed)
-        (cached,) = targets.with_targets(lambda step: [batch], tmp_path / str(seed))(0)
-        assert cached["target_probs"].sum(-1)[batch["labels"] != -100].sub(1).abs().max() < 1e-6
-        values = kd_cached(student, None, cached, ce_weight=0.0)
-        assert values["kl_loss"] > 0
-        single.append(torch.cat([g.flatten() for g in gradients(student, values["loss"]).values()]))
-    errors = [(gradient - exact).norm() / exact.norm() for gradient in (single[0], torch.stack(single).mean(0))]
-    assert errors[1] < 0.35 * errors[0]  # about 1 / sqrt(24) of one: noise, no bias
-    assert facts["entries_per_token"] < 256 and 0 < facts["mean_residual"] < 0.5
-    assert errors[1] < 0.1
-
-
-def test_samples_depend_on_the_seed_alone(tmp_path):
+def test_samples_depend_on_the_seed_alone_and_their_shares_add_up(tmp_path):
     teacher, rows = tiny_bart(1, 1), make_rows(3)
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         torch.rand(1)
-        write(tmp_path / name, teacher, rows, samples=8, seed=seed)
+        facts = write(tmp_path / name, teacher, rows, samples=8, seed=seed)
+        assert facts["entries_per_token"] < 8 and 0 < facts["mean_residual"] < 1
     first, again, other = ((tmp_path / name / "ids.bin").read_bytes() for name in ("first", "again", "other"))
     assert first == again != other
+    (cached,) = targets.with_targets(lambda step: batch_list(rows, PAD, 3), tmp_path / "first")(0)
+    assert cached["target_probs"].sum(-1)[cached["labels"] != -100].sub(1).abs().max() < 1e-6
 
 
 def test_the_teacher_stays_as_it_was(tmp_path):

@@ -309,28 +309,19 @@ def test_majority_is_that_of_training():
 
 
 @pytest.mark.parametrize("task", ["qnli", "mrpc", "cola", "stsb"])
-def test_intervals_cover_the_truth(task):
-    """Over many samples of one population, about 95 % of the intervals hold its score; a wide band for the chance."""
-    generator = np.random.default_rng(0)
-    words = TASKS[task].labels
-
-    def sample(num):
-        if task == "stsb":
-            truth = generator.uniform(1, 4, num)
-            return [f"{v:.1f}" for v in np.clip(truth + generator.normal(0, 0.5, num), 0, 5)], truth
-        truth = generator.integers(0, 2, num)
-        guess = np.where(generator.random(num) < 0.8, truth, 1 - truth)
-        return [words[i] for i in guess], [words[i] for i in truth]
-
-    population = scores(task, *sample(20_000), num_samples=2)["score"]
-    hits = 0
-    for _ in range(15):
-        row = scores(task, *sample(150), num_samples=60)
-        assert row["score_low"] <= row["score"] <= row["score_high"]
-        hits += row["score_low"] <= population <= row["score_high"]
-    assert hits >= 11
-    again = sample(50)
-    assert scores(task, *again, seed=3, num_samples=30) == scores(task, *again, seed=3, num_samples=30)
+def test_intervals_hold_the_score_and_narrow_with_more_documents(task):
+    generator, words, widths = np.random.default_rng(0), TASKS[task].labels, []
+    for num in (100, 1600):
+        truth = generator.uniform(1, 4, num) if task == "stsb" else generator.integers(0, 2, num)
+        guess = truth + generator.normal(0, 0.5, num)
+        pairs = ([f"{value:.1f}" for value in guess.clip(0, 5)], truth)
+        if task != "stsb":
+            pairs = ([words[i] for i in values] for values in ((guess > 0.5).astype(int), truth))
+        pairs = list(pairs)
+        row = scores(task, *pairs, num_samples=100)
+        assert row["score_low"] < row["score"] < row["score_high"] and row == scores(task, *pairs, num_samples=100)
+        widths.append(row["score_high"] - row["score_low"])
+    assert 2.5 < widths[0] / widths[1] < 6.5  # 4 in the long run
 
 
 def test_impossible_scores_are_refused():

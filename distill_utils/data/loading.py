@@ -258,9 +258,7 @@ def _read_json_lines(path: Path) -> Dataset:
                 if line.strip():
                     rows.append(json.loads(_decode(line, f"{path.name} line {number}", offset)))
                     if not isinstance(rows[-1], dict):
-                        raise InputError(
-                            f"{path.name} line {number} is not an object: expected one {{...}} per line"
-                        )
+                        raise InputError(f"{path.name} line {number} is not an object: expected one {{...}} per line")
                 offset += len(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): fix or remove it") from error

@@ -96,10 +96,12 @@ def pseudo_labels(
     config = ctranslate.read_config(source)
     generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
     engine = _choose_engine(source, engine)
-    given = [num_beams, max_new_tokens, length_penalty]
-    if temperature is not None:
-        given = [num_beams or 1, max_new_tokens, 1.0]  # the penalty is for beams
-    own = ctranslate.read_generation_config(source)
+    if temperature is not None:  # the penalty is for beams
+        num_beams, length_penalty = num_beams or 1, 1.0
+    decoding = generation.decoding_settings(
+        ctranslate.read_generation_config(source), num_beams=num_beams, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size, min_length=min_length,
+    )  # fmt: skip
     settings = {
         "engine": engine,
         "quantization": quantization if engine == "ctranslate2" else str(_dtype()),
@@ -107,7 +109,7 @@ def pseudo_labels(
         "num_candidates": num_candidates,
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
         "seed": None if temperature is None else seed,
-        **generation.decoding_settings(own, *given, no_repeat_ngram_size, min_length),
+        **decoding,
         "prefix": prefix,
         "teacher": model_fingerprint(str(source), None),
         "data": data_fingerprint(dataset),
@@ -223,10 +225,7 @@ def _check_settings(path: Path, settings: dict) -> None:
     found = artifacts.read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if found.get(name) != value:
-            raise InputError(
-                f"{path.parent.name} holds pseudo-labels made with {name} {found.get(name)!r}, now {value!r}: "
-                "delete the folder"
-            )
+            raise InputError(f"{path.parent.name} was made with {name} {found.get(name)!r}, now {value!r}: delete it")
     artifacts.write_json(path, settings)
 
 
@@ -298,10 +297,7 @@ def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> 
     columns: dict[str, list[float]] = {}
     if "reference_rouge2" in names:
         if missing:
-            raise InputError(
-                f"reference_rouge2 needs references, {missing} of {len(dataset)} rows have none: "
-                "leave reference_rouge2 out"
-            )
+            raise InputError(f"reference_rouge2 needs references, {missing} of {len(dataset)} lack one: leave it out")
         columns["reference_rouge2"] = metrics.rouge_scores(labels, references)["rouge2"].tolist()
     if "repeating" in names:
         columns["repeating"] = [float(generation.is_repeating(text)) for text in labels]
@@ -337,9 +333,7 @@ def filter_labels(dataset: Dataset, thresholds: dict[str, float | list[float]]) 
                 reasons[i] = name
     counts = {"total": len(reasons), **{name: reasons.count(name) for name in ("kept", "empty", *thresholds)}}
     if not counts["kept"]:
-        raise InputError(
-            f"no pseudo-label is left, {counts}: widen the threshold that removes most, or train the teacher first"
-        )
+        raise InputError(f"no pseudo-label is left, {counts}: widen a threshold, or train the teacher first")
     return dataset.select([i for i, reason in enumerate(reasons) if reason == "kept"]), counts
 
 

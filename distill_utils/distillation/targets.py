@@ -130,10 +130,7 @@ def with_targets(batches: Callable[[int], list[dict]], folder: Path) -> Callable
             first_token, first_entry, known = index.get(str(name), (0, 0, None))
             if checksum != known:
                 reason = "is not among" if known is None else "has other tokens than"
-                raise InputError(
-                    f"example {name} {reason} the cached targets in {folder.name}: write them again for this data, "
-                    "tokenizer and truncation"
-                )
+                raise InputError(f"example {name} {reason} the cached targets in {folder.name}: write them again")
             counts = stored["entries"][first_token : first_token + length]
             part = slice(first_entry, first_entry + int(counts.sum()))
             rows.append((counts, stored["ids"][part], stored["probs"][part]))
@@ -176,9 +173,7 @@ def _check_numbers(rows: Dataset, top_k: int, samples: int, temperature: float, 
     if min(top_k, samples) < 0 or (top_k > 0) == (samples > 0):
         raise InputError(f"top_k is {top_k} and samples {samples}: make one of them positive and the other 0")
     if top_k > vocab_size:
-        raise InputError(
-            f"top_k {top_k} is above the vocabulary of {vocab_size}: use for example {min(64, vocab_size)}"
-        )
+        raise InputError(f"top_k {top_k} is above the vocabulary of {vocab_size}: use at most that many")
     if samples > MAX_SAMPLES:
         raise InputError(f"samples {samples} is above {MAX_SAMPLES}: use for example 64")
     if not temperature > 0:

@@ -127,24 +127,14 @@ def complete_settings(config: GenerationConfig, settings: dict) -> dict:
     return settings
 
 
-def decoding_settings(
-    config: GenerationConfig,
-    num_beams: int | None = None,
-    max_new_tokens: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    min_length: int | None = None,
-) -> dict[str, int | float]:
+def decoding_settings(config: GenerationConfig, **given: int | float | None) -> dict[str, int | float]:
     """Return the decoding settings in force: those given, else the model's own, else what `generate` falls back to."""
-    candidates = {
-        "num_beams": (num_beams, config.num_beams, 1),
-        # max_length counts the decoder's start token
-        "max_new_tokens": (max_new_tokens, config.max_new_tokens, (config.max_length or 21) - 1),
-        "length_penalty": (length_penalty, config.length_penalty, 1.0),
-        "no_repeat_ngram_size": (no_repeat_ngram_size, config.no_repeat_ngram_size, 0),
-        "min_length": (min_length, config.min_length, 0),
-    }
-    return {name: next(value for value in values if value is not None) for name, values in candidates.items()}
+    fallback = {"num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+    fallback["max_new_tokens"] = (config.max_length or 21) - 1  # max_length counts the decoder's start token
+    if unknown := given.keys() - fallback.keys():
+        raise TypeError(f"{', '.join(unknown)} set nothing here: give some of {', '.join(fallback)}")
+    ranked = {name: (given.get(name), getattr(config, name), value) for name, value in fallback.items()}
+    return {name: next(value for value in values if value is not None) for name, values in ranked.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- tokens and text

@@ -145,7 +145,7 @@ def _names(text: str) -> list[str]:
 
 def evaluate_summaries(
     documents: Sequence[str], predictions: Sequence[str], references: Sequence[str],
-    baseline_scores: dict[str, np.ndarray] | None = None, seed: int = 0,
+    baseline_scores: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:  # fmt: skip
     """Return (one flat results row, ROUGE of every document).
 
@@ -155,9 +155,9 @@ def evaluate_summaries(
     scores = rouge_scores(predictions, references)
     row: dict[str, float | None] = {"num_documents": len(documents)}
     for metric, values in scores.items():
-        row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(values, seed=seed)
+        row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(values)
         if baseline_scores is not None:
-            test = compare(values, baseline_scores[metric], seed=seed)
+            test = compare(values, baseline_scores[metric])
             row[f"{metric}_difference"], row[f"{metric}_p_value"] = test["difference"], test["p_value"]
             row[f"{metric}_difference_low"], row[f"{metric}_difference_high"] = test["low"], test["high"]
     return row | text_diagnostics(documents, predictions), scores

@@ -45,13 +45,9 @@ def evaluate_model(
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
 
-        def progress(done: int, total: int) -> None:
-            report_progress(folder, f"evaluating {name}", done, total, "documents")
-
+        progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
         options = {"max_source_length": max_source_length, "prefix": prefix}
-        predictions = summarize(
-            model, tokenizer, documents, **options, batch_size=32, progress=progress, **generation_settings
-        )
+        predictions = summarize(model, tokenizer, documents, **options, progress=progress, **generation_settings)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)
         speed = measure_speed(model, tokenizer, documents[:num_speed], **options, **generation_settings)
@@ -60,9 +56,8 @@ def evaluate_model(
             for i, d, r, p in zip(test["id"], documents, references, predictions, strict=True)
         ]
         write_atomic(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-        write_atomic(
-            folder / "scores.json", json.dumps({k: [round(float(x), 4) for x in v] for k, v in scores.items()})
-        )
+        rounded = {metric: [round(float(score), 4) for score in values] for metric, values in scores.items()}
+        write_atomic(folder / "scores.json", json.dumps(rounded))
         return {**row, **speed}
 
     return artifact(f"test-{name}", settings, build)

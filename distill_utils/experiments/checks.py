@@ -172,9 +172,7 @@ def _forward(name: str, model, batch: dict[str, torch.Tensor]):
         return out
     broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
-        raise InputError(
-            f"{name} weights are not finite, first {broken[0]}: the saved model is broken, or layers were copied wrong"
-        )
+        raise InputError(f"{name} weights are not finite, first {broken[0]}: save the model, or copy its layers, again")
     raise InputError(
         f"{name} logits are not finite though its weights are: activations overflow in {model.dtype}; load it in "
         "float32 or bfloat16"
@@ -249,9 +247,7 @@ def _compare(expected: dict, found: dict) -> float:
             before, after = np.array(before), np.array(after)
             difference = float(np.abs(before - after).max()) if before.shape == after.shape else math.inf
             if not difference <= LOGITS_TOLERANCE * max(1.0, float(before.std())):  # NaN fails as well
-                raise ValueError(
-                    f"the saved student differs in logits by {difference:.3g}: its weights were not saved as is"
-                )
+                raise ValueError(f"the saved student differs in logits by {difference:.3g}: save its weights as is")
         elif before != after:
             raise ValueError(
                 f"the saved student differs in {name}: {str(before)[:60]!r} in memory, {str(after)[:60]!r} reloaded"
@@ -323,10 +319,7 @@ def _ctranslate2_agreement(folder: Path, model, tokenizer, documents, expected: 
         gaps.append(np.abs(own - found).mean())
     agreement, gap = float(np.mean(rouge)), float(np.mean(gaps))
     if agreement < MIN_AGREEMENT:
-        raise ValueError(
-            f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} against the student's own, at least "
-            f"{MIN_AGREEMENT} wanted"
-        )
+        raise ValueError(f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} to ours, not {MIN_AGREEMENT}")
     if not gap <= MAX_SCORE_GAP:  # NaN fails as well
         raise ValueError(
             f"CTranslate2 scores are {gap:.3g} nats per token off, at most {MAX_SCORE_GAP} allowed: the converted "

@@ -154,9 +154,8 @@ def work(folder: Path) -> None:
             size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
             sharded = size > WHOLE_BYTES if described["sharded"] is None else described["sharded"]
             shard(model, frozen) if sharded else model.to(device())
-        results = miniend.train_student(
-            folder, run, student, teacher, tokenizer, tokens, held_out, described["recompute"]
-        )
+        text = (tokenizer, tokens, held_out)
+        results = miniend.train_student(folder, run, student, teacher, *text, described["recompute"])
         whole = unshard(student)
         if whole is not None:
             save_model(whole, tokenizer, folder / "student")
@@ -305,10 +304,8 @@ def main() -> None:
     try:
         work(folder)
     except BaseException as error:
-        refused = str(error) if isinstance(error, InputError) else None
-        write_json(
-            folder / "processes" / f"failed-{os.environ['RANK']}.json", {"time": time.time(), "refused": refused}
-        )
+        said = {"time": time.time(), "refused": str(error) if isinstance(error, InputError) else None}
+        write_json(folder / "processes" / f"failed-{os.environ['RANK']}.json", said)
         raise
 
 

@@ -294,51 +294,31 @@ def judge_maps(
     return rows
 
 
-def grid_rows(
-    means: Sequence[Mapping], grid: Sequence[runs.StudentRun], last: str, whole: str
-) -> tuple[list[dict], dict]:
-    """Return the results rows of the grid's students and that of the teacher, each with a `label`.
+def grid_rows(means: Sequence[Mapping], grid: Sequence[runs.StudentRun], last: str, whole: str) -> list[dict]:
+    """Return the results rows of the teacher and of the grid's students, for tables and `plot_trade_off`.
 
-    `last` is the variant of the one-layer decoder that is made of the last layer, `whole` the teacher's shape.
+    Each has a `label`, the `name` of its line (an encoder) and its `setting` there (a decoder). `last` is the variant
+    of the one-layer decoder that is made of the last layer, `whole` the teacher's shape.
     """
     chosen = {(run.shape, run.variant) for run in grid}
-    note = f" from layer {last.rpartition(' ')[2]}"
-    cells = [
-        row | {"label": row["student"] + (note if row["variant"] == last else "")}
-        for row in means[1:]
-        if (row["student"], row["variant"]) in chosen
-    ]
-    return cells, {**means[0], "label": f"{whole} (teacher)"}
-
-
-def front_rows(rows: Sequence[Mapping], last: str) -> list[dict]:
-    """Return rows for `plot_trade_off`: a line for each encoder, a number for each decoder."""
-    found = []
+    rows = [{**means[0], "student": whole, "label": f"{whole} (teacher)"}]
+    rows += [{**row, "label": row["student"]} for row in means[1:] if (row["student"], row["variant"]) in chosen]
     for row in rows:
-        encoder, decoder = row["label"].partition(" ")[0].split("-")
-        name = row["label"] if row.get("variant") == last else f"{encoder} encoder layer(s)"
-        found.append({**row, "student": f"{encoder}-{decoder}", "setting": decoder, "name": name})
-    return sorted(found, key=lambda row: (row["label"] == row["name"], -int(row["student"].split("-")[0])))
+        encoder, _, decoder = row["student"].partition("-")
+        row |= {"name": f"{encoder} encoder layer(s)", "setting": decoder}
+        if row.get("variant") == last:
+            row["label"] = row["name"] = f"{row['student']} from layer {last.rpartition(' ')[2]}"
+    return sorted(rows, key=lambda row: (row["label"] == row["name"], -int(row["student"].partition("-")[0])))
 
 
 def pairs_of_cuts(
-    labels: Mapping[str, object], depths: Mapping[str, int], encoders: Sequence[int], decoders: Sequence[int], last: int
-) -> list[tuple[str, str, str, str]]:
-    """Return (one, its name, other, its name) of students to compare: decoder cut or encoder cut, first or last layer.
-
-    `labels` maps the students there are to rows with `latency_ms`.
-    """
-    pairs = []
-    for depth in [depth for depth in encoders if depth in decoders and depth < min(depths.values())]:
-        one, two = f"{depths['encoder']}-{depth}", f"{depth}-{depths['decoder']}"
-        if {one, two} <= labels.keys():
-            times = [f"{labels[label]['latency_ms']:.0f} ms a document" for label in (one, two)]
-            names = f"cutting the decoder ({one}, {times[0]})", f"cutting the encoder ({two}, {times[1]})"
-            pairs.append((one, names[0], two, names[1]))
-    one, two = f"{depths['encoder']}-1", f"{depths['encoder']}-1 from layer {last}"
-    if {one, two} <= labels.keys():
-        pairs.append((one, "a single decoder layer made of layer 0", two, f"one made of layer {last}"))
-    return pairs
+    labels: Sequence[str], depths: Mapping[str, int], encoders: Sequence[int], decoders: Sequence[int], last: int
+) -> list[tuple[str, str]]:
+    """Return pairs of students there are to compare: cut decoder and cut encoder; one layer of the first and last."""
+    both = [depth for depth in encoders if depth in decoders and depth < min(depths.values())]
+    pairs = [(f"{depths['encoder']}-{depth}", f"{depth}-{depths['decoder']}") for depth in both]
+    pairs.append((f"{depths['encoder']}-1", f"{depths['encoder']}-1 from layer {last}"))
+    return [pair for pair in pairs if set(pair) <= set(labels)]
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
@@ -366,11 +346,10 @@ def verdict(
     else:
         lines.append(f"**No student to take here**: each is as slow as the teacher or falls short of {share}.")
     found = " and ".join(_in_words(test) for test in versus)
-    lines.append(
-        f"The search by loss before training keeps decoder layers {', '.join(map(str, searched))}: it {found}."
-    )
+    kept = ", ".join(map(str, searched))
+    lines.append(f"The search by loss before training keeps decoder layers {kept}: it {found}.")
     lines.append(_ranking(correlation))
-    lines += [f"{test['name'][0].upper()}{test['name'][1:]} {_in_words(test)}." for test in cuts]
+    lines += [f"{test['name']} {_in_words(test)}." for test in cuts]
     scope = f"{num_test} test documents, {max_steps} updates a student; {statistics.interval_scope(num_seeds)}."
     lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
     return "\n\n".join(lines)

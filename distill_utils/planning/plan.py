@@ -226,9 +226,7 @@ def check_fits(
         f"{memory / 1e9:.2f} GB {room / 1e9:.2f} may be used"
     )
     if not planned:
-        raise InputError(
-            f"{needs}; no single change of batch, text, precision or devices fits: combine them, or use a smaller model"
-        )
+        raise InputError(f"{needs}; no single change of settings fits: combine some, or use a smaller model")
     planned.sort(key=lambda pair: cost(pair[1]))
     shown = [
         f"{' and '.join(f'{name}={value}' for name, value in change.items())} "
