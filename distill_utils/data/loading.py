@@ -1,7 +1,7 @@
 """Pairs, plain text and classification rows: "pydocs", a hub name, a folder with one file per split, or one file.
 
 One file, and a hub set with nothing but "train", is cut into 80 % train, 10 % validation and 10 % test by a hash of the
-text. InputError for an unknown name, a missing file, split or column, a broken line, and when too little is left.
+text. InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def load_pairs(
 ) -> Dataset:
     """Return a data set with the columns id, document and summary.
 
-    Rows with an empty document or summary are dropped and counted; `num` keeps the first rows (0 = all).
+    Rows with an empty document or summary are dropped and counted; `num` keeps the first rows, or all where there are
+    fewer (0 = all).
     """
     found, undivided = _find_rows(name, "pairs", split, num)
     if (document_column, summary_column) == ("document", "summary"):
@@ -57,7 +58,7 @@ def load_pairs(
     if undivided:
         kept = [row for row in kept if _drawn_split(row["document"]) == split]
         print(f"{name} has no splits: {len(kept)} rows drawn for {split} by a hash of the document")
-    _check_count(label, len(kept), num)
+    check_count(label, len(kept), num)
     return Dataset.from_list(kept[:num] if num else kept)
 
 
@@ -86,7 +87,7 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
         texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
         kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
         kept = list(islice(kept, num or None))
-    _check_count(label, len(kept), num)
+    check_count(label, len(kept), num)
     return kept
 
 
@@ -157,9 +158,12 @@ def check_request(split: str, num: int = 0) -> None:
         raise InputError(f"number of examples {num} is negative: use 0 for all of them")
 
 
-def _check_count(label: str, found: int, num: int) -> None:
-    if found < max(num, 1):
-        raise InputError(f"{label} has {found} usable rows, {max(num, 1)} asked for: give more or ask for less")
+def check_count(label: str, found: int, num: int) -> None:
+    """Raise InputError where there is no row, and say so where there are fewer than asked for."""
+    if not found:
+        raise InputError(f"{label} has 0 usable rows: give at least one")
+    if found < num:
+        print(f"{label}: {found} rows are all there is, {num} were asked for")
 
 
 def _find_rows(

@@ -84,9 +84,8 @@ def load_task(task: str, split: str, path: str = "", num: int = 0) -> Dataset:
         rows = loading.read_files(folder, split)
     else:
         rows = loading.load_classification(task, split) if task in loading.TASKS else _read_hub(task, split)
-    if num > len(rows):
-        raise InputError(f"task {task!r} ({split}) has {len(rows)} rows, {num} were asked for: lower the number")
-    return to_text(task, rows.select(range(num)) if num else rows)
+    loading.check_count(f"{task} ({split})", len(rows), num)
+    return to_text(task, rows.select(range(min(num, len(rows)))) if num else rows)
 
 
 def _read_hub(task: str, split: str) -> Dataset:
