@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, config_hash, read_json
+from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import pair_stream, tokenize_pairs, tokens_per_update
 from distill_utils.data.denoising import denoising_stream
@@ -49,7 +49,6 @@ PATHS = {
     "hidden": {"hidden_weight": 1.0},
 }
 SILENT = dict.fromkeys((*RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)  # a path leaves the others at 0
-LATER_FIELDS = ("like", "embeddings")  # not hashed when empty: results from before they existed stay valid
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class AgnosticRun:
     mix_rate: float = 5e-4  # how much faster than a straight line; as published
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
-    like: str = ""  # the model whose sizes the student takes, "" = the teacher
-    embeddings: str = ""  # the model whose token embeddings it starts from, narrowed where it is narrower; "" = random
+    like: str = later("")  # the model whose sizes the student takes, "" = the teacher
+    embeddings: str = later("")  # the model whose token embeddings it starts from, narrowed if need be; "" = random
 
     @property
     def name(self) -> str:
@@ -135,7 +134,7 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
     settings = {"teacher": model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
-    settings |= {name: value for name in LATER_FIELDS if (value := getattr(run, name))}
+    settings |= {name: value for name, value in hashed(run).items() if name in ("like", "embeddings")}
 
     def build(folder: Path) -> dict:
         save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
@@ -155,7 +154,7 @@ def distill(
     does the work in place of this process (launch.py). Neither changes what is trained, so the artifact is the same.
     """
     settings = {
-        **{name: value for name, value in asdict(run).items() if name not in LATER_FIELDS or value},
+        **hashed(run),
         "weights": run.weights,
         "teacher": model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
