@@ -1,7 +1,5 @@
 """The runner: parameters rejected before anything runs, every way a notebook can fail, progress from inside a cell."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Every notebook as it stands in git: no outputs, honest parameters, the anatomy that the runner relies on."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

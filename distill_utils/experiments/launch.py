@@ -17,8 +17,6 @@ A run that was stopped goes on from its last checkpoint, on any number of proces
 again takes over what it made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os

@@ -5,8 +5,6 @@ Out of scope: the maps that need no data and the cut itself (students.py), train
 weights (`init_student(..., share_weights=True)`): a layer is left out without copying or loading anything.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import time

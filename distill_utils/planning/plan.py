@@ -6,8 +6,6 @@ Out of scope: the simulated step itself (step.py), real steps (measure.py), and 
 (evaluation/scoring.py).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from bisect import bisect_left

@@ -3,8 +3,6 @@
 Importing this file is light: papermill, nbconvert and torch load only when something runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
