@@ -142,7 +142,7 @@ def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
         (["03", "--profile", "broken"], "profiles/broken.yaml, line 1: not valid YAML"),
         (["--all", "03"], "exclude each other"),
         ([], "no notebook to run"),
-        (["03", "--output", "README.md/below"], "README.md is a file, not a folder"),
+        (["03", "--output", f"{REPOSITORY}/README.md/below"], "README.md is a file, not a folder"),
         (["03", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
