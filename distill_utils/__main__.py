@@ -1,7 +1,5 @@
 """Command line: `python -m distill_utils report 03`, `... report --all`, `... teachers`."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import sys

@@ -3,8 +3,6 @@
 Out of scope: plans of models that are not loaded (planning/), what a run did cost (comparison.py).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile
