@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, config_hash, read_json
+from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import pair_stream, tokenize_pairs, tokens_per_update
 from distill_utils.data.denoising import denoising_stream
@@ -49,7 +49,6 @@ PATHS = {
     "hidden": {"hidden_weight": 1.0},
 }
 SILENT = dict.fromkeys((*RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)  # a path leaves the others at 0
-LATER_FIELDS = ("like", "embeddings")  # not hashed when empty: results from before they existed stay valid
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class AgnosticRun:
     mix_rate: float = 5e-4  # how much faster than a straight line; as published
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
-    like: str = ""  # the model whose sizes the student takes, "" = the teacher
-    embeddings: str = ""  # the model whose token embeddings it starts from, narrowed where it is narrower; "" = random
+    like: str = later("")  # the model whose sizes the student takes, "" = the teacher
+    embeddings: str = later("")  # the model whose token embeddings it starts from, narrowed as it needs; "" = random
 
     @property
     def name(self) -> str:
@@ -110,6 +109,8 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
         if any(run.weights[name] for name in RELATIONS):
             widths = [projections(model, "encoder_self", -1)[0].out_features for model in (student, teacher)]
             check_relation_heads(run.num_relation_heads, *widths)
+        if run.embeddings:
+            students.check_embeddings(run.embeddings, run.teacher, student.config.d_model)
     if len({run.name for run in plan}) < len(plan):
         raise InputError("a path, student shape or seed is named twice: name each once")
 
@@ -128,20 +129,21 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     torch.manual_seed(run.training.seed)
     student = students.new_student(teacher, *shape, run.width, run.like)
     if run.embeddings:
+        students.check_embeddings(run.embeddings, run.teacher, student.config.d_model)
         students.start_embeddings(student, load_model(run.embeddings)[0])
     return student
 
 
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
-    settings = {"teacher": model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
-    settings |= {name: value for name in LATER_FIELDS if (value := getattr(run, name))}
+    settings = {name: getattr(run, name) for name in ("shape", "width", "init")}
+    settings |= {"teacher": model_fingerprint(run.teacher, teacher), "seed": run.training.seed}
+    settings |= {name: value for name in ("like", "embeddings") if (value := getattr(run, name))}
 
     def build(folder: Path) -> dict:
         save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
         return {}
 
-    settings |= {"init": run.init, "seed": run.training.seed}
     return artifact(f"untrained-{run.shape}-s{run.training.seed}", settings, build) / "student"
 
 
@@ -155,7 +157,7 @@ def distill(
     does the work in place of this process (launch.py). Neither changes what is trained, so the artifact is the same.
     """
     settings = {
-        **{name: value for name, value in asdict(run).items() if name not in LATER_FIELDS or value},
+        **hashed(run),
         "weights": run.weights,
         "teacher": model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],

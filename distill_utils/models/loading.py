@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,19 +66,13 @@ def load_model(
     the vocabulary.
     """
     source, local = _find_model(name_or_path)
-    options = {"trust_remote_code": False, "local_files_only": local}
     load_config(name_or_path)  # another family ends here
-    try:
+    with _loading_errors(name_or_path, local):
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        cause = "its files are damaged, incomplete or of another version"
-        if not local:
-            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
+            local_files_only=local,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(name_or_path)
     # A file of another depth than its config loads without an error: layers are drawn at random or dropped.
     lost = sorted(report["missing_keys"]) + [
         k for k in report["unexpected_keys"] if re.search(r"\.(layers|block)\.\d", k)
@@ -87,6 +83,26 @@ def load_model(
     if model.config.model_type == "t5":
         size_t5_cache(model.config)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model alone; raises InputError as `load_model` does."""
+    source, local = _find_model(name_or_path)
+    with _loading_errors(name_or_path, local):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+
+
+@contextmanager
+def _loading_errors(name_or_path: str | Path, local: bool) -> Iterator[None]:
+    """Turn whatever the libraries raise about a model's files into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        cause = "its files are damaged, incomplete or of another version"
+        if not local:
+            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
 
 
 def _find_model(name_or_path: str | Path) -> tuple[str, bool]:

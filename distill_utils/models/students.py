@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
-from distill_utils.models.loading import FAMILIES, load_config, size_t5_cache
+from distill_utils.models.loading import FAMILIES, load_config, load_tokenizer, size_t5_cache
 
 # Layers to copy, {teacher depth: {student depth: ids}}: Shleifer & Rush (2020), the tables of their released code.
 LAYERS_TO_COPY = {
@@ -191,16 +191,27 @@ def new_student(
     return student.eval()
 
 
+def check_embeddings(source: str, teacher: str, width: int) -> None:
+    """Raise InputError unless a student of this width can start from the token embeddings of the model `source`.
+
+    A row belongs to a token id, so the tokenizer must be the teacher's, token by token. No weights are loaded.
+    """
+    given = load_config(source).d_model
+    fix = f'name a model at least as wide with the tokenizer of {teacher}, or "" for random embeddings'
+    if source != teacher and load_tokenizer(source).get_vocab() != load_tokenizer(teacher).get_vocab():
+        raise InputError(f"a student of {teacher} cannot start from embeddings of {source}, another tokenizer: {fix}")
+    if width > given:
+        raise InputError(f"embeddings of {source} of width {given} cannot start a student of width {width}: {fix}")
+
+
 @torch.no_grad()
 def start_embeddings(student: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Give a student the token embeddings of another model of its vocabulary, scaled to the size of its initial ones.
+    """Give a student the token embeddings of another model, scaled to the size of its initial ones.
 
-    A narrower student gets `project_embeddings` of them. Raises InputError when the student is wider.
+    A narrower student gets `project_embeddings` of them. `check_embeddings` tells whether the two fit.
     """
     given, own = (model.get_input_embeddings().weight for model in (source, student))
-    if own.shape[1] > given.shape[1]:
-        raise InputError(f"embeddings of width {given.shape[1]} cannot start a student of width {own.shape[1]}")
-    rows = min(len(given), len(own))  # a model of the same tokens may have further ones, such as sentinels
+    rows = min(len(given), len(own))  # models of one tokenizer may be padded to different numbers of rows
     given = project_embeddings(given.detach().to(own), own.shape[1])[:rows]
     own[:rows] = given * (own.std() / given.std())
 
