@@ -1,16 +1,22 @@
-"""Profiles fit the notebooks' parameters and the published models; the published figures agree with themselves."""
+"""Profiles fit the notebooks' parameters and the published models, and run; published figures agree with themselves."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import tiny_hub
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
 
+from distill_utils.artifacts import read_json
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS
@@ -89,6 +95,57 @@ def test_published_figures_speak_of_the_profile(profile):
     rows = [r for r in published_rows() if (r["dataset"], r["teacher"]) == (values["dataset"], values["teacher"])]
     assert {"", *values["student_shapes"]} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
     assert {row["method"] for row in rows} <= {"", "teacher", *runs.METHODS}
+
+
+# Sizes of a run in which every cell is executed and nothing learned. What is not named here is the profile's own.
+SMALL = {
+    "num_train": 24, "num_validation": 6, "num_test": 3, "num_samples": 3, "num_calibration": 6, "num_generated": 2,
+    "search_budget": 4, "num_maps": 2, "num_decoding": 2, "num_texts": 40, "num_windows": 4, "max_steps": 2,
+    "distill_steps": 2, "tune_steps": 2, "control_steps": 2, "process_steps": 2, "warmup_steps": 1, "evaluations": 2,
+    "batch_size": 2, "micro_batch_size": 1, "check_batch_size": 2,
+}  # fmt: skip
+MOST = {"seeds": 2, "learning_rates": 2}  # of a list
+NARROW = {"student_width": 32, "assistants": ["24-24-w32"], "checked": ["t5-small > t5-small:1"]}  # of the stand-ins
+CASES = [
+    (profile, plan.path.stem)
+    for profile in PROFILES
+    for plan in settings.make_plans([], profile, [], every=True)
+    if profile != "smoke"  # test_smoke.py runs it
+]
+
+
+def small_values(profile: str, notebook: str) -> dict:
+    """Return what is changed in a profile to run it in seconds."""
+    values = values_of(profile, notebook)
+    changes = {name: value for name, value in SMALL.items() if name in values}
+    changes |= {name: values[name][:most] for name, most in MOST.items() if len(values.get(name, [])) > most}
+    if profile == "3b":
+        changes |= NARROW
+    return changes
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The home of a hub cache that holds a stand-in of every model and data set that a profile names."""
+    home = tmp_path_factory.mktemp("hub")
+    tiny_hub.write_hub(home)
+    return home
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "notebook"), CASES)
+def test_every_cell_of_every_profile_runs(profile, notebook, hub, tmp_path):
+    changes = small_values(profile, notebook)
+    command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", profile, "--output", tmp_path]
+    for name, value in changes.items():
+        command += ["-p", f"{name}={settings.as_text(value)}"]
+    done = subprocess.run(
+        command, cwd=settings.REPOSITORY, env={**os.environ, "HF_HOME": str(hub)}, capture_output=True, text=True,
+        timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    results = read_json(next(Path(tmp_path).rglob(f"{notebook}.json")))
+    assert results["parameters"] == values_of(profile, notebook) | changes and results["rows"]
 
 
 def test_published_figures_are_well_formed():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -92,7 +93,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _loading_errors(name_or_path: str | Path, local: bool) -> Iterator[None]:
     """Turn whatever the libraries raise about a model's files into one line."""
     try:
@@ -167,4 +168,8 @@ def model_fingerprint(name_or_path: str, model) -> str:
     files = sorted(model_folder(name_or_path).glob("*.safetensors"))
     if files:
         return config_hash([file_hash(file) for file in files])
-    return str(getattr(model.config, "_commit_hash", None) or config_hash(model.config.to_dict()))[:10]
+    with contextlib.suppress(ValueError):  # a path without weights is no hub name
+        cached = try_to_load_from_cache(str(name_or_path), "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name[:10]
+    return config_hash(model.config.to_dict())
