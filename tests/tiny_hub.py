@@ -29,6 +29,7 @@ from transformers import (
     PegasusConfig,
     PegasusForConditionalGeneration,
     PegasusTokenizer,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
@@ -86,17 +87,22 @@ CLASSES = {
 }
 
 
-def write_model(home: Path, name: str) -> None:
-    """Write the stand-in of a hub model into a hub cache."""
+def make_model(name: str) -> PreTrainedModel:
+    """Return the stand-in of a hub model."""
     family, changes, generation = MODELS[name]
-    make_config, make_model, published = CLASSES[family]
+    config_class, model_class, published = CLASSES[family]
     torch.manual_seed(0)
-    model = make_model(make_config(**published | changes))
+    model = model_class(config_class(**published | changes))
     special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")
     special = {key: value for key in special if (value := getattr(model.config, key, None)) is not None}
     model.generation_config = GenerationConfig(**special | generation)
-    tokenizer = TOKENIZERS[family]()
-    if family != "t5":
+    return model
+
+
+def write_model(home: Path, name: str) -> None:
+    """Write a model and its tokenizer into a hub cache."""
+    model, tokenizer = make_model(name), TOKENIZERS[MODELS[name][0]]()
+    if model.config.model_type != "t5":
         write_words(model, tokenizer)
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit(name)
@@ -183,7 +189,7 @@ def cnn_dailymail(draw: random.Random) -> dict:
 
 
 def openwebtext(draw: random.Random) -> dict:
-    return {"text": "\n\n".join(text(draw, 3) for _ in range(2))}
+    return {"text": "\n\n".join(text(draw, 4) for _ in range(2))}
 
 
 def glue(task: str, draw: random.Random) -> dict:
@@ -201,7 +207,7 @@ DATA = {  # name: configurations and their parts, one row of each
     "Skylion007/openwebtext": ({"plain_text": ("train",)}, lambda _, draw: openwebtext(draw)),
     "nyu-mll/glue": (GLUE, glue),
 }
-NUM_ROWS = 400  # of a training part; of the others a tenth
+NUM_ROWS = 600  # of a training part; of the others a tenth
 
 
 def write_data(home: Path, name: str) -> None:
