@@ -142,9 +142,16 @@ def _choices() -> str:
     return f"a shipped model ({shipped}), a local folder or a hub name"
 
 
+def entries_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Return how many entries of a tokenizer a model of this vocabulary has no row for.
+
+    Published BART summarizers have a mask token one beyond it, which does not count: no text is tokenized to it.
+    """
+    return sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+
+
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    # Published BART summarizers have a mask token one beyond their vocabulary; no text is tokenized to it.
-    beyond = sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+    beyond = entries_beyond(tokenizer, vocab_size)
     if beyond:
         raise InputError(
             f"{name}: the tokenizer has {beyond} entries beyond the model's vocabulary of {vocab_size}; "
