@@ -19,8 +19,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig
 from distill_utils.artifacts import read_json
 from distill_utils.distillation import objectives
 from distill_utils.experiments import runs
-from distill_utils.models import students
-from distill_utils.models.loading import ASSETS
+from distill_utils.models import loading, students
 from distill_utils.report import settings
 from distill_utils.training import loop
 
@@ -51,7 +50,7 @@ def large(layers: int, positions: int = 1024):
 
 
 def published_rows() -> list[dict]:
-    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+    with open(loading.ASSETS / "published.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = [name for name in COLUMNS if name not in TEXTS]
     return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
@@ -106,7 +105,10 @@ SMALL = {
     "batch_size": 2, "micro_batch_size": 1, "check_batch_size": 2, "source_length": 64,
 }  # fmt: skip
 # Of these lists the first and the last: what lies between goes through the same cells.
-ENDS = ("seeds", "learning_rates", "student_shapes", "beams", "encoder_depths", "decoder_depths", "plan_devices")
+ENDS = (
+    "seeds", "learning_rates", "student_shapes", "beams", "length_penalties", "encoder_depths", "decoder_depths",
+    "plan_devices",
+)  # fmt: skip
 NARROW = {"student_width": 32, "assistants": ["24-24-w32"]}  # as wide as the stand-ins
 STEPS = "google-t5/t5-small > google-t5/t5-small:1"  # run for real in place of T5's own sizes
 CASES = [
@@ -153,6 +155,8 @@ def test_every_student_of_a_published_profile_takes_a_step(profile):
     values = values_of(profile, "03")
     teacher = tiny_hub.make_model(values["teacher"]).eval()
     fields = {name: values[name] for name in ("freeze_encoder", "freeze_embeddings", "kl_weight", "hidden_weight")}
+    family = teacher.config.model_type
+    assert not loading.entries_beyond(tiny_hub.TOKENIZERS[family](), teacher.config.vocab_size)
     ids = torch.randint(200, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :5].clone()}
     for shape in values["student_shapes"]:
