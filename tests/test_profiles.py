@@ -100,15 +100,13 @@ def test_published_figures_speak_of_the_profile(profile):
 # Sizes of a run in which every cell is executed and nothing learned. What is not named here is the profile's own.
 SMALL = {
     "num_train": 24, "num_validation": 6, "num_test": 2, "num_samples": 3, "num_calibration": 6, "num_generated": 2,
-    "search_budget": 4, "num_maps": 2, "num_decoding": 2, "num_texts": 40, "num_windows": 4, "max_steps": 2,
+    "search_budget": 4, "num_maps": 2, "num_decoding": 1, "num_texts": 40, "num_windows": 4, "max_steps": 2,
     "distill_steps": 2, "tune_steps": 2, "control_steps": 2, "process_steps": 2, "warmup_steps": 1, "evaluations": 2,
     "batch_size": 2, "micro_batch_size": 1, "check_batch_size": 2, "source_length": 64,
 }  # fmt: skip
-# Of these lists the first and the last: what lies between goes through the same cells.
-ENDS = (
-    "seeds", "learning_rates", "student_shapes", "beams", "length_penalties", "encoder_depths", "decoder_depths",
-    "plan_devices",
-)  # fmt: skip
+# Of these lists the first and the last, of beams the fewest, of paths three: what lies between goes through the same cells.
+ENDS = ("seeds", "learning_rates", "student_shapes", "length_penalties", "encoder_depths", "decoder_depths")
+ENDS += ("plan_devices",)
 NARROW = {"student_width": 32, "assistants": ["24-24-w32"]}  # as wide as the stand-ins
 STEPS = "google-t5/t5-small > google-t5/t5-small:1"  # run for real in place of T5's own sizes
 CASES = [
@@ -124,6 +122,8 @@ def small_values(profile: str, notebook: str) -> dict:
     values = values_of(profile, notebook)
     changes = {name: value for name, value in SMALL.items() if name in values}
     changes |= {name: [values[name][0], values[name][-1]] for name in ENDS if len(values.get(name, [])) > 2}
+    changes |= {"beams": values["beams"][:2]} if values.get("beams") else {}
+    changes |= {"paths": [*values["paths"][:2], values["paths"][-1]]} if len(values.get("paths", [])) > 3 else {}
     if profile == "3b":  # the one with a plan of its own; it takes a minute
         changes |= NARROW
     elif "plan_models" in values:
