@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from functools import partial
 from itertools import pairwise
@@ -11,7 +12,8 @@ import pytest
 import test_loading
 import torch
 from safetensors.torch import load, save_file
-from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
+from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_pegasus, tiny_t5, tiny_tokenizer
+from tokenizers import Tokenizer
 from torch import nn
 
 from distill_utils.artifacts import InputError
@@ -426,6 +428,16 @@ def test_config_is_loaded_without_weights_and_a_wrong_name_or_family_is_rejected
         students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="it would be read")
+def test_a_sentencepiece_file_says_what_is_missing(tmp_path):
+    save_model(tiny_pegasus(1, 1), tiny_tokenizer(), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PegasusTokenizer"}')
+    (tmp_path / "spiece.model").write_bytes(b"none")
+    with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
+        load_model(tmp_path)
+
+
 def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
     embeddings = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
     narrow = students.project_embeddings(embeddings, 5)
@@ -446,8 +458,23 @@ def test_student_starts_from_given_embeddings_of_its_own_size():
     assert torch.corrcoef(torch.stack([products.flatten(), wanted.flatten()]))[0, 1] > 0.9999  # but for their size
     assert own[: VOCAB_SIZE - 8].std() == pytest.approx(float(before.std()), rel=1e-4)
     assert student.lm_head.weight is student.get_input_embeddings().weight
-    with pytest.raises(InputError, match="width 8 cannot start a student of width 24"):
-        students.start_embeddings(source, student)
+
+
+def test_embeddings_of_another_tokenizer_or_of_too_few_dimensions_are_rejected(tmp_path):
+    swapped = tiny_tokenizer()
+    content = json.loads(swapped.backend_tokenizer.to_str())
+    words = content["model"]["vocab"]
+    words["word0"], words["word1"] = words["word1"], words["word0"]  # as many entries, other rows
+    swapped._tokenizer = Tokenizer.from_str(json.dumps(content))
+    for name, tokenizer in (("teacher", tiny_tokenizer()), ("alike", tiny_tokenizer()), ("other", swapped)):
+        save_model(tiny_t5(1, 1), tokenizer, tmp_path / name)
+    teacher, alike, other = (str(tmp_path / name) for name in ("teacher", "alike", "other"))
+    for source in (teacher, alike):
+        students.check_embeddings(source, teacher, 16)
+        with pytest.raises(InputError, match="of width 16 cannot start a student of width 24"):
+            students.check_embeddings(source, teacher, 24)
+    with pytest.raises(InputError, match=f"a student of {teacher} cannot start from embeddings of {other}"):
+        students.check_embeddings(other, teacher, 16)
 
 
 # ------------------------------------------------------------------------------------------------- frozen means frozen
