@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from functools import partial
 from itertools import pairwise
@@ -12,7 +11,7 @@ import pytest
 import test_loading
 import torch
 from safetensors.torch import load, save_file
-from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_pegasus, tiny_t5, tiny_tokenizer
+from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -426,16 +425,6 @@ def test_config_is_loaded_without_weights_and_a_wrong_name_or_family_is_rejected
     tiny_bart().config.save_pretrained(tmp_path / "bart")
     with pytest.raises(InputError, match="is a bart model"):
         students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="it would be read")
-def test_a_sentencepiece_file_says_what_is_missing(tmp_path):
-    save_model(tiny_pegasus(1, 1), tiny_tokenizer(), tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PegasusTokenizer"}')
-    (tmp_path / "spiece.model").write_bytes(b"none")
-    with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
-        load_model(tmp_path)
 
 
 def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():

@@ -102,8 +102,6 @@ def _loading_errors(name_or_path: str | Path, local: bool) -> Iterator[None]:
         cause = "its files are damaged, incomplete or of another version"
         if not local:
             cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
-        if "tiktoken" in str(error):  # what transformers tries last of all
-            cause = "its tokenizer is a sentencepiece file only: pip install sentencepiece protobuf"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
 
