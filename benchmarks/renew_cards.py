@@ -1,12 +1,14 @@
 """Measure the shipped teachers again and write their cards: after the corpus or a pinned package changed.
 
-    python benchmarks/renew_cards.py
+    python benchmarks/renew_cards.py [--tasks]
 
 Where and how they were trained stays as it is in the cards. The tokenizers are written again without a stored
-truncation. About 20 minutes on two cores.
+truncation. Minutes on two cores; with `--tasks` the largest T5 is also fine-tuned on the tasks again, in an hour.
 """
 
 from __future__ import annotations
+
+import sys
 
 from distill_utils.artifacts import read_json
 from distill_utils.experiments import t5_teacher, teacher
@@ -18,12 +20,12 @@ if __name__ == "__main__":
         tokenizer = load_model(name)[1]
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        tokenizer.save_pretrained(folder)
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         if name == "pydocs-bart-base":
             continue
         room = teacher if name == "pydocs-bart" else t5_teacher
         measured = teacher.measure() if room is teacher else t5_teacher.measure(name)
-        card = read_json(folder / "card.json")
-        trained_on = {"training_corpus": card.get("training_corpus", card["corpus_fingerprint"])}
-        teacher.write_card(folder, card | trained_on | measured, room.card_text)
+        if name == "pydocs-t5" and "--tasks" in sys.argv:
+            measured |= t5_teacher.measure_tasks(name)
+        teacher.write_card(folder, read_json(folder / "card.json") | measured, room.card_text)
         print(f"renewed {folder}", flush=True)

@@ -43,6 +43,7 @@ def made(tmp_path_factory):
         patch.setenv("DISTILL_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setattr(teacher, "load_text", lambda name, split: TEXTS if split == "train" else TEXTS[:40])
         patch.setattr(teacher, "corpus_facts", lambda: FACTS)
+        patch.setattr(t5_teacher, "corpus_facts", lambda: FACTS)
         patch.setattr(teacher, "VOCABULARY", 320)
         patch.setattr(t5_teacher, "HEAD_WIDTH", 8)
         patch.setattr(t5_teacher, "SHAPES", {"pydocs-t5": (16, 2), "pydocs-t5-tiny": (8, 1)})
