@@ -35,6 +35,7 @@ from distill_utils import artifacts
 from distill_utils.device import amp_dtype, device, mixed_precision
 from distill_utils.distillation import objectives
 from distill_utils.models import students
+from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.planning.plan import machine_ceilings
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
 
@@ -108,9 +109,9 @@ def ours(shape: str, on: torch.device):
     train_mode(student)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(student, trained, Training(max_steps=10, batch_size=len(batch["labels"])))
-    students.share_frozen(student, teacher)
+    share_frozen(student, teacher)
     frozen = ExitStack()
-    frozen.enter_context(students.frozen_in(amp_dtype(on), student, teacher))
+    frozen.enter_context(frozen_in(amp_dtype(on), student, teacher))
 
     def step() -> float:
         with mixed_precision(on):

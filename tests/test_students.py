@@ -18,6 +18,7 @@ from torch import nn
 from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives
 from distill_utils.models import loading, students
+from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import load_config, load_model, save_model, shipped_models
 from distill_utils.models.students import (
     count_parameters,
@@ -492,7 +493,7 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embedding
     expected = gradients()
     before = [{name: weight for name, weight in model.named_parameters()} for model in (student, teacher)]
     values = [{name: weight.clone() for name, weight in weights.items()} for weights in before]
-    with students.frozen_in(torch.bfloat16, student, teacher):
+    with frozen_in(torch.bfloat16, student, teacher):
         linear = [module for model in (student, teacher) for module in model.modules() if isinstance(module, nn.Linear)]
         dtypes = {module.weight.dtype for module in linear if not any(module.weight is w for w in trained.values())}
         assert dtypes == {torch.bfloat16}
@@ -507,16 +508,22 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embedding
 
 
 @each_family
-def test_what_is_frozen_and_equal_is_held_once(family):
+def test_what_is_frozen_and_equal_is_held_once(family, tmp_path):
     teacher = FAMILIES[family](3, 3)
+    with torch.no_grad():
+        for name, weight in teacher.named_parameters():
+            weight.mul_(0.0 if name.endswith("bias") else 1.0)  # as of a new model: many equal ones
     student, *_ = init_student(teacher, 3, 2)
     freeze(student, encoder=True, embeddings=True)
     before = {name: weight.clone() for name, weight in student.named_parameters()}
-    students.share_frozen(student, teacher)
+    share_frozen(student, teacher)
     for name, weight in student.named_parameters():
         assert torch.equal(weight, before[name])
         assert (weight.data_ptr() in storages(teacher)) != weight.requires_grad, name
-    with students.frozen_in(torch.bfloat16, student, teacher):
+    with frozen_in(torch.bfloat16, student, teacher):
         shared = storages(student) & storages(teacher)
         assert len(shared) >= len(list(student.get_encoder().parameters()))
     assert {weight.data_ptr() for weight in student.parameters() if not weight.requires_grad} <= storages(teacher)
+    assert len(storages(student)) == len(list(student.parameters()))
+    save_model(student, tiny_tokenizer(), tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in load_model(tmp_path)[0].named_parameters())

@@ -27,6 +27,7 @@ from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import runs
 from distill_utils.models import students
+from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import entries_beyond, load_model
 from distill_utils.training.loop import choose_attention, train_mode
 
@@ -62,7 +63,7 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
             loss = objective(student, teacher, batch, **cut["options"])["loss"]
         loss.backward()
 
-    with students.frozen_in(dtype, student, teacher):
+    with frozen_in(dtype, student, teacher):
         step(kept_for_backward(student, kept))
         seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
     counts = students.count_parameters(student)

@@ -4,8 +4,6 @@ Interpolated distillation is named and not described by the paper (Zhang et al. 
 assistant that learns first and then teaches (Wang et al. 2020, MiniLM), and a mixed target, `AgnosticRun.mix_start`.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from distill_utils.evaluation.statistics import bootstrap_interval, compare, int
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models import students
+from distill_utils.models.frozen import frozen_in
 from distill_utils.models.hooks import projections
 from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.distributed import local_rows, sum_over_processes
@@ -201,7 +200,7 @@ def train_student(
         return losses
 
     began = time.monotonic()
-    with students.frozen_in(amp_dtype(precision=training.precision), student, teacher):
+    with frozen_in(amp_dtype(precision=training.precision), student, teacher):
         history = fit(
             student, loss_fn, lambda step: batches(start + step), training, folder, evaluate, stage=run.name,
             memory=mixing, after_step=grow if mixing else None,

@@ -4,8 +4,6 @@ Each expensive step is an artifact under runs/. Out of scope: the objectives and
 was trained (comparison.py).
 """
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,7 @@ from distill_utils.distillation.pseudo_labels import (
 )
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
+from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
@@ -187,7 +186,7 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     imitated = copied
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
-    students.share_frozen(student, teacher)
+    share_frozen(student, teacher)
     shared = students.has_teacher_encoder(student, teacher)
     weights, smoothing = _fields(run, "ce_weight", "kl_weight"), _fields(run, "label_smoothing")
     softened = _fields(run, "temperature", "divergence", "jsd_beta") | smoothing | {"shared_encoder": shared}
@@ -361,7 +360,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "evaluate": partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]),
         }  # fmt: skip
         cools = run.training.schedule == "cooldown"
-        with students.frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
+        with frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
             history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
         student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
         save_model(student.to("cpu"), tokenizer, folder / "student")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -305,55 +304,6 @@ def freeze(model: PreTrainedModel, encoder: bool = True, embeddings: bool = True
     parameters = [w for w in model.get_encoder().parameters() if id(w) not in embedding] if encoder else []
     for weight in [*parameters, *(_embeddings(model) if embeddings else [])]:
         weight.requires_grad_(False)
-
-
-def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Let every frozen weight of the student that equals one of the teacher's on its device be that one's memory."""
-
-    def key(weight: nn.Parameter) -> tuple:
-        return weight.shape, weight.dtype, weight.device, tuple(weight.detach().flatten()[:8].tolist())
-
-    theirs = {key(weight): weight for weight in teacher.parameters()}
-    for weight in student.parameters():
-        same = None if weight.requires_grad else theirs.get(key(weight))
-        if same is not None and torch.equal(weight, same):
-            weight.data = same.data
-
-
-@contextmanager
-def frozen_in(dtype: torch.dtype | None, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
-    """Hold matrices that nothing trains in `dtype` inside the block; afterwards both models are as they were.
-
-    These are the teacher's and the student's frozen ones, which autocast would cast in every pass, to the same bits.
-    What the models share is held once. Tables stay, as a look-up casts nothing: a head tied to one gets a copy. On a
-    GPU the originals wait in the machine's memory. None changes nothing.
-    """
-    models = [model for model in (student, teacher) if model is not None and dtype is not None]
-    modules = [module for model in models for module in model.modules()]
-    tables = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Embedding)}
-    linear = [module for module in modules if isinstance(module, nn.Linear)]
-    trained = {id(weight) for weight in student.parameters() if weight.requires_grad}
-    copies, originals, replaced = {}, {}, []
-    for module in linear:
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) in trained or weight.dtype == dtype or hasattr(weight, "placements"):  # or sharded
-                continue
-            place = weight.data_ptr()
-            if place not in copies:
-                copies[place] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-                originals[place] = weight.data if place in tables else weight.data.cpu()
-            replaced.append((module, name, weight, weight.device, place))
-            setattr(module, name, copies[place])
-    for _, _, weight, _, place in replaced:
-        weight.data = originals[place]
-    try:
-        yield
-    finally:
-        copies.clear()
-        back = {}
-        for module, name, weight, on, place in replaced:
-            weight.data = back.setdefault(place, originals[place].to(on))
-            setattr(module, name, weight)
 
 
 def has_teacher_encoder(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
