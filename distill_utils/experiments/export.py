@@ -19,12 +19,31 @@ from distill_utils.artifacts import InputError, folder_atomic, read_json, runs_d
 from distill_utils.device import device
 from distill_utils.evaluation import ctranslate, generation, scoring
 from distill_utils.experiments import checks, use
+from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
 from distill_utils.models.students import count_parameters, decoder_layers, encoder_layers
 
 # What CTranslate2's weights may change, by their type: ROUGE-L of greedy summaries to ours at least, and nats per token
 # at most. The first type that keeps to it is written.
 PARITY = {"int8": (85.0, 0.05), "bfloat16": (90.0, 0.02), "float32": (checks.MIN_AGREEMENT, checks.MAX_SCORE_GAP)}
+USAGE = """\
+```python
+from distill_utils import summarize
+
+summarize(["a long text"], model="{name}")
+```
+
+Or without that package:
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
+inputs = tokenizer(["{prefix}a long text"], truncation=True, max_length={max_source_length}, return_tensors="pt")
+inputs = {{name: inputs[name] for name in ("input_ids", "attention_mask")}}
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+```"""
 METHODS = {
     "sft": "shrink and fine-tune (SFT)",
     "kd": "knowledge distillation (KD)",
@@ -61,11 +80,16 @@ def export(name: str | Path, folder: str | Path, push: str = "") -> Path:
     settings = {"max_source_length": length, "prefix": prefix}
     with folder_atomic(folder) as temporary:
         save_model(model, tokenizer, temporary)
+        for file in temporary.glob("*.safetensors"):  # written for its owner alone
+            file.chmod((temporary / "config.json").stat().st_mode)
         model.to(device())
         proof = checks.round_trip(temporary, model, tokenizer, facts["documents"], convert=False, **settings)
         proof |= _convert(temporary, model, tokenizer, facts["documents"], settings)
-        write_atomic(temporary / "README.md", str(card(folder.name, facts, model, proof)))
-    print(f"wrote {folder}: reloaded with the same summaries, CTranslate2 {proof['quantization'] or proof['skipped']}")
+        write_atomic(temporary / "README.md", str(card(push or folder.name, model, facts, settings, proof)))
+    beside = (
+        f"CTranslate2 in {proof['quantization']}" if proof["quantization"] else f"no CTranslate2: {proof['skipped']}"
+    )
+    print(f"wrote {folder}: reloaded with the same summaries, {beside}")
     if push:
         huggingface_hub.upload_folder(repo_id=push, folder_path=folder)
         print(f"uploaded to {push}")
@@ -108,7 +132,7 @@ def _convert(folder: Path, model, tokenizer, documents: list[str], settings: dic
         except InputError:  # a full disk
             raise
         except ValueError as error:
-            return {"quantization": None, "skipped": f"left out: {error}"}
+            return {"quantization": None, "skipped": str(error).partition(": use")[0]}
         agreement, gap = checks.ctranslate2_agreement(converted, model, tokenizer, documents, expected, settings)
         if agreement >= least and gap <= most:
             return {"quantization": quantization, "agreement": agreement, "gap": gap}
@@ -160,7 +184,7 @@ def _licence(kind, name: str | None) -> str | None:
 # --------------------------------------------------------------------------------------------------------------- card
 
 
-def card(name: str, model, facts: dict, proof: dict) -> ModelCard:
+def card(name: str, model, facts: dict, settings: dict, proof: dict) -> ModelCard:
     """Return the model card: what the run, its test and the proof recorded; what is not known is not said."""
     config, results, test = facts["config"], facts["results"], facts["test"]
     teacher, dataset, found = facts["teacher"], facts["dataset"], licences(facts["teacher"], facts["dataset"])
@@ -171,7 +195,7 @@ def card(name: str, model, facts: dict, proof: dict) -> ModelCard:
         scores = [EvalResult("summarization", dataset, dataset, kind, value) for kind, value in metrics.items()]
     data = ModelCardData(
         license=None if not found else found["teacher"] if len({*found.values()}) == 1 else "other",
-        license_name="see below" if len({*found.values()}) > 1 else None, library_name="transformers",
+        license_name="see-below" if len({*found.values()}) > 1 else None, library_name="transformers",
         pipeline_tag="summarization", tags=["distillation"], base_model=hub_names[0], datasets=hub_names[1],
         model_name=name, eval_results=scores or None,
     )  # fmt: skip
@@ -183,11 +207,11 @@ def card(name: str, model, facts: dict, proof: dict) -> ModelCard:
         f"# {name}",
         f"A {model.config.model_type} model of {shape} encoder-decoder layers and "
         f"{count_parameters(model)['total'] / 1e6:.1f} M parameters{made}.",
-        _usage(name),
-        "## Training\n\n" + _training(facts),
-        "## Results\n\n" + _results(facts),
+        USAGE.format(name=name, **settings),
+        "## Training\n\n" + _training(config, results, teacher, dataset),
+        "## Results\n\n" + _results(test, facts["teacher_test"]),
         "## Checked\n\n" + _checked(proof, len(facts["documents"])),
-        "## Limits\n\n" + _limits(facts),
+        "## Limits\n\n" + _limits(test, settings["max_source_length"]),
         "## Licence\n\n" + _licence_text(found, dataset),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
@@ -197,3 +221,91 @@ def _short(name: str) -> str:
     """Return a name without the folders around it, which are those of somebody's machine."""
     path = Path(name)
     return path.parent.name if path.name in use.SAVED else path.name if path.is_absolute() or path.exists() else name
+
+
+def _table(rows: list[tuple]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _training(config: dict, results: dict, teacher: str | None, dataset: str | None) -> str:
+    """Return the table of what determines the weights."""
+    if not results:
+        return "Nothing is recorded: the model was exported from a folder without its run."
+    training, origin = config.get("training", {}), results["provenance"]
+    rows = {
+        "teacher": _short(teacher or "not recorded"),
+        "teacher's layers copied": "encoder {encoder_layer_ids}, decoder {decoder_layer_ids}".format_map(results)
+        if "decoder_layer_ids" in results else None,
+        "data": f"{dataset or 'not recorded'}, {results.get('num_train', '?')} pairs, fingerprint {config.get('data')}",
+        "updates": results.get("trained_steps", training.get("max_steps")),
+        **{name.replace("_", " "): training.get(name) for name in ("batch_size", "optimizer", "learning_rate", "seed")},
+        "source and target tokens": "{max_source_length}, {max_target_length}".format_map(config)
+        if "max_target_length" in config else None,
+        "seconds": results.get("seconds"),
+        "machine": origin["gpu"] or f"{origin['processor']}, {origin['threads']} threads",
+        "code": f"distill_utils at commit {origin['commit'] or 'not recorded'}, {origin['date']}",
+    }  # fmt: skip
+    return _table([("what", "value"), *((name, value) for name, value in rows.items() if value is not None)])
+
+
+def _results(test: dict, teacher: dict) -> str:
+    """Return the scores of the run's test beside the teacher's, with intervals, and the speed with its machine."""
+    if not test:
+        return "No test of this model is recorded."
+    models = [("this model", test), *([("teacher", teacher)] if teacher else [])]
+    rows = [("", *(name for name, _ in models))]
+    for metric, label in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L")):
+        interval = f"{{{metric}:.2f}} ({{{metric}_low:.2f}} to {{{metric}_high:.2f}})"
+        rows.append((label, *(interval.format_map(found) for _, found in models)))
+    for key, label in (("words", "words per summary"), ("latency_ms", "ms per document"), ("ms_per_token", "ms/token")):
+        rows.append((label, *(f"{found[key]:.2f}" for _, found in models)))
+    fixed = ("model", "data", "max_source_length", "prefix", "baseline", "num_speed")
+    decoding = ", ".join(f"{key}={value}" for key, value in test["settings"].items() if key not in fixed)
+    origin = test["provenance"]
+    text = f"{test['num_documents']} test documents (fingerprint {test['settings']['data']}), one seed, "
+    text += f"decoded with {decoding or 'the generation settings stored here'}. ROUGE is F1 x 100 with 95 % bootstrap "
+    text += "intervals over documents."
+    if "rouge2_difference" in test:
+        difference = "{rouge2_difference:+.2f} ({rouge2_difference_low:+.2f} to {rouge2_difference_high:+.2f})"
+        text += f" ROUGE-2 minus the teacher's, paired: {difference.format_map(test)}."
+    machine = origin["gpu"] or f"{origin['processor']}, {origin['threads']} threads"
+    text += f" Speed: `generate` in PyTorch {origin['packages']['torch']}, one document at a time, {machine}."
+    return f"{_table(rows)}\n\n{text}"
+
+
+def _checked(proof: dict, num: int) -> str:
+    text = f"Read again in a new process, the folder gives the same settings, tokenizer and greedy summaries of {num} "
+    text += f"texts; logits differ by at most {proof['logits_difference']:.2g}. "
+    if not proof["quantization"]:
+        return f"{text}No CTranslate2 model: {proof['skipped']}."
+    text += (
+        f"`{use.CONVERTED}/` holds the model in {proof['quantization']} for CTranslate2: its summaries have ROUGE-L "
+    )
+    return (
+        text + f"{proof['agreement']:.1f} to those of the weights here, scores differ by {proof['gap']:.2g} nats/token."
+    )
+
+
+def _limits(test: dict, length: int) -> str:
+    lines = [
+        f"Of a text longer than {length} tokens only the beginning is read.",
+        "It writes what its training data taught, in that style and language; on other text nothing was measured.",
+        "Summaries can be wrong: check numbers, names and claims against the text.",
+    ]
+    if test.get("numbers_supported") is not None and test.get("names_supported") is not None:
+        shares = "{numbers_supported:.0%} of numbers and {names_supported:.0%} of names in its test summaries stand in"
+        lines.append(f"{shares.format_map(test)} the text; {test['repeating']:.0%} of the summaries repeat themselves.")
+    if 0 < test.get("num_documents", 0) < FEW_DOCUMENTS:
+        lines.append("The test is too small to judge the model by: it shows that the code runs.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _licence_text(found: dict[str, str], dataset: str | None) -> str:
+    lines = [f"The {of}: {licence}." for of, licence in found.items()]
+    if dataset == "pydocs":
+        lines.append("The data: docstrings of installed packages, each under the licence of its package.")
+    missing = [of for of in ("teacher", "data") if of not in found and not (of == "data" and dataset == "pydocs")]
+    if missing:
+        lines.append(f"Not known here: that of the {' and of the '.join(missing)}. Look it up before you share this.")
+    return " ".join(lines)

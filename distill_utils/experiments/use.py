@@ -210,12 +210,9 @@ def own_prefix(config) -> str:
 
 def summarize_file(path: str, model: str, column: str = "", output: Path | None = None, as_json: bool = False) -> None:
     """Summarize a file, "-" for what comes in: one summary per line, to `output` or to what goes out."""
-    from transformers.utils import logging as transformers_logging
-
     if output and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise InputError(f"cannot write {output}: give --output a file in a folder that exists")
     texts = read_texts(path, column)
-    transformers_logging.disable_progress_bar()
 
     def show(done: int, total: int) -> None:
         print(f"\r{done} of {total} texts", end="\n" if done == total else "", file=sys.stderr, flush=True)
