@@ -27,6 +27,7 @@ from distill_utils import __main__ as cli
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError, read_json, write_json
 from distill_utils.evaluation import scoring
+from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import checks, export, use
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.models.students import count_parameters
@@ -93,7 +94,7 @@ def test_export_of_every_family_writes_what_its_run_would(family, tmp_path):
     expected = use.summarize(DOCUMENTS, run / "student", max_source_length=20, num_beams=1)
     found = use.summarize(DOCUMENTS, folder, num_beams=1)
     assert len(set(expected)) > 3
-    assert sum(a == b for a, b in zip(expected, found, strict=True)) >= 9  # the other engine, and 8 bits
+    assert rouge_scores(found, expected)["rougeL"].mean() > 80  # the other engine, and 8 bits
 
 
 def test_the_cards_code_runs_as_it_stands(tmp_path, capsys, monkeypatch):
@@ -117,9 +118,8 @@ def test_card_gives_the_tests_figures_and_the_licences(tmp_path, monkeypatch):
     teacher = measure(train(tiny_bart(seed=1), "kd-3-3-s0"))
     tested = read_json(measure(run, baseline=teacher) / "results.json")
     measure(run, num_beams=1)  # a sweep without the teacher does not count
-    monkeypatch.setattr(
-        export, "DatasetCard", SimpleNamespace(load=lambda _: SimpleNamespace(data=SimpleNamespace(license="mit")))
-    )
+    of_data = SimpleNamespace(data=SimpleNamespace(license="mit"))
+    monkeypatch.setattr(export, "DatasetCard", SimpleNamespace(load=lambda _: of_data))
     folder = export.export(run, tmp_path / "mine")
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == "other" and card.data.datasets == "some/news" and card.data.base_model is None
@@ -257,7 +257,7 @@ def test_summarize_takes_any_form_of_file_and_keeps_the_order(tmp_path, capsys, 
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     for arguments in (["plain.txt"], ["plain.gz"], ["rows.jsonl.gz", "--column", "article"]):
         done = run_cli(capsys, "summarize", tmp_path / arguments[0], "--model", folder, *arguments[1:])
-        assert done.code == 0 and done.out.split("\n") == [*expected, ""] and "texts" not in done.err
+        assert done.code == 0 and done.out.split("\n") == [*expected, ""] and "of 12 texts\n" not in done.err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(rows.replace("article", "document").encode())))
     output = tmp_path / "out.jsonl"
     done = run_cli(capsys, "summarize", "-", "--model", folder, "--json", "--output", output)
@@ -306,7 +306,7 @@ def test_bad_arguments_of_summarize_are_rejected():
         use.summarize(["the", float("nan")], "pydocs-bart")
     with pytest.raises(InputError, match="beyond the model's 128 positions"):
         use.summarize(["the"], "pydocs-bart", max_source_length=129)
-    with pytest.raises(InputError, match="no model folder"):
+    with pytest.raises(InputError, match="no config of ./nowhere"):
         use.summarize(["the"], "./nowhere")
 
 

@@ -86,10 +86,8 @@ def export(name: str | Path, folder: str | Path, push: str = "") -> Path:
         proof = checks.round_trip(temporary, model, tokenizer, facts["documents"], convert=False, **settings)
         proof |= _convert(temporary, model, tokenizer, facts["documents"], settings)
         write_atomic(temporary / "README.md", str(card(push or folder.name, model, facts, settings, proof)))
-    beside = (
-        f"CTranslate2 in {proof['quantization']}" if proof["quantization"] else f"no CTranslate2: {proof['skipped']}"
-    )
-    print(f"wrote {folder}: reloaded with the same summaries, {beside}")
+    beside = "CTranslate2 in {quantization}" if proof["quantization"] else "no CTranslate2: {skipped}"
+    print(f"wrote {folder}: reloaded with the same summaries, {beside.format_map(proof)}")
     if push:
         huggingface_hub.upload_folder(repo_id=push, folder_path=folder)
         print(f"uploaded to {push}")
@@ -279,12 +277,11 @@ def _checked(proof: dict, num: int) -> str:
     text += f"texts; logits differ by at most {proof['logits_difference']:.2g}. "
     if not proof["quantization"]:
         return f"{text}No CTranslate2 model: {proof['skipped']}."
+    text += f"`{use.CONVERTED}/` holds the model in {proof['quantization']} for CTranslate2: its greedy summaries have "
     text += (
-        f"`{use.CONVERTED}/` holds the model in {proof['quantization']} for CTranslate2: its summaries have ROUGE-L "
+        f"ROUGE-L {proof['agreement']:.1f} to those of the weights here, its scores differ by {proof['gap']:.2g} nats "
     )
-    return (
-        text + f"{proof['agreement']:.1f} to those of the weights here, scores differ by {proof['gap']:.2g} nats/token."
-    )
+    return text + "per token."
 
 
 def _limits(test: dict, length: int) -> str:

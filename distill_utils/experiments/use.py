@@ -187,6 +187,8 @@ def _find_converted(source: str) -> Path | None:
     """Return the folder of an exported model's CTranslate2 model; of a hub name it is fetched."""
     folder = model_folder(source)
     if not folder.is_dir():
+        if not re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            return None
         try:
             folder = Path(snapshot_download(source, allow_patterns=f"{CONVERTED}/*"))
         except Exception:  # the hub client raises many kinds; what is wrong `load_model` says
