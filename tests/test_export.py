@@ -118,8 +118,8 @@ def test_card_gives_the_tests_figures_and_the_licences(tmp_path, monkeypatch):
     teacher = measure(train(tiny_bart(seed=1), "kd-3-3-s0"))
     tested = read_json(measure(run, baseline=teacher) / "results.json")
     measure(run, num_beams=1)  # a sweep without the teacher does not count
-    of_data = SimpleNamespace(data=SimpleNamespace(license="mit"))
-    monkeypatch.setattr(export, "DatasetCard", SimpleNamespace(load=lambda _: of_data))
+    of_data = SimpleNamespace(card_data=SimpleNamespace(license="mit"))
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name, **_: of_data if name == "some/news" else None)
     folder = export.export(run, tmp_path / "mine")
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == "other" and card.data.datasets == "some/news" and card.data.base_model is None
@@ -213,10 +213,11 @@ def test_what_cannot_be_exported_is_rejected_in_one_line(tmp_path, capsys):
         (run, tmp_path / "there", "there exists"),
         (run, tmp_path / "file" / "x", "cannot write"),
         ("sft-3-1-s0", tmp_path / "new", r"unfinished \(training: 3 of 3 steps\)"),
-        (unfinished / "student", tmp_path / "new", "no model folder"),
+        (unfinished / "student", tmp_path / "new", "no folder, run or shipped"),
         (unfinished, tmp_path / "new", "unfinished"),
         (other, tmp_path / "new", "has no model"),
-        ("./nowhere", tmp_path / "new", "no model folder"),
+        ("kd-9-9-s0", tmp_path / "new", "no folder, run or shipped model kd-9-9-s0"),
+        ("./nowhere", tmp_path / "new", "no folder, run or shipped"),
     ):
         done = run_cli(capsys, "export", name, folder)
         assert done.code == 2 and re.search(message, done.err) and len(done.err.splitlines()) == 1, done
@@ -306,7 +307,7 @@ def test_bad_arguments_of_summarize_are_rejected():
         use.summarize(["the", float("nan")], "pydocs-bart")
     with pytest.raises(InputError, match="beyond the model's 128 positions"):
         use.summarize(["the"], "pydocs-bart", max_source_length=129)
-    with pytest.raises(InputError, match="no config of ./nowhere"):
+    with pytest.raises(InputError, match="no folder, run or shipped model ./nowhere"):
         use.summarize(["the"], "./nowhere")
 
 

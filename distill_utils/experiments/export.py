@@ -13,7 +13,7 @@ from pathlib import Path
 import ctranslate2
 import huggingface_hub
 import torch
-from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill_utils.artifacts import InputError, folder_atomic, read_json, runs_dir, write_atomic
 from distill_utils.device import device
@@ -166,17 +166,20 @@ def _read(path: Path) -> dict:
 
 def licences(teacher: str | None, dataset: str | None) -> dict[str, str]:
     """Return the known licences: of the teacher by its card, of the data by theirs where it is a hub name."""
-    found = {"teacher": "apache-2.0" if teacher in shipped_models() else _licence(ModelCard, teacher)}
-    if dataset and "/" in dataset:
-        found["data"] = _licence(DatasetCard, dataset)
+    found = {"teacher": "apache-2.0" if teacher in shipped_models() else None, "data": None}
+    with suppress(Exception):  # no card, no network, or a card without a licence
+        if teacher and (local := model_folder(teacher) / "README.md").is_file() and not found["teacher"]:
+            found["teacher"] = ModelCard.load(local).data.license
+        elif _on_hub(teacher):
+            found["teacher"] = huggingface_hub.model_info(teacher, timeout=5).card_data.license
+    with suppress(Exception):
+        if _on_hub(dataset):
+            found["data"] = huggingface_hub.dataset_info(dataset, timeout=5).card_data.license
     return {of: licence for of, licence in found.items() if licence}
 
 
-def _licence(kind, name: str | None) -> str | None:
-    local = model_folder(name or ".") / "README.md"
-    with suppress(Exception):  # no card, no network, or a card without a licence
-        return kind.load(local if local.is_file() else name).data.license
-    return None
+def _on_hub(name: str | None) -> bool:
+    return bool(use.HUB_NAME.fullmatch(name or "")) and not Path(name).exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- card
@@ -186,7 +189,7 @@ def card(name: str, model, facts: dict, settings: dict, proof: dict) -> ModelCar
     """Return the model card: what the run, its test and the proof recorded; what is not known is not said."""
     config, results, test = facts["config"], facts["results"], facts["test"]
     teacher, dataset, found = facts["teacher"], facts["dataset"], licences(facts["teacher"], facts["dataset"])
-    hub_names = [each if each and "/" in each and not Path(each).exists() else None for each in (teacher, dataset)]
+    hub_names = [each if _on_hub(each) else None for each in (teacher, dataset)]
     scores = []
     if test and dataset:
         metrics = {metric: round(test[metric], 2) for metric in ("rouge1", "rouge2", "rougeL")}
@@ -278,10 +281,8 @@ def _checked(proof: dict, num: int) -> str:
     if not proof["quantization"]:
         return f"{text}No CTranslate2 model: {proof['skipped']}."
     text += f"`{use.CONVERTED}/` holds the model in {proof['quantization']} for CTranslate2: its greedy summaries have "
-    text += (
-        f"ROUGE-L {proof['agreement']:.1f} to those of the weights here, its scores differ by {proof['gap']:.2g} nats "
-    )
-    return text + "per token."
+    text += f"ROUGE-L {proof['agreement']:.1f} to those of the weights here, its scores differ by {proof['gap']:.2g} "
+    return text + "nats per token."
 
 
 def _limits(test: dict, length: int) -> str:

@@ -26,6 +26,7 @@ from distill_utils.models.loading import load_config, load_model, model_folder, 
 CONVERTED = "ctranslate2"  # the sub-folder of an exported model
 SAVED = ("student", "teacher")  # where a run folder has its model
 RUN_FOLDER = re.compile(r"[\w.-]+-[0-9a-f]{10}")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LONGEST_SOURCE = 1024  # tokens read of a text where neither the tokenizer nor the model names a limit
 
 # ----------------------------------------------------------------------------------------------------------- by name
@@ -41,7 +42,10 @@ def find_model(name: str | Path) -> tuple[str, Path | None]:
         return str(name), None
     path = Path(name).expanduser()
     folder = path.resolve() if path.is_dir() else _find_run(str(name))
-    if folder is None:  # a hub name, or `load_model` says what is wrong
+    if folder is None:
+        if not HUB_NAME.fullmatch(str(name)) or path.parent.is_dir() and path.parent != Path():
+            known = "`python -m distill_utils list` shows the trained ones, hub names are USER/NAME"
+            raise InputError(f"no folder, run or shipped model {name}: {known}")
         return str(name), None
     if folder.name in SAVED and _is_run(folder.parent):
         folder = folder.parent
@@ -187,8 +191,6 @@ def _find_converted(source: str) -> Path | None:
     """Return the folder of an exported model's CTranslate2 model; of a hub name it is fetched."""
     folder = model_folder(source)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w-]+/[\w.-]+", source):
-            return None
         try:
             folder = Path(snapshot_download(source, allow_patterns=f"{CONVERTED}/*"))
         except Exception:  # the hub client raises many kinds; what is wrong `load_model` says
