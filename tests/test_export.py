@@ -33,6 +33,8 @@ from distill_utils.models.loading import load_model, save_model
 from distill_utils.models.students import count_parameters
 
 DOCUMENTS = make_documents(12)
+SPEED = {"latency_ms": 12.5, "ms_per_token": 1.25}
+pytestmark = pytest.mark.filterwarnings("ignore:.*texts are longer")
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,7 @@ def own_runs(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(checks, "_observe_in_new_process", observe)
+    monkeypatch.setattr(scoring, "measure_speed", lambda *_, **__: SPEED)
     monkeypatch.setattr(use, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
 
 

@@ -10,7 +10,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import ctranslate2
 import huggingface_hub
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -94,13 +93,6 @@ def export(name: str | Path, folder: str | Path, push: str = "") -> Path:
     return folder
 
 
-def export_line(folder: Path) -> str:
-    """Return the Markdown line of a page that says how to take a trained student from its run folder."""
-    name = read_json(folder / "results.json")["name"]
-    command = f"python -m distill_utils export {name} my-student"
-    return f"Export it: `{command}`. Its folder: `runs/{folder.name}/student`."
-
-
 def _check_target(folder: Path) -> None:
     if folder.exists():
         raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
@@ -120,6 +112,8 @@ def _check_hub(name: str) -> None:
 
 def _convert(folder: Path, model, tokenizer, documents: list[str], settings: dict) -> dict:
     """Write ctranslate2/ in the first type of PARITY that agrees with the model; return type, agreement and gap."""
+    import ctranslate2  # what only the CPU needs may be missing elsewhere
+
     settings = settings | {"max_new_tokens": 32, "min_length": 0}
     model.float()
     expected = generation.summarize(model, tokenizer, documents, dtype=torch.float32, num_beams=1, **settings)

@@ -136,6 +136,13 @@ def format_runs(rows: Sequence[dict]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
+def export_line(folder: Path) -> str:
+    """Return the Markdown line of a page that says how to take a trained student from its run folder."""
+    name = read_json(folder / "results.json")["name"]
+    command = f"python -m distill_utils export {name} my-student"
+    return f"Export it: `{command}`. Its folder: `runs/{folder.name}/student`."
+
+
 # -------------------------------------------------------------------------------------------------------- summarizing
 
 
