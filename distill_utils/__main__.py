@@ -1,7 +1,5 @@
 """Command line: `python -m distill_utils report 03`, `... list`, `... export NAME DIR`, `... summarize FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json

@@ -1,7 +1,5 @@
 """Run folders: hash, atomic write, lock, reuse, progress and provenance; they know nothing of models or data."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl  # Linux and macOS

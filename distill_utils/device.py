@@ -1,7 +1,5 @@
 """The device to compute on, its mixed precision and clock, seeds and eval mode; torch is imported on use."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import time

@@ -1,7 +1,5 @@
 """What holds for every test: no network, one thread, no window, and run folders that vanish with the session."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

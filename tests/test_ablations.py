@@ -1,7 +1,5 @@
 """Variants as text, what a change did, published claims, the verdict: hand-made scores with known answers."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

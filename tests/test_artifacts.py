@@ -1,7 +1,5 @@
 """Run folders: reuse, atomic writing, locks between real processes, progress, provenance."""
 
-from __future__ import annotations
-
 import errno
 import importlib.metadata
 import io

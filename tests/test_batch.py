@@ -1,7 +1,5 @@
 """The runner: parameters rejected before anything runs, every way a notebook can fail, progress from inside a cell."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -144,7 +142,7 @@ def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
         (["03", "--profile", "broken"], "profiles/broken.yaml, line 1: not valid YAML"),
         (["--all", "03"], "exclude each other"),
         ([], "no notebook to run"),
-        (["03", "--output", "README.md/below"], "README.md is a file, not a folder"),
+        (["03", "--output", f"{REPOSITORY}/README.md/below"], "README.md is a file, not a folder"),
         (["03", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )

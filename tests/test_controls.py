@@ -1,7 +1,5 @@
 """Controls: masking and streams, and every path of both kinds from text to a tested task."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Corruption can be undone, has exact lengths and shares, and streams are functions of the step."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache, partial
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The files that describe the environment agree with each other, and the package keeps to its floors."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import os

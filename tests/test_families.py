@@ -1,7 +1,5 @@
 """SFT, KD and PL for every family on tiny models, and what Pegasus needs."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Figures and tables: what is shown carries its texts, is escaped, and keeps one colour a method."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Several processes that share a run: they give what one process gives, die, and go on in another number."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Evidence on layers against naive rebuilds and float64 formulas, and a search that must find what was planted."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

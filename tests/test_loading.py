@@ -1,7 +1,5 @@
 """Data by name or path, what is rejected, tokenising, and streams that are functions of the step."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Real steps beside their plan: the allocator's peak against the planned one, and what must be refused."""
 
-from __future__ import annotations
-
 import os
 from functools import partial
 

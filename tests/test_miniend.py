@@ -136,6 +136,18 @@ def test_bad_runs_are_rejected_before_training(place, changes, said):
         miniend.check_runs([base, base], teacher)
 
 
+def test_embeddings_of_another_tokenizer_are_rejected_before_training(place, tmp_path):
+    base, teacher, *_ = place
+    more = tiny_tokenizer()
+    more.add_tokens(["another"])  # one vocabulary holds the other, and the widths agree
+    save_model(tiny_bart(vocab_size=len(more)), more, tmp_path / "other")
+    run = replace(base, embeddings=str(tmp_path / "other"))
+    for start in (lambda: miniend.check_runs([run], teacher), lambda: miniend.new_student(run, teacher)):
+        with pytest.raises(InputError, match="another tokenizer"):
+            start()
+    miniend.check_runs([replace(run, embeddings=base.teacher)], teacher)
+
+
 def test_held_out_loss_is_the_mean_over_tokens():
     model, total, tokens, batches = tiny_t5(), 0.0, 0, []
     for lengths in ((5, 2), (4, 2, 2)):

@@ -1,7 +1,5 @@
 """Every notebook as it stands in git: no outputs, honest parameters, the anatomy that the runner relies on."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -9,7 +7,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from tiny_notebooks import PARAMETERS, code, markdown, write_notebook
 
 from distill_utils.artifacts import InputError
 from distill_utils.report import settings
@@ -95,57 +92,3 @@ def test_notebook_reads_like_a_paper(path):
     assert longest <= 30, f"a cell of {longest} lines"
     assert len(cells) - len(code_cells) >= len(code_cells), "fewer prose cells than code cells"
     assert sum("verdict" in cell.metadata.get("tags", []) for cell in code_cells) == 1
-
-
-def good_cells() -> list:
-    return [
-        markdown("We give a 95 % interval. The paper's published figure is 16.5 points. `x = 5 %` is code."),
-        code("run.save(rows, headline)"),
-        code("tables.sample_browser(rows)", "skip-execution", "remove-cell"),
-    ]
-
-
-def test_checker_accepts_a_good_notebook(tmp_path):
-    assert problems(write_notebook(tmp_path, "01_good", good_cells())) == []
-
-
-def _planted(tmp_path, change) -> list[str]:
-    path = write_notebook(tmp_path, "01_bad", good_cells())
-    notebook = json.loads(path.read_text())
-    change(notebook)
-    path.write_text(json.dumps(notebook))
-    return problems(path)
-
-
-def _cell(number: int, **values):
-    return lambda notebook: notebook["cells"][number].update(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_cell(3, outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}]), "cell 4 has outputs"),
-        (_cell(3, execution_count=3), "cell 4 has an execution count"),
-        (_cell(2, source="  \n"), "cell 3 is empty"),
-        (_cell(2, source="The student keeps 94 % of it."), "cell 3 has a result in prose: '94 %'"),
-        (_cell(2, source="It loses 0.8 points."), "cell 3 has a result in prose: '0.8 points'"),
-        (_cell(2, source="# Second"), "2 first-level headings instead of one"),
-        (_cell(3, source="!pip install x"), "cell 4 has a shell or magic command"),
-        (_cell(3, source="1"), "the last executed cell does not call run.save"),
-        (_cell(4, metadata={"tags": ["skip-execution"]}), "cell 5 is skipped in batch runs but not removed"),
-        (_cell(4, metadata={}), "cell 5 uses widgets"),
-        (_cell(1, metadata={}), "0 cells tagged 'parameters'"),
-        (_cell(3, metadata={"tags": ["parameters"]}), "2 cells tagged 'parameters'"),
-        (_cell(1, source="num_train = 5"), "parameters cell, line 1"),
-        (_cell(1, source="num_train: int = 5"), "parameter 'num_train' has no comment"),
-        (_cell(3, metadata={"papermill": {"status": "completed"}}), "cell 4 holds metadata of a run"),
-        (lambda n: n["metadata"].update(papermill={}), "notebook metadata holds 'papermill'"),
-        (lambda n: n["metadata"]["kernelspec"].update(name="my-env"), "kernel 'my-env' is not python3"),
-    ],
-)
-def test_checker_finds_what_is_planted(tmp_path, change, said):
-    assert any(said in problem for problem in _planted(tmp_path, change))
-
-
-def test_parameters_of_the_helper_are_good_themselves():
-    assert all(parameter.help for parameter in settings.parse_parameters(PARAMETERS, "x").values())

@@ -1,7 +1,5 @@
 """Steps planned from configs: against real ones, torch's counter and counts by hand; time, disk and what must fit."""
 
-from __future__ import annotations
-
 import math
 import re
 from functools import cache, partial

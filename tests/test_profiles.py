@@ -1,19 +1,25 @@
-"""Profiles fit the notebooks' parameters and the published models; the published figures agree with themselves."""
+"""Profiles fit the notebooks' parameters and the published models, and run; published figures agree with themselves."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import tiny_hub
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
 
+from distill_utils.artifacts import read_json
+from distill_utils.distillation import objectives
 from distill_utils.experiments import runs
-from distill_utils.models import students
-from distill_utils.models.loading import ASSETS
+from distill_utils.models import loading, students
 from distill_utils.report import settings
 from distill_utils.training import loop
 
@@ -44,7 +50,7 @@ def large(layers: int, positions: int = 1024):
 
 
 def published_rows() -> list[dict]:
-    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+    with open(loading.ASSETS / "published.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = [name for name in COLUMNS if name not in TEXTS]
     return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
@@ -89,6 +95,100 @@ def test_published_figures_speak_of_the_profile(profile):
     rows = [r for r in published_rows() if (r["dataset"], r["teacher"]) == (values["dataset"], values["teacher"])]
     assert {"", *values["student_shapes"]} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
     assert {row["method"] for row in rows} <= {"", "teacher", *runs.METHODS}
+
+
+# Sizes of a run in which every cell is executed and nothing learned. What is not named here is the profile's own.
+SMALL = {
+    "num_train": 24, "num_validation": 6, "num_test": 2, "num_samples": 3, "num_calibration": 6, "num_generated": 2,
+    "search_budget": 4, "num_maps": 2, "num_decoding": 1, "num_texts": 40, "num_windows": 4, "max_steps": 2,
+    "distill_steps": 2, "tune_steps": 2, "control_steps": 2, "process_steps": 2, "warmup_steps": 1, "evaluations": 2,
+    "batch_size": 2, "micro_batch_size": 1, "check_batch_size": 2, "source_length": 64,
+}  # fmt: skip
+# Of these lists the first and the last, of beams the first two, of paths three: the others go through the same cells.
+ENDS = (
+    "seeds", "learning_rates", "student_shapes", "length_penalties", "encoder_depths", "decoder_depths", "plan_devices",
+)  # fmt: skip
+NARROW = {"student_width": 32, "assistants": ["24-24-w32"]}  # as wide as the stand-ins
+STEPS = "google-t5/t5-small > google-t5/t5-small:1"  # run for real in place of T5's own sizes
+CASES = [
+    (profile, plan.path.stem)
+    for profile in PROFILES
+    for plan in settings.make_plans([], profile, [], every=True)
+    if profile != "smoke"  # test_smoke.py runs it
+]
+
+
+def small_values(profile: str, notebook: str) -> dict:
+    """Return what is changed in a profile to run it in seconds."""
+    values = values_of(profile, notebook)
+    changes = {name: value for name, value in SMALL.items() if name in values}
+    changes |= {name: [values[name][0], values[name][-1]] for name in ENDS if len(values.get(name, [])) > 2}
+    changes |= {"beams": values["beams"][:2]} if values.get("beams") else {}
+    changes |= {"paths": [*values["paths"][:2], values["paths"][-1]]} if len(values.get("paths", [])) > 3 else {}
+    if notebook == "04_miniend":  # T5 writes to its limit
+        changes |= {"max_target_length": 24}
+    if profile == "3b":  # the one with a plan of its own; it takes a minute
+        changes |= NARROW
+    elif "plan_models" in values:
+        changes |= {"plan_models": ["t5-small", "t5-small:3", "t5-small:1"]}
+    return changes | ({"checked": [STEPS]} if values.get("checked") else {})
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The home of a hub cache that holds a stand-in of every model and data set that a profile names."""
+    home = tmp_path_factory.mktemp("hub")
+    tiny_hub.write_hub(home)
+    return home
+
+
+def test_no_profile_is_left_out():
+    files = {path.stem for path in (settings.NOTEBOOKS / "profiles").iterdir()}
+    assert files == {profile for profile, _ in CASES} | {"smoke"}
+    for profile, notebook in CASES:
+        values = values_of(profile, notebook)
+        names = [value for name in ("teacher", "dataset", "text", "student_like") if (value := values.get(name))]
+        names += [*values.get("teachers", []), *filter(None, values.get("task_paths", []))]
+        hub_names = {name for name in names if "/" in name}
+        assert hub_names <= {*tiny_hub.MODELS, *tiny_hub.DATA}, "a stand-in is missing in tiny_hub.py"
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_every_student_of_a_published_profile_takes_a_step(profile):
+    values = values_of(profile, "03")
+    teacher = tiny_hub.make_model(values["teacher"]).eval()
+    fields = {name: values[name] for name in ("freeze_encoder", "freeze_embeddings", "kl_weight", "hidden_weight")}
+    family = teacher.config.model_type
+    assert not loading.entries_beyond(tiny_hub.TOKENIZERS[family](), teacher.config.vocab_size)
+    ids = torch.randint(200, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :5].clone()}
+    for shape in values["student_shapes"]:
+        run = runs.StudentRun(
+            method="kd", shape=shape, teacher=values["teacher"], training=loop.Training(2, 2), **fields,
+            max_source_length=values["max_source_length"], max_target_length=values["max_target_length"],
+        )  # fmt: skip
+        student, cut = runs.cut_student(run, teacher)
+        losses = objectives.kd(student, teacher, batch, **cut["options"])
+        losses["loss"].backward()
+        assert all(torch.isfinite(value) for value in losses.values()) and losses["kl_loss"].item() >= 0
+        layers = students.decoder_layers(student)
+        assert all(weight.grad is not None for layer in layers for weight in layer.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "notebook"), CASES)
+def test_every_cell_of_every_profile_runs(profile, notebook, hub, tmp_path):
+    changes = small_values(profile, notebook)
+    command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", profile, "--output", tmp_path]
+    for name, value in changes.items():
+        command += ["-p", f"{name}={settings.as_text(value)}"]
+    done = subprocess.run(
+        command, cwd=settings.REPOSITORY, env={**os.environ, "HF_HOME": str(hub)}, capture_output=True, text=True,
+        timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    results = read_json(next(Path(tmp_path).rglob(f"{notebook}.json")))
+    assert results["parameters"] == values_of(profile, notebook) | changes and results["rows"]
 
 
 def test_published_figures_are_well_formed():

@@ -1,7 +1,5 @@
 """Labels are the same after a kill, on both engines; filters, joins and halves are counted by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial

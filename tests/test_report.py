@@ -1,7 +1,5 @@
 """The page that the runner makes, read as a DOM; the index, results.csv and the README's tables."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

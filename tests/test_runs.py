@@ -171,6 +171,18 @@ def test_fingerprint_follows_the_weights(tmp_path):
     assert a == b != c
 
 
+def test_fingerprint_of_a_hub_model_is_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, found = tmp_path / "models--someone--summarizer", []
+    for commit in ("a" * 40, "b" * 40):  # the same config, other weights
+        tiny_t5().config.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        found.append(model_fingerprint("someone/summarizer", tiny_t5()))
+    assert found == ["a" * 10, "b" * 10]
+    assert model_fingerprint("someone/else", tiny_t5()) not in found
+
+
 @pytest.fixture
 def based(place, tmp_path):
     """The place, with a base model of the teacher's tokenizer that teachers of halves start from."""

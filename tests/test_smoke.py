@@ -1,7 +1,5 @@
 """Every notebook in its smoke profile, by the same command that makes the reports."""
 
-from __future__ import annotations
-
 import csv
 import subprocess
 import sys

@@ -12,6 +12,7 @@ import test_loading
 import torch
 from safetensors.torch import load, save_file
 from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
+from tokenizers import Tokenizer
 from torch import nn
 
 from distill_utils.artifacts import InputError
@@ -446,8 +447,23 @@ def test_student_starts_from_given_embeddings_of_its_own_size():
     assert torch.corrcoef(torch.stack([products.flatten(), wanted.flatten()]))[0, 1] > 0.9999  # but for their size
     assert own[: VOCAB_SIZE - 8].std() == pytest.approx(float(before.std()), rel=1e-4)
     assert student.lm_head.weight is student.get_input_embeddings().weight
-    with pytest.raises(InputError, match="width 8 cannot start a student of width 24"):
-        students.start_embeddings(source, student)
+
+
+def test_embeddings_of_another_tokenizer_or_of_too_few_dimensions_are_rejected(tmp_path):
+    swapped = tiny_tokenizer()
+    content = json.loads(swapped.backend_tokenizer.to_str())
+    words = content["model"]["vocab"]
+    words["word0"], words["word1"] = words["word1"], words["word0"]  # as many entries, other rows
+    swapped._tokenizer = Tokenizer.from_str(json.dumps(content))
+    for name, tokenizer in (("teacher", tiny_tokenizer()), ("alike", tiny_tokenizer()), ("other", swapped)):
+        save_model(tiny_t5(1, 1), tokenizer, tmp_path / name)
+    teacher, alike, other = (str(tmp_path / name) for name in ("teacher", "alike", "other"))
+    for source in (teacher, alike):
+        students.check_embeddings(source, teacher, 16)
+        with pytest.raises(InputError, match="of width 16 cannot start a student of width 24"):
+            students.check_embeddings(source, teacher, 24)
+    with pytest.raises(InputError, match=f"a student of {teacher} cannot start from embeddings of {other}"):
+        students.check_embeddings(other, teacher, 16)
 
 
 # ------------------------------------------------------------------------------------------------- frozen means frozen

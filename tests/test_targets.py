@@ -1,7 +1,5 @@
 """Cached teacher targets against the online divergence and plain enumeration."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 from functools import partial

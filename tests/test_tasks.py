@@ -1,7 +1,5 @@
 """Text-to-text understanding: formats and labels, predictions against plain losses, metrics against hand counts."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Tiny random models of every supported family, a tiny tokenizer and batches, all built offline in milliseconds."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (

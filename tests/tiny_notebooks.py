@@ -1,7 +1,5 @@
 """Small notebooks, and the real runner in a process of its own, for tests."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ They cross the borders of texts, as in T5, so that nothing is padded. They are v
 corrupted anew every time, except that gap sentences are chosen, not drawn.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import lru_cache

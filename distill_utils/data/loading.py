@@ -4,8 +4,6 @@ One file, and a hub set with nothing but "train", is cut into 80 % train, 10 % v
 text. InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

@@ -3,8 +3,6 @@
 Out of scope: how a summary is generated (generation.py, ctranslate.py), how a measure is computed (metrics.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

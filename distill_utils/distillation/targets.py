@@ -7,8 +7,6 @@ vocabulary above 65,536), probs.bin (float16: probabilities, or how often an id 
 token, first entry, checksum of the row's token ids]}; and settings.json with the numbers that they were made with.
 """
 
-from __future__ import annotations
-
 import time
 import zlib
 from collections.abc import Callable

@@ -5,8 +5,6 @@ Out of scope: `generate` and what both engines share (generation.py, which knows
 CTranslate2 renormalises over the allowed tokens when a setting forbids some (minimum length, repeated n-grams).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ A *score* is the mean natural log-probability of a summary's own tokens under th
 included; tokens that the generation settings force (first language token, end at the length limit) do not count.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 Out of scope: intervals and tests (statistics.py), speed (speed.py), how summaries are generated (generation.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

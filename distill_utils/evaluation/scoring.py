@@ -3,8 +3,6 @@
 Out of scope: what the machine could do at best (planning/machine.py).
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence

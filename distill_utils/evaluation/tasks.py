@@ -3,8 +3,6 @@
 Out of scope: how the embedded tasks are made (pydocs.py), and fine-tuning, which takes these rows as it does summaries.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 "kd hidden_weight=0 versus kd" names two runs of the same shape, seeds and budget; "versus kd" can be left out.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 from collections.abc import Mapping, Sequence

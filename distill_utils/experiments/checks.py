@@ -3,8 +3,6 @@
 Out of scope: plans of models that are not loaded (planning/), what a run did cost (comparison.py).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile
@@ -29,7 +27,7 @@ from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import runs
 from distill_utils.models import students
-from distill_utils.models.loading import load_model
+from distill_utils.models.loading import entries_beyond, load_model
 from distill_utils.training.loop import choose_attention, train_mode
 
 TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
@@ -126,10 +124,10 @@ def check_initial_student(
     not finite, cached generation that differs from uncached, only empty summaries while `kl_loss` is above that of
     guessing evenly.
     """
-    sizes = student.config.vocab_size, teacher.config.vocab_size, len(tokenizer)
-    if sizes[0] != sizes[1] or sizes[2] > sizes[0]:
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1] or entries_beyond(tokenizer, sizes[0]):
         raise InputError(
-            f"vocabularies differ: student {sizes[0]}, teacher {sizes[1]}, tokenizer {sizes[2]} entries; "
+            f"vocabularies differ: student {sizes[0]}, teacher {sizes[1]}, tokenizer {len(tokenizer)} entries; "
             "cut the student from this teacher and use its tokenizer"
         )
     with eval_mode(student, teacher):

@@ -4,8 +4,6 @@ Where a path that is known to work on one stack fails here, the code is suspect,
 encoder-decoder models.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -17,8 +17,6 @@ A run that was stopped goes on from its last checkpoint, on any number of proces
 again takes over what it made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os
@@ -131,11 +129,19 @@ def _settle_left(stack: nn.Module, inputs: tuple, output: object) -> None:
 
 def unshard(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a whole copy in rank 0's main memory, None elsewhere; all processes call this together."""
-    weights = gather(model.state_dict())
+    weights = model.state_dict(keep_vars=True)
+    distinct = {str(id(weight)): weight.detach() for weight in weights.values()}  # tied ones once
+    found = gather(distinct)
     if rank_and_world_size()[0] > 0:
         return None
-    whole = type(model)(copy.deepcopy(model.config))  # ties what the model ties
-    whole.load_state_dict(weights)
+    made = {
+        str(id(weight)): nn.Parameter(found[str(id(weight))], weight.requires_grad)
+        if isinstance(weight, nn.Parameter)
+        else found[str(id(weight))]
+        for weight in weights.values()
+    }
+    whole = type(model)(copy.deepcopy(model.config))  # which may tie what this model does not (T5 v1.1)
+    whole.load_state_dict({name: made[str(id(weight))] for name, weight in weights.items()}, assign=True)
     whole.generation_config = copy.deepcopy(model.generation_config)
     return whole.eval()
 

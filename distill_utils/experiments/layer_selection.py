@@ -5,8 +5,6 @@ Out of scope: the maps that need no data and the cut itself (students.py), train
 weights (`init_student(..., share_weights=True)`): a layer is left out without copying or loading anything.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import time
@@ -26,7 +24,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.data.batches import batch_list
 from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED, chunked_token_losses
-from distill_utils.distillation.objectives import decode, encode
+from distill_utils.distillation.objectives import decode, encode, layer_outputs
 from distill_utils.evaluation import generation, metrics, scoring, statistics
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
@@ -172,29 +170,24 @@ def layer_states(teacher: PreTrainedModel, batches: Sequence[dict], max_tokens: 
 
     Of valid tokens only; where a batch has more than its share of `max_tokens`, evenly spaced ones of it.
     """
-    states = {stack: [[] for _ in range(len(_layers(teacher, stack)) + 1)] for stack in STACKS}
-    every = {stack: range(len(_layers(teacher, stack))) for stack in STACKS}
-    first: dict[str, Tensor] = {}
-
-    def keep_input(stack: str, layer: nn.Module, inputs: tuple) -> None:
-        first[stack] = inputs[0]
-
-    hooks = [_layers(teacher, stack)[0].register_forward_pre_hook(partial(keep_input, stack)) for stack in STACKS]
-    try:
-        for batch in batches:
-            with mixed_precision(teacher.device):
-                encoded, outputs = encode(teacher, batch, every["encoder"])
-                found = {"encoder": outputs, "decoder": decode(teacher, batch, encoded, every["decoder"])[1]}
-            valid = {"encoder": batch["attention_mask"] == 1, "decoder": batch["labels"] != IGNORED}
-            for stack in STACKS:
-                at = valid[stack].nonzero()
-                share = max(1, max_tokens // len(batches))
-                at = at[torch.linspace(0, len(at) - 1, min(len(at), share)).long()]
-                for kept, output in zip(states[stack], [first[stack], *found[stack]], strict=True):
-                    kept.append(output[at[:, 0], at[:, 1]].float())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {stack: _layers(teacher, stack) for stack in STACKS}
+    states = {stack: [[] for _ in range(len(layers[stack]) + 1)] for stack in STACKS}
+    for batch in batches:
+        with (
+            layer_outputs(layers["encoder"], [0], "inputs") as encoder_input,
+            layer_outputs(layers["decoder"], [0], "inputs") as decoder_input,
+            mixed_precision(teacher.device),
+        ):
+            encoded, encoder = encode(teacher, batch, range(len(layers["encoder"])))
+            _, decoder = decode(teacher, batch, encoded, range(len(layers["decoder"])))
+        found = {"encoder": [encoder_input[0], *encoder], "decoder": [decoder_input[0], *decoder]}
+        valid = {"encoder": batch["attention_mask"] == 1, "decoder": batch["labels"] != IGNORED}
+        for stack in STACKS:
+            at = valid[stack].nonzero()
+            share = max(1, max_tokens // len(batches))
+            at = at[torch.linspace(0, len(at) - 1, min(len(at), share)).long()]
+            for kept, output in zip(states[stack], found[stack], strict=True):
+                kept.append(output[at[:, 0], at[:, 1]].float())
     return {stack: [torch.cat(parts) for parts in kept] for stack, kept in states.items()}
 
 

@@ -69,7 +69,7 @@ class AgnosticRun:
     options: dict = field(default_factory=dict)  # further arguments of `objectives.miniend`, over the path's weights
     variant: str = ""  # what sets this run apart from another of its path and shape
     like: str = later("")  # the model whose sizes the student takes, "" = the teacher
-    embeddings: str = later("")  # the model whose token embeddings it starts from, narrowed if need be; "" = random
+    embeddings: str = later("")  # the model whose token embeddings it starts from, narrowed as it needs; "" = random
 
     @property
     def name(self) -> str:
@@ -109,6 +109,8 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
         if any(run.weights[name] for name in RELATIONS):
             widths = [projections(model, "encoder_self", -1)[0].out_features for model in (student, teacher)]
             check_relation_heads(run.num_relation_heads, *widths)
+        if run.embeddings:
+            students.check_embeddings(run.embeddings, run.teacher, student.config.d_model)
     if len({run.name for run in plan}) < len(plan):
         raise InputError("a path, student shape or seed is named twice: name each once")
 
@@ -127,20 +129,20 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     torch.manual_seed(run.training.seed)
     student = students.new_student(teacher, *shape, run.width, run.like)
     if run.embeddings:
+        students.check_embeddings(run.embeddings, run.teacher, student.config.d_model)
         students.start_embeddings(student, load_model(run.embeddings)[0])
     return student
 
 
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
-    settings = {"teacher": model_fingerprint(run.teacher, teacher), "shape": run.shape, "width": run.width}
-    settings |= {name: value for name, value in hashed(run).items() if name in ("like", "embeddings")}
+    settings = {n: v for n, v in hashed(run).items() if n in ("shape", "width", "init", "like", "embeddings")}
+    settings |= {"teacher": model_fingerprint(run.teacher, teacher), "seed": run.training.seed}
 
     def build(folder: Path) -> dict:
         save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
         return {}
 
-    settings |= {"init": run.init, "seed": run.training.seed}
     return artifact(f"untrained-{run.shape}-s{run.training.seed}", settings, build) / "student"
 
 
@@ -184,9 +186,8 @@ def train_student(
     if recompute:
         recompute_activations(student)
     corrupt = partial(stream, tokenizer=tokenizer, objective=run.denoising, source_length=run.source_length)
-    batches = corrupt(
-        tokens, batch_size=training.batch_size, seed=training.seed, micro_batch_size=training.micro_batch_size
-    )
+    sizes = {"batch_size": training.batch_size, "micro_batch_size": training.micro_batch_size}
+    batches = corrupt(tokens, seed=training.seed, **sizes)
     checks = corrupt(held_out, batch_size=min(32, max(1, len(held_out) // (2 * run.source_length))), seed=0)
     has_head = run.weights["ce_weight"] or run.weights["kl_weight"]  # else its loss on text means nothing
     evaluate = partial(held_out_loss, batches=[checks(step)[0] for step in range(4)]) if has_head else None

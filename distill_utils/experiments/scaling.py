@@ -58,7 +58,7 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
         write_json(folder / "scores.json", {"loss": losses})
         return {"name": name, "parameters": students.count_parameters(model)["total"], "loss": float(np.mean(losses))}
 
-    return artifact(f"text-{name}", settings, build)
+    return artifact(f"text-{name.replace('/', '_')}", settings, build)  # a hub name is no folder in a folder
 
 
 def row(name: str, tested: Sequence[Path], **facts: object) -> dict:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -64,19 +67,13 @@ def load_model(
     the vocabulary.
     """
     source, local = _find_model(name_or_path)
-    options = {"trust_remote_code": False, "local_files_only": local}
     load_config(name_or_path)  # another family ends here
-    try:
+    with _loading_errors(name_or_path, local):
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        cause = "its files are damaged, incomplete or of another version"
-        if not local:
-            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
+            local_files_only=local,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(name_or_path)
     # A file of another depth than its config loads without an error: layers are drawn at random or dropped.
     lost = sorted(report["missing_keys"]) + [
         k for k in report["unexpected_keys"] if re.search(r"\.(layers|block)\.\d", k)
@@ -87,6 +84,26 @@ def load_model(
     if model.config.model_type == "t5":
         size_t5_cache(model.config)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model alone; raises InputError as `load_model` does."""
+    source, local = _find_model(name_or_path)
+    with _loading_errors(name_or_path, local):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+
+
+@contextlib.contextmanager
+def _loading_errors(name_or_path: str | Path, local: bool) -> Iterator[None]:
+    """Turn whatever the libraries raise about a model's files into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        cause = "its files are damaged, incomplete or of another version"
+        if not local:
+            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
 
 
 def _find_model(name_or_path: str | Path) -> tuple[str, bool]:
@@ -125,9 +142,16 @@ def _choices() -> str:
     return f"a shipped model ({shipped}), a local folder or a hub name"
 
 
+def entries_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Return how many entries of a tokenizer a model of this vocabulary has no row for.
+
+    Published BART summarizers have a mask token one beyond it, which does not count: no text is tokenized to it.
+    """
+    return sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+
+
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    # Published BART summarizers have a mask token one beyond their vocabulary; no text is tokenized to it.
-    beyond = sum(i >= vocab_size and i != tokenizer.mask_token_id for i in tokenizer.get_vocab().values())
+    beyond = entries_beyond(tokenizer, vocab_size)
     if beyond:
         raise InputError(
             f"{name}: the tokenizer has {beyond} entries beyond the model's vocabulary of {vocab_size}; "
@@ -155,4 +179,8 @@ def model_fingerprint(name_or_path: str, model) -> str:
     files = sorted(model_folder(name_or_path).glob("*.safetensors"))
     if files:
         return config_hash([file_hash(file) for file in files])
-    return str(getattr(model.config, "_commit_hash", None) or config_hash(model.config.to_dict()))[:10]
+    with contextlib.suppress(ValueError):  # a path without weights is no hub name
+        cached = try_to_load_from_cache(str(name_or_path), "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name[:10]
+    return config_hash(model.config.to_dict())

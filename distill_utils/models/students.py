@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
-from distill_utils.models.loading import FAMILIES, load_config, size_t5_cache
+from distill_utils.models.loading import FAMILIES, load_config, load_tokenizer, size_t5_cache
 
 # Layers to copy, {teacher depth: {student depth: ids}}: Shleifer & Rush (2020), the tables of their released code.
 LAYERS_TO_COPY = {
@@ -192,16 +192,27 @@ def new_student(
     return student.eval()
 
 
+def check_embeddings(source: str, teacher: str, width: int) -> None:
+    """Raise InputError unless a student of this width can start from the token embeddings of the model `source`.
+
+    A row belongs to a token id, so the tokenizer must be the teacher's, token by token. No weights are loaded.
+    """
+    given = load_config(source).d_model
+    fix = f'name a model at least as wide with the tokenizer of {teacher}, or "" for random embeddings'
+    if source != teacher and load_tokenizer(source).get_vocab() != load_tokenizer(teacher).get_vocab():
+        raise InputError(f"a student of {teacher} cannot start from embeddings of {source}, another tokenizer: {fix}")
+    if width > given:
+        raise InputError(f"embeddings of {source} of width {given} cannot start a student of width {width}: {fix}")
+
+
 @torch.no_grad()
 def start_embeddings(student: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Give a student the token embeddings of another model of its vocabulary, scaled to the size of its initial ones.
+    """Give a student the token embeddings of another model, scaled to the size of its initial ones.
 
-    A narrower student gets `project_embeddings` of them. Raises InputError when the student is wider.
+    A narrower student gets `project_embeddings` of them. `check_embeddings` tells whether the two fit.
     """
     given, own = (model.get_input_embeddings().weight for model in (source, student))
-    if own.shape[1] > given.shape[1]:
-        raise InputError(f"embeddings of width {given.shape[1]} cannot start a student of width {own.shape[1]}")
-    rows = min(len(given), len(own))  # a model of the same tokens may have further ones, such as sentinels
+    rows = min(len(given), len(own))  # models of one tokenizer may be padded to different numbers of rows
     given = project_embeddings(given.detach().to(own), own.shape[1])[:rows]
     own[:rows] = given * (own.std() / given.std())
 
@@ -313,9 +324,9 @@ def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 def frozen_in(dtype: torch.dtype | None, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
     """Hold matrices that nothing trains in `dtype` inside the block; afterwards both models are as they were.
 
-    These are the teacher's and the student's frozen ones, and what autocast would cast anew in every pass; the results
-    are the same, bit by bit. What the models share is held once. Tables stay as they are, for a look-up casts nothing:
-    a head tied to one gets a copy. On a GPU the originals wait in the machine's memory. None changes nothing.
+    These are the teacher's and the student's frozen ones, which autocast would cast in every pass, to the same bits.
+    What the models share is held once. Tables stay, as a look-up casts nothing: a head tied to one gets a copy. On a
+    GPU the originals wait in the machine's memory. None changes nothing.
     """
     models = [model for model in (student, teacher) if model is not None and dtype is not None]
     modules = [module for model in models for module in model.modules()]
@@ -325,8 +336,7 @@ def frozen_in(dtype: torch.dtype | None, student: PreTrainedModel, teacher: PreT
     copies, originals, replaced = {}, {}, []
     for module in linear:
         for name, weight in list(module.named_parameters(recurse=False)):
-            is_sharded = hasattr(weight, "placements")
-            if id(weight) in trained or weight.dtype == dtype or is_sharded:
+            if id(weight) in trained or weight.dtype == dtype or hasattr(weight, "placements"):  # or sharded
                 continue
             place = weight.data_ptr()
             if place not in copies:

@@ -4,8 +4,6 @@ Out of scope: the plan itself (plan.py) and training that is meant to learn some
 not depend on what the weights are; quality does, and nothing here says anything about it.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import multiprocessing

@@ -6,8 +6,6 @@ Out of scope: the simulated step itself (step.py), real steps (measure.py), and 
 (evaluation/scoring.py).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from bisect import bisect_left
@@ -249,4 +247,4 @@ def _changes(settings: dict) -> list[list[dict]]:
     kinds.append([{name: max(settings[name] // n, 1) for name in lengths} for n in (2, 4)])
     more = [devices * n for n in (2, 4, 8) if settings["batch_size"] % (devices * n) == 0]
     kinds.append([{"devices": n, "micro_batch_size": min(rows, settings["batch_size"] // n)} for n in more])
-    return [kind for kind in kinds if kind]
+    return kinds

@@ -3,8 +3,6 @@
 Out of scope: the time that takes and whether it fits (plan.py), and steps that really run (measure.py).
 """
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections import Counter

@@ -3,8 +3,6 @@
 Importing this file is light: papermill, nbconvert and torch load only when something runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -16,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
 
@@ -166,17 +164,12 @@ def status_line(stem: str, position: tuple[int, int] | None, progress: dict | No
     """Write one line: notebook, cell, and from inside the cell stage, step, rate and time left."""
     parts = [stem, f"cell {position[0]}/{position[1]}" if position else "starting"]
     if progress is None:
-        parts.append(clock(elapsed))
+        parts.append(index.duration(elapsed))
     else:
         parts += [progress["stage"], f"{progress['unit']} {progress['step']}/{progress['total']}"]
         parts += [f"{progress['rate']:.1f}/s"] if progress["rate"] else []
-        parts += [f"{clock(progress['seconds_left'])} left"] if progress["seconds_left"] is not None else []
+        parts += [f"{index.duration(progress['seconds_left'])} left"] if progress["seconds_left"] is not None else []
     return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as 00:22, 12:05 or 3:07:00."""
-    return str(timedelta(seconds=int(seconds))).removeprefix("0:")
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 Out of scope: computing what is drawn; colours, names and the look (style.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 Out of scope: one page (pages.py).
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

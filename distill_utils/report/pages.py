@@ -3,8 +3,6 @@
 Out of scope: running notebooks (batch.py), drawing (figures.py), what gathers all pages (index.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

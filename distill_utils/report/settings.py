@@ -3,8 +3,6 @@
 Out of scope: running it (batch.py).
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
 """One look for every figure and table: names and colours, labels that do not overlap, captions, alternative texts."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from html import escape

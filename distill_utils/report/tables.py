@@ -3,8 +3,6 @@
 Out of scope: figures (figures.py). Widgets are for JupyterLab alone: batch runs skip the cells that use them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping, Sequence

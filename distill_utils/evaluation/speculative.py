@@ -1,0 +1,110 @@
+"""Speculative decoding: a student or the source's own n-grams draft tokens, the teacher checks several in one pass.
+
+What comes out is the teacher's greedy summary, exactly in float32 (ties of logits aside): a drafted token stays only
+where it is the teacher's own choice (Leviathan et al. 2023; n-grams of the source: Saxena 2023). The student reads what
+the teacher's encoder wrote, so it must have kept that. `model.generate` drafts for one document at a time; here a batch
+goes on as far as all its rows agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from distill_utils.artifacts import InputError
+from distill_utils.evaluation.generation import summarize
+from distill_utils.models.students import has_teacher_encoder
+
+NGRAM = 2  # tokens that are looked up in the source to copy what follows them
+
+
+def summarize_speculatively(
+    teacher: PreTrainedModel, tokenizer, documents: list[str], student: PreTrainedModel | None, num_drafted: int = 4,
+    **options,
+) -> tuple[list[str], dict]:  # fmt: skip
+    """Return the teacher's greedy summaries and what they took; options are those of `generation.summarize`.
+
+    Without a student the drafts are copied from the source. The counts are `passes` of the teacher's decoder, `tokens`
+    written (rows that wait for others count once), and for each place in the draft `tried` and `accepted`.
+    Raises InputError for a student that did not keep the teacher's encoder, and for drafts of no token.
+    """
+    if num_drafted < 1:
+        raise InputError(f"num_drafted {num_drafted} is too small: draft at least 1 token")
+    if student is not None and not has_teacher_encoder(student.requires_grad_(False), teacher):
+        raise InputError("the student has another encoder than the teacher: draft with one that kept it whole")
+    found, seen = {"passes": 0, "tokens": 0, "tried": Counter(), "accepted": Counter()}, {}
+    decode = partial(draft_and_check, student=student, num_drafted=num_drafted, found=found, seen=seen)
+    fixed = {"num_beams": 1, "do_sample": False, "custom_generate": decode}
+
+    def keep(module, arguments, named: dict) -> None:
+        seen["source"] = named["input_ids"]  # `generate` hands on what the encoder made of it only
+
+    hook = teacher.get_encoder().register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        return summarize(teacher, tokenizer, documents, **options, **fixed), found
+    finally:
+        hook.remove()
+
+
+def draft_and_check(
+    model: PreTrainedModel, input_ids: Tensor, logits_processor, stopping_criteria, generation_config, *,
+    student: PreTrainedModel | None, num_drafted: int, found: dict, seen: dict, **inputs,
+) -> Tensor:  # fmt: skip
+    """Write summaries as `generate` with one beam does, which calls this with its logits processors and stop rules."""
+    models = [model] if student is None else [model, student]
+    caches = {each: EncoderDecoderCache(DynamicCache(), DynamicCache()) for each in models}
+    fed = dict.fromkeys(models, 0)  # tokens in each cache
+    encoded = {name: inputs[name] for name in ("encoder_outputs", "attention_mask")}
+
+    def logits_after(each: PreTrainedModel, ids: Tensor, last: int) -> Tensor:
+        """Return (batch, last, vocabulary): the scores of what follows the last tokens."""
+        cached = {"past_key_values": caches[each], "use_cache": True}
+        out = each(decoder_input_ids=ids[:, fed[each] :], **encoded, **cached)
+        fed[each] = ids.shape[1]
+        return out.logits[:, -last:].float()
+
+    ids, pad = input_ids, generation_config.pad_token_id
+    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    while unfinished.any():
+        length = ids.shape[1]
+        draft = ids
+        for _ in range(min(num_drafted, generation_config.max_length - length - 1)):
+            scores = logits_after(student, draft, 1)[:, 0] if student is not None else None
+            drafted = _copied(draft, seen["source"]) if scores is None else logits_processor(draft, scores).argmax(-1)
+            draft = torch.cat([draft, torch.where(unfinished, drafted, pad)[:, None]], 1)
+        places = draft.shape[1] - length
+        checked = logits_after(model, draft, places + 1)
+        found["passes"] += 1
+        for place in range(places + 1):
+            chosen = logits_processor(draft[:, : length + place], checked[:, place]).argmax(-1)
+            chosen = torch.where(unfinished, chosen, pad)
+            ids = torch.cat([ids, chosen[:, None]], 1)
+            found["tokens"] += int(unfinished.sum())
+            same = (chosen == draft[:, length + place]) | ~unfinished if place < places else None
+            if same is not None:
+                found["tried"][place] += int(unfinished.sum())
+                found["accepted"][place] += int((same & unfinished).sum())
+            unfinished = unfinished & ~stopping_criteria(ids, None)
+            if same is None or not same.all() or not unfinished.any():
+                break
+        for each, cache in caches.items():  # a cache holds what was drafted in vain
+            surplus = fed[each] - (ids.shape[1] - 1)
+            if surplus > 0:
+                cache.crop(-surplus)
+                fed[each] -= surplus
+    return ids
+
+
+def _copied(ids: Tensor, source_ids: Tensor) -> Tensor:
+    """Return for each row what follows the last tokens where they stand in its source first, else the last token."""
+    if ids.shape[1] < NGRAM:
+        return ids[:, -1]
+    windows = source_ids.unfold(1, NGRAM, 1)[:, :-1]  # (batch, places, n-gram), each with a token after it
+    hits = (windows == ids[:, None, -NGRAM:]).all(-1)
+    first = hits.int().argmax(1)
+    following = source_ids.gather(1, (first + NGRAM).clamp(max=source_ids.shape[1] - 1)[:, None])[:, 0]
+    return torch.where(hits.any(1), following, ids[:, -1])

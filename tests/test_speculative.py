@@ -1,0 +1,58 @@
+"""Speculative decoding against `generate` with one beam, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, WORDS, tiny_tokenizer
+
+from distill_utils.artifacts import InputError
+from distill_utils.evaluation.generation import summarize
+from distill_utils.evaluation.speculative import _copied, summarize_speculatively
+from distill_utils.models.students import init_student
+
+OPTIONS = {"max_source_length": 24, "max_new_tokens": 12, "min_length": 0}
+
+
+def documents(num: int) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 20, (num,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("drafted", [1, 3])
+@pytest.mark.parametrize("drafts", ["student", "itself", "source"])
+def test_it_writes_the_teachers_greedy_summaries(family, drafted, drafts):
+    teacher, tokenizer = FAMILIES[family](3, 3), tiny_tokenizer()
+    student = {"student": init_student(teacher, 3, 1)[0], "itself": init_student(teacher, 3, 3)[0]}.get(drafts)
+    texts = documents(7)
+    for batch_size in (1, 4):
+        options = OPTIONS | {"batch_size": batch_size}
+        expected = summarize(teacher, tokenizer, texts, **options, num_beams=1)
+        written, found = summarize_speculatively(teacher, tokenizer, texts, student, drafted, **options)
+        assert written == expected and len(set(expected)) > 2
+        assert found["tokens"] >= found["passes"] > 0 and {0} <= set(found["tried"]) <= set(range(drafted))
+        if drafts == "itself":  # its own drafts are all right: a pass a document for every drafted + 1 tokens
+            assert found["accepted"] == found["tried"] != {}
+            if batch_size == 1:
+                assert found["passes"] <= found["tokens"] // (drafted + 1) + len(texts)
+        else:
+            assert all(found["accepted"][place] <= found["tried"][place] for place in range(drafted))
+
+
+def test_copying_from_the_source_is_accepted_where_the_teacher_copies():
+    """A hand-made case: what follows the last two tokens in the source, else the last token again."""
+    source = torch.tensor([[5, 6, 7, 8, 5, 6, 9], [5, 5, 5, 6, 7, 2, 0]])
+    ids = torch.tensor([[2, 5, 6], [2, 9, 9]])
+    assert _copied(ids, source).tolist() == [7, 9]
+    assert _copied(torch.tensor([[2], [3]]), source).tolist() == [2, 3]
+    assert _copied(torch.tensor([[6, 9], [7, 2]]), source).tolist() == [9, 0]
+
+
+def test_a_student_with_another_encoder_or_no_draft_is_rejected():
+    teacher, tokenizer = FAMILIES["bart"](2, 2), tiny_tokenizer()
+    with pytest.raises(InputError, match="another encoder"):
+        summarize_speculatively(teacher, tokenizer, ["a"], init_student(teacher, 1, 2)[0], **OPTIONS)
+    with pytest.raises(InputError, match="num_drafted 0"):
+        summarize_speculatively(teacher, tokenizer, ["a"], None, 0, **OPTIONS)
