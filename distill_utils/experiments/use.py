@@ -259,7 +259,8 @@ def read_texts(path: str, column: str = "") -> list[str]:
     except UnicodeError as error:
         raise InputError(f"{name} is no UTF-8 text: give plain text or JSON Lines, gzipped or not") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{name} cannot be read ({error}): give a file of text, or - for standard input") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} cannot be read ({reason}): give a file of text, or - for standard input") from error
     if lines and not lines[-1]:
         del lines[-1]
     if not any(line.strip() for line in lines):
