@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
@@ -60,7 +61,8 @@ def find_model(name: str | Path) -> tuple[str, Path | None]:
 
 
 def _is_run(folder: Path) -> bool:
-    return bool(RUN_FOLDER.fullmatch(folder.name)) and (folder / "config.json").is_file()
+    config = folder / "config.json"
+    return bool(RUN_FOLDER.fullmatch(folder.name)) and config.is_file() and "model_type" not in read_json(config)
 
 
 def _progress(folder: Path) -> str:
@@ -126,14 +128,8 @@ def format_runs(rows: Sequence[dict]) -> str:
     """Return `list_runs` as a table in plain text."""
     if not rows:
         return "no finished student yet: `python -m distill_utils report 03` trains some"
-    table = [("name", "ROUGE-2 [95 %]", "ms/token", "parameters", "on disk", "date", "folder")]
-    for row in rows:
-        score = "{rouge2:.2f} [{rouge2_low:.2f}, {rouge2_high:.2f}]".format(**row) if row["rouge2"] is not None else "-"
-        speed = f"{row['ms_per_token']:.2f}" if row["ms_per_token"] else "-"
-        sizes = f"{row['parameters_m']:.1f} M", f"{row['size_mb']:.1f} MB"
-        table.append((row["name"], score, speed, *sizes, row["date"], f"runs/{row['folder']}"))
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+    table = pd.DataFrame(rows, index=[row["name"] for row in rows]).drop(columns=["name", "rouge2_low", "rouge2_high"])
+    return table[[*table.columns[1:], "folder"]].to_string(float_format="{:.2f}".format, na_rep="-")
 
 
 def export_line(folder: Path) -> str:
