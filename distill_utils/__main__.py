@@ -1,7 +1,9 @@
-"""Command line: `python -m distill_utils report 03`, `... report --all`, `... teachers`."""
+"""Command line: `python -m distill_utils report 03`, `... list`, `... export NAME DIR`, `... summarize FILE`."""
 
 import argparse
 import errno
+import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Describe the two commands."""
-    parser = OneLineParser(prog="python -m distill_utils", description="Run notebooks in batch and make their reports.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="report|teachers")
+    """Describe the commands."""
+    parser = OneLineParser(prog="python -m distill_utils", description="Run notebooks and use what they train.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="report|list|export|summarize|teachers")
     report = commands.add_parser(
         "report",
         help="execute notebooks and write reports/",
@@ -37,6 +39,18 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
     report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
+    listing = commands.add_parser("list", help="show the trained students: name, score, speed, size, date")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    export = commands.add_parser("export", help="write a trained student to a folder that others load, with its card")
+    export.add_argument("name", metavar="NAME", help="name of a run (see list), its folder, or a folder with a model")
+    export.add_argument("folder", type=Path, metavar="DIR", help="folder to write; it must not exist")
+    export.add_argument("--push", default="", metavar="USER/NAME", help="upload it to the Hugging Face hub as well")
+    summarize = commands.add_parser("summarize", help="write one summary per line of a file")
+    summarize.add_argument("file", metavar="FILE", help="JSON Lines or plain text, one text per line; - reads stdin")
+    summarize.add_argument("--model", required=True, metavar="NAME", help="exported folder, run, shipped or hub name")
+    summarize.add_argument("--column", default="", metavar="NAME", help='of JSON Lines, "document" if not given')
+    summarize.add_argument("--output", type=Path, metavar="FILE", help="instead of stdout")
+    summarize.add_argument("--json", action="store_true", help='write {"summary": ...} per line')
     commands.add_parser("teachers", help="train the embedded teachers from nothing")
     return parser
 
@@ -58,12 +72,32 @@ def report(arguments: argparse.Namespace) -> int:
     return batch.run_reports(plans, arguments.output)
 
 
+def use_student(arguments: argparse.Namespace) -> int:
+    """List, export or summarize."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it, new processes too
+    from distill_utils.experiments import use  # here: torch takes seconds to import
+
+    if arguments.command == "list":
+        rows = use.list_runs()
+        print(json.dumps(rows, indent=1) if arguments.json else use.format_runs(rows))
+    elif arguments.command == "summarize":
+        use.summarize_file(arguments.file, arguments.model, arguments.column, arguments.output, arguments.json)
+    else:
+        from distill_utils.experiments.export import export
+
+        export(arguments.name, arguments.folder, arguments.push)
+    return batch.OK
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "report":
             return report(arguments)
+        if arguments.command != "teachers":
+            return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher
 
         for build in (teacher.build, *(partial(t5_teacher.build, name) for name in t5_teacher.SHAPES)):
@@ -72,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return batch.BAD_INPUT
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return batch.OK
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

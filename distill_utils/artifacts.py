@@ -26,8 +26,9 @@ class InputError(ValueError):
 
 
 def runs_dir() -> Path:
-    """Return the folder of all runs: the environment variable DISTILL_RUNS, else `runs/` in the repository."""
-    folder = Path(os.environ.get("DISTILL_RUNS") or REPOSITORY / "runs")
+    """Return the folder of all runs: DISTILL_RUNS, else `runs/` in the checkout, or where one types without one."""
+    home = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else Path.cwd()  # not beside an installed package
+    folder = Path(os.environ.get("DISTILL_RUNS") or home / "runs")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -74,7 +75,8 @@ def disk_space_named(path: Path):
         codes = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, "errno", None) not in codes and not any(os.strerror(code) in str(error) for code in codes):
             raise
-        raise InputError(f"no space left while writing {path.name}: free some disk or move DISTILL_RUNS") from error
+        fix = "free some disk, or write to another one (DISTILL_RUNS moves runs/)"
+        raise InputError(f"no space left while writing {path.name}: {fix}") from error
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:
@@ -153,15 +155,23 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
     """Return the folder runs/<name>-<hash of settings>, building it when it has no results.json.
 
     `build(folder)` runs under a lock, may continue from its own partial files, and returns the results, which are
-    written last.
+    written last. A trained student is also known by the name alone: runs/students/<name> holds its folder's name.
     """
     folder = runs_dir() / f"{name}-{config_hash(settings)}"
+    _finish(folder, settings, build, quiet)
+    if (folder / "student").is_dir():  # the last one asked for; a text file, as not every system has symbolic links
+        (runs_dir() / "students").mkdir(exist_ok=True)
+        write_atomic(runs_dir() / "students" / name, f"{folder.name}\n")
+    return folder
+
+
+def _finish(folder: Path, settings: dict, build: Callable[[Path], dict], quiet: bool) -> None:
     if (folder / "results.json").exists():
         if not quiet:
             print(f"reusing runs/{folder.name}", flush=True)
             if folder.name not in _built:
                 _reused[folder.name] = read_json(folder / "results.json").get("build_seconds", 0.0)
-        return folder
+        return
     with lock(folder):
         if not (folder / "results.json").exists():  # else another process finished it while we waited
             print(f"building runs/{folder.name}", flush=True)
@@ -170,7 +180,6 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
             results = {**build(folder), "build_seconds": round(time.time() - start, 2), "provenance": provenance()}
             write_json(folder / "results.json", results)
             _built.add(folder.name)
-    return folder
 
 
 @dataclass
@@ -277,6 +286,8 @@ def git_state() -> dict:
     changed = ["status", "--porcelain", "-uno", "--", ".", *written]
 
     def git(*arguments: str) -> str:
+        if not (REPOSITORY / ".git").exists():  # an installed package may lie in a repository of something else
+            raise FileNotFoundError
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

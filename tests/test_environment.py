@@ -270,7 +270,7 @@ print(*{type(getattr(distill_utils, name)).__name__ for name in distill_utils.__
 
 @pytest.mark.slow
 def test_wheel_holds_what_the_package_needs(tmp_path):
-    """Build it from a copy, unpack it, and import from there, outside the checkout."""
+    """Build it from a copy, unpack it, and use it from there, outside the checkout."""
     source, unpacked = tmp_path / "source", tmp_path / "unpacked"
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -287,8 +287,15 @@ def test_wheel_holds_what_the_package_needs(tmp_path):
         "import distill_utils, distill_utils.__main__ as main; print(distill_utils.__file__); main.main(['--help'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    del environment["DISTILL_RUNS"]
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(str(unpacked)), done.stdout + done.stderr
+    text = "Return the mean of an array along an axis. The axis is an integer or a tuple of integers.\n"
+    for arguments in (["list"], ["export", "pydocs-t5-tiny", "mine"], ["summarize", "-", "--model", "mine"]):
+        command = [sys.executable, "-m", "distill_utils", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, input=text, capture_output=True, text=True)
+        assert done.returncode == 0 and len(done.stdout.splitlines()) in (1, 2), done.stdout + done.stderr
+    assert (tmp_path / "runs").is_dir() and not (unpacked / "runs").exists()
 
 
 # -------------------------------------------------------------------------------------------------- the other files

@@ -57,7 +57,9 @@ def load_pairs(
         kept = [row for row in kept if _drawn_split(row["document"]) == split]
         print(f"{name} has no splits: {len(kept)} rows drawn for {split} by a hash of the document")
     check_count(label, len(kept), num)
-    return Dataset.from_list(kept[:num] if num else kept)
+    rows = Dataset.from_list(kept[:num] if num else kept)
+    rows.info.dataset_name = path.name if (path := Path(name).expanduser()).exists() else name  # for model cards
+    return rows
 
 
 def load_splits(name: str, num_train: int, num_validation: int, num_test: int, **columns: str) -> dict[str, Dataset]:

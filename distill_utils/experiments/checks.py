@@ -218,14 +218,14 @@ def _check_cache(student, batch: dict[str, torch.Tensor], max_new_tokens: int) -
 
 def round_trip(
     folder: Path | str, model, tokenizer, documents: Sequence[str], *, max_source_length: int, max_new_tokens: int = 32,
-    prefix: str = "",
+    prefix: str = "", convert: bool = True,
 ) -> dict[str, float | str | None]:  # fmt: skip
     """Prove that the saved student is the student in memory: reload it in a new process, then convert it.
 
     The new process must give the same generation settings, tokenizer, logits (within LOGITS_TOLERANCE) and greedy
     summaries. The CTranslate2 model must write summaries that agree (MIN_AGREEMENT) and give fixed texts the same
-    log-probabilities (MAX_SCORE_GAP); architectures it does not know are skipped and named. Returns the measured
-    numbers. Raises ValueError naming what differs.
+    log-probabilities (MAX_SCORE_GAP); architectures it does not know are skipped and named, all are without `convert`.
+    Returns the measured numbers. Raises ValueError naming what differs.
     """
     folder, documents = Path(folder), list(documents)
     settings = {"max_source_length": max_source_length, "max_new_tokens": max_new_tokens, "prefix": prefix}
@@ -235,7 +235,7 @@ def round_trip(
         difference = _compare(expected, _observe_in_new_process(folder, model, documents, settings))
         row = {"logits_difference": difference, "same_summaries": len(documents)}
         summaries = [expected[f"summary {i}"] for i in range(len(documents))]
-        return row | _ctranslate2_agreement(folder, model, tokenizer, documents, summaries, settings)
+        return row | (_converted(folder, model, tokenizer, documents, summaries, settings) if convert else {})
 
 
 def _compare(expected: dict, found: dict) -> float:
@@ -292,20 +292,38 @@ def _observe_saved(folder: Path, device, dtype, num_threads: int, documents: lis
     return _observe(model.to(device), tokenizer, documents, settings)
 
 
-@torch.inference_mode()
-def _ctranslate2_agreement(folder: Path, model, tokenizer, documents, expected: list[str], settings: dict) -> dict:
-    """Compare greedy summaries, and the scores of the same fixed texts: a wrong output scale shows in scores alone."""
-    pairs = [pair for pair in zip(documents, expected, strict=True) if pair[0].strip()][:16]
-    cut = {"truncation": True, "max_length": settings["max_source_length"]}
-    sources = tokenizer([settings["prefix"] + document for document, _ in pairs], **cut)["input_ids"]
-    targets = tokenizer(text_target=[text or "-" for _, text in pairs], **cut)["input_ids"]
+def _converted(folder: Path, model, tokenizer, documents, expected: list[str], settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         try:
             converted = ctranslate.to_ctranslate2(folder, Path(temporary) / "converted")
         except ValueError as error:
             return {"ctranslate2_rougeL": None, "ctranslate2_score_gap": None, "ctranslate2_skipped": str(error)}
-        summaries, _ = ctranslate.summarize_ctranslate2(converted, tokenizer, documents, num_beams=1, **settings)
-        scores = ctranslate.score_ctranslate2(converted, sources, targets, tokenizer)
+        agreement, gap = ctranslate2_agreement(converted, model, tokenizer, documents, expected, settings)
+    if agreement < MIN_AGREEMENT:
+        raise ValueError(f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} to ours, not {MIN_AGREEMENT}")
+    if not gap <= MAX_SCORE_GAP:  # NaN fails as well
+        raise ValueError(
+            f"CTranslate2 scores are {gap:.3g} nats per token off, at most {MAX_SCORE_GAP} allowed: the converted "
+            "weights or their scaling are wrong"
+        )
+    return {"ctranslate2_rougeL": agreement, "ctranslate2_score_gap": gap}
+
+
+@torch.inference_mode()
+def ctranslate2_agreement(
+    converted: Path, model, tokenizer, documents: Sequence[str], expected: list[str], settings: dict
+) -> tuple[float, float]:
+    """Return how a converted model agrees with `model`: mean ROUGE-L of greedy summaries, and the gap of scores.
+
+    `expected` are the model's own greedy summaries. The gap is the mean difference of log-probabilities of the same
+    fixed texts in nats per token: a wrong output scale shows in scores alone.
+    """
+    pairs = [pair for pair in zip(documents, expected, strict=True) if pair[0].strip()][:16]
+    cut = {"truncation": True, "max_length": settings["max_source_length"]}
+    sources = tokenizer([settings["prefix"] + document for document, _ in pairs], **cut)["input_ids"]
+    targets = tokenizer(text_target=[text or "-" for _, text in pairs], **cut)["input_ids"]
+    summaries, _ = ctranslate.summarize_ctranslate2(converted, tokenizer, documents, num_beams=1, **settings)
+    scores = ctranslate.score_ctranslate2(converted, sources, targets, tokenizer)
     rouge = rouge_scores(summaries, expected)["rougeL"]
     rouge = [100.0 if a == b else score for a, b, score in zip(summaries, expected, rouge, strict=True)]  # "" == ""
     starts = model.generation_config.decoder_start_token_id, model.config.decoder_start_token_id
@@ -316,12 +334,4 @@ def _ctranslate2_agreement(folder: Path, model, tokenizer, documents, expected: 
         log_probs = model(input_ids=ids[0], decoder_input_ids=ids[1]).logits.float().log_softmax(-1)
         own = log_probs[0].gather(1, ids[2][0, :, None])[:, 0].cpu().numpy()
         gaps.append(np.abs(own - found).mean())
-    agreement, gap = float(np.mean(rouge)), float(np.mean(gaps))
-    if agreement < MIN_AGREEMENT:
-        raise ValueError(f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} to ours, not {MIN_AGREEMENT}")
-    if not gap <= MAX_SCORE_GAP:  # NaN fails as well
-        raise ValueError(
-            f"CTranslate2 scores are {gap:.3g} nats per token off, at most {MAX_SCORE_GAP} allowed: the converted "
-            "weights or their scaling are wrong"
-        )
-    return {"ctranslate2_rougeL": agreement, "ctranslate2_score_gap": gap}
+    return float(np.mean(rouge)), float(np.mean(gaps))

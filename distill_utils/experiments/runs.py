@@ -294,9 +294,8 @@ def batches_of(run: StudentRun, tokenizer, rows: Dataset, documents: Dataset | N
     tokenized = tokenize_pairs(rows, tokenizer, *run.lengths)
     documents = None if documents is rows else documents
     order = documents and tokenize_pairs(documents, tokenizer, *run.lengths)
-    return pair_stream(
-        tokenized, tokenizer.pad_token_id, training.batch_size, training.seed, training.micro_batch_size, order
-    )
+    sizes = training.batch_size, training.seed, training.micro_batch_size
+    return pair_stream(tokenized, tokenizer.pad_token_id, *sizes, order)
 
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
@@ -366,6 +365,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         save_model(student.to("cpu"), tokenizer, folder / "student")
         return {
             "name": run.name,
+            "made_from": {"teacher": run.teacher, "dataset": train.info.dataset_name},
             "parameters": students.count_parameters(student),
             "encoder_layer_ids": cut["encoder_ids"],
             "decoder_layer_ids": cut["decoder_ids"],
