@@ -1,13 +1,19 @@
-"""Budgets, shapes and the race: pure parts by hand-computed cases, and whole races of tiny models, killed and resumed."""
+"""Budgets, shapes and the race by hand-computed cases, and whole races of tiny models, killed and resumed."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
-from tiny_models import tiny_bart
+import torch
+from safetensors.torch import load_file
+from tiny_models import WORDS, tiny_bart, tiny_tokenizer
 
 from distill_utils.artifacts import InputError
-from distill_utils.experiments import budget, race
+from distill_utils.experiments import budget, distill, race, runs
+from distill_utils.models.loading import save_model
 
 
 def prices(updates: dict[str, float], **changes) -> dict:
@@ -114,8 +120,8 @@ def test_rungs_halve_and_time_drops_the_last():
     assert race.next_rung(made, "cab", 1, 100.0, 730.0) == ["c", "a"]
     assert race.next_rung(made, "cab", 1, 100.0, 729.0) == []
     assert race.next_rung(made, "c", 1, 100.0, 220.0) == ["c"]  # alone it needs no second seed
-    planned = race.planned_rungs(made, 1150.0)
-    assert [(row["updates"], row["candidates"], row["seconds"]) for row in planned] == [(100, 4, 450.0), (200, 2, 220.0)]
+    planned = [tuple(row.values()) for row in race.planned_rungs(made, 1150.0)]  # updates, candidates, seconds
+    assert planned == [(100, 4, 450.0), (200, 2, 220.0)]
 
 
 def test_hours_below_one_rung_name_what_is_needed():
@@ -154,3 +160,100 @@ def test_the_simplest_that_is_not_separated_is_named():
     found = race.run_race(made, 300.0, Scores({"a": 20.1, "b": 20.0, "c": 10.0}))
     assert (found["winner"], found["simplest"]) == ("a", "b")
     assert found["finalists"] == {"a": 1, "b": 1}  # no time for a second seed
+
+
+# ------------------------------------------------------------------------------------------------ a whole race, tiny
+
+GIVEN = {
+    "latency": "", "speedup": 0.0, "parameters": "1M", "memory": "", "hours": 1.0, "metric": "rouge1", "int8": False,
+    "dataset": "unset", "document_column": "document", "summary_column": "summary", "prefix": "", "num_train": 60,
+    "num_validation": 24, "num_test": 16, "max_source_length": 24, "max_target_length": 10, "student_shapes": [],
+    "methods": ["sft", "pl_kl"], "learning_rates": [0.003], "label_beams": 1, "decoding": ["num_beams=1"],
+    "first_rung": 6, "batch_size": 8, "warmup_steps": 1, "seed": 0, "num_timed": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    generator, lines = random.Random(0), ["document,summary"]
+    for _ in range(160):
+        text = generator.choices(WORDS, k=generator.randint(6, 16))
+        lines.append(f"{' '.join(text)},{' '.join(text[:5])}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return GIVEN | {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "pairs.csv")}
+
+
+def run_tiny_race(given: dict, rungs: int = 2, killed_at: int | None = None) -> tuple[dict, Path]:
+    """Race for so many rungs by fixed prices; `killed_at` raises inside the training of that student."""
+    asked = distill.prepare(given)
+    plan = distill.candidates(asked, ["3-1", "1-1"])
+    made = prices(dict.fromkeys(plan, 1.0), first_rung=given["first_rung"], cooldown_share=distill.COOLDOWN)
+    seconds = {1: 24.0, 2: 24.0 + 14 + 24}[rungs]  # a second seed of both finalists after two rungs
+    count = 0
+
+    def score(name: str, updates: int, seed: int) -> np.ndarray:
+        nonlocal count
+        count += 1
+        if count == killed_at:
+            run = distill.student_run(asked, plan, name, updates, seed)
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(runs, "save_model", _raise)
+                runs.train_student(run, asked.teacher, asked.tokenizer, *list(asked.splits.values())[:2])
+            raise KeyboardInterrupt
+        return distill.trained_and_scored(asked, plan, name, updates, seed)
+
+    found = race.run_race(made, seconds, score)
+    return found, asked.made[found["winner"], found["updates"], found["seed"]][0]
+
+
+def _raise(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch):
+    whole, folder = run_tiny_race(given)
+    assert len(whole["rows"]) == 4 + 2 and set(whole["finalists"].values()) <= {1, 2}
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "again"))
+    for killed_at in (2, 5):  # in the first rung and in the second, whose trunks go on
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny_race(given, killed_at=killed_at)
+    again, same = run_tiny_race(given)
+    assert again == whole and same != folder and same.name == folder.name
+    one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measured_shapes_and_prices_are_reused(given, capsys):
+    text = distill.dry_run(given)
+    assert all(name in text for name in ("teacher, int8", "3-2", "starts", "a larger one does too", "SFT 3-2, 0.003"))
+    capsys.readouterr()
+    distill.dry_run(given | {"parameters": "", "speedup": 0.01})  # another budget, the same measurements
+    out = capsys.readouterr().out
+    assert "building" not in out and "reusing runs/shapes-" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": ""}, "no budget: give latency"),
+        ({"hours": 0.0}, "hours 0 is not positive"),
+        ({"metric": "bleu"}, "metric 'bleu' is unknown"),
+        ({"methods": ["kd_cached"]}, "'kd_cached' cannot race"),
+        ({"methods": ["kdd"]}, "method 'kdd' is unknown"),
+        ({"student_shapes": ["3-9"]}, "is 9"),
+        ({"decoding": ["top_p=0.5"]}, "decoding: top_p set nothing here"),
+    ],
+)
+def test_bad_requests_are_rejected_before_anything_is_measured(given, change, message):
+    with pytest.raises(InputError, match=message):
+        distill.prepare(given | change)
+
+
+def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given):
+    asked = distill.prepare(given | {"learning_rates": [0.1, 0.2, 0.3, 0.4, 0.5]})
+    assert len(distill.candidates(asked, ["3-1"])) == 8
+    assert len(distill.candidates(asked, ["3-1", "2-2", "1-1"])) == 6
+    with pytest.raises(InputError, match="2 methods of 5 shapes"):
+        distill.candidates(asked, budget.candidate_shapes(asked.teacher)[:5])

@@ -136,15 +136,16 @@ def measure_shapes(
     """Return the artifact with one row for every shape and for the teacher in its cheaper ways, timed in turns.
 
     All write as many tokens as the teacher's median summary has, with the decoding that the student will use, one
-    document at a time: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds
-    a document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens, because the longest
-    summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students are timed as
-    CTranslate2 runs them.
+    document at a time: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are
+    seconds a document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens, because the
+    longest summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students are timed
+    as CTranslate2 runs them.
     """
     options, decoding = {"max_source_length": max_source_length, "prefix": prefix}, dict(decoding or {})
     machine = {"processor": processor_name(), "threads": torch.get_num_threads(), "device": teacher.device.type}
-    settings = {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(validation), "shapes": list(shapes)}
-    settings |= options | {"decoding": decoding, "int8": int8, "num_timed": num_timed} | machine
+    settings = {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(validation)}
+    settings |= options | {"shapes": list(shapes), "decoding": decoding, "int8": int8, "num_timed": num_timed}
+    settings |= machine
 
     def build(folder: Path) -> dict:
         few = validation.select(range(min(NUM_QUALITY, len(validation))))
@@ -157,9 +158,10 @@ def measure_shapes(
                 decode = partial(generation.summarize, teacher, tokenizer, **options, **decoding)
                 decoders[label] = decode if beams == own else partial(decode, num_beams=beams)
                 rows.append(_row(label, "", teacher))
-            if teacher.device.type == "cpu" and (found := _int8(teacher, tokenizer, Path(temporary) / "t", int8)):
-                decoders["teacher, int8"] = partial(found[0], **options, **decoding)
-                rows.append(_row("teacher, int8", "", teacher) | {"memory_mb": found[1]})
+            fast = _int8_teacher(teacher, tokenizer, Path(temporary) / "teacher")
+            if fast:
+                decoders["teacher, int8"] = partial(fast[0], **options, **decoding)
+                rows.append(_row("teacher, int8", "", teacher) | {"memory_mb": fast[1]})
             for row in rows:
                 written = decoders[row["name"]](documents)
                 row["rouge2"] = float(rouge_scores(written, list(few["summary"]))["rouge2"].mean())
@@ -170,14 +172,14 @@ def measure_shapes(
                 rows.append(_row(shape, shape, student))
                 decoders[shape] = partial(generation.summarize, student, tokenizer, **options, **decoding)
                 if int8:
-                    fast, rows[-1]["memory_mb"] = _int8(student, tokenizer, Path(temporary) / shape, required=True)
-                    decoders[shape] = partial(fast, **options, **decoding)
+                    decode, rows[-1]["memory_mb"] = int8_decoder(student, tokenizer, Path(temporary) / shape)
+                    decoders[shape] = partial(decode, **options, **decoding)
             median, long = (max(2, int(np.quantile(lengths, share))) for share in (0.5, 0.95))
-            turns = {label: partial(decode, **_exactly(median)) for label, decode in decoders.items()}
+            turns = {label: partial(decode, **exactly(median)) for label, decode in decoders.items()}
             times = scoring.interleaved_latency_ms(turns, documents[:num_timed], teacher.device)
             for row in rows:
                 row |= {"latency_ms": times[row["name"]], "speedup": times["teacher"] / times[row["name"]]}
-                batch = partial(decoders[row["name"]], documents[:32], **_exactly(long))
+                batch = partial(decoders[row["name"]], documents[:32], **exactly(long))
                 row["decode_s"] = timed(batch, teacher.device) / len(documents[:32])
         return {"rows": rows, "num_new_tokens": median, "num_quality": len(few), "num_timed": num_timed}
 
@@ -190,20 +192,29 @@ def _row(name: str, shape: str, model) -> dict:
     return {"name": name, "student": shape, "parameters_m": counts["total"] / 1e6, "memory_mb": size}
 
 
-def _exactly(num_new_tokens: int) -> dict:
+def exactly(num_new_tokens: int) -> dict:
     """Return decoding settings that force the number of tokens; min_length counts the decoder's start token."""
     return {"max_new_tokens": num_new_tokens, "min_length": num_new_tokens + 1}
 
 
-def _int8(model, tokenizer, folder: Path, required: bool) -> tuple[Callable, float] | None:
-    """Return the int8 decoding of a model by CTranslate2, loaded once, and its megabytes; None where there is none."""
+def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | None:
+    """Return the teacher's int8 decoding where there is one: on the CPU, of families that CTranslate2 knows."""
+    try:
+        return int8_decoder(teacher, tokenizer, folder) if teacher.device.type == "cpu" else None
+    except InputError:
+        return None
+
+
+def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
+    """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
+
+    The folder takes the saved model and the converted one. InputError for what CTranslate2 cannot express.
+    """
     save_model(model, tokenizer, folder / "model")
     try:
         converted = ctranslate.to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
     except ValueError as error:
-        if required:
-            raise InputError(f"int8 is not possible here: {error}") from error
-        return None
+        raise InputError(f"int8 is not possible: {error}") from error
     translator = ctranslate.load_translator(converted)
 
     def decode(documents: Sequence[str], **settings) -> list[str]:
