@@ -199,6 +199,7 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
         "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
         "measured": measured["build_seconds"] + costs["build_seconds"],
         "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
+        "max_rungs": asked.given["max_rungs"],
     }  # fmt: skip
 
 

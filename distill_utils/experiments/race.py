@@ -5,7 +5,7 @@ what is trained (distill.py).
 
 Prices are a dictionary of seconds: "candidates" by name with "update", "score" (one score, with all but updates that a
 student of a rung costs), "labels" (whether it needs them) and "parameters"; "labels" for all; "measured", spent before
-the race; "end", to be kept for test and export; and "first_rung" and "cooldown_share" of the trunks.
+the race; "end", to be kept for test and export; and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def next_rung(prices: Mapping, ranked: Sequence[str], rung: int, spent: float, s
     `ranked` are those still in it, best first. Each rung has half as many places as the one before, two at least. From
     the second on a second seed of two finalists must stay payable, and always the end.
     """
+    if prices["max_rungs"] and rung == prices["max_rungs"]:
+        return []
     places = max(2, math.ceil(len(prices["candidates"]) / 2**rung))
     # Of two that cannot be separated none is dropped to train the other for longer.
     fewest = min(2, len(ranked)) if rung else 1
@@ -101,7 +103,7 @@ def run_race(prices: Mapping, seconds: float, score: Callable[[str, int, int], n
     check_hours(prices, seconds)
     scores: dict[str, dict[int, np.ndarray]] = {name: {} for name in prices["candidates"]}
     ranked, spent, rung, rows, fates = list(scores), prices["measured"], 0, [], {}
-    ended = "the time was used up"
+    ended = "the time or the rungs were used up"
     while kept := next_rung(prices, ranked, rung, spent, seconds):
         updates = updates_at(prices, rung)
         fates |= {name: f"dropped for time before {updates} updates" for name in ranked if name not in kept}
