@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import WORDS, tiny_bart, tiny_tokenizer
 
-from distill_utils.artifacts import InputError
+from distill_utils.__main__ import main
+from distill_utils.artifacts import InputError, read_json
 from distill_utils.experiments import budget, distill, race, runs
-from distill_utils.models.loading import save_model
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.report import batch, settings
 
 
 def prices(updates: dict[str, float], **changes) -> dict:
@@ -214,6 +216,7 @@ def _raise(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch):
     whole, folder = run_tiny_race(given)
     assert len(whole["rows"]) == 4 + 2 and set(whole["finalists"].values()) <= {1, 2}
@@ -225,15 +228,6 @@ def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, mo
     assert again == whole and same != folder and same.name == folder.name
     one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_measured_shapes_and_prices_are_reused(given, capsys):
-    text = distill.dry_run(given)
-    assert all(name in text for name in ("teacher, int8", "3-2", "starts", "a larger one does too", "SFT 3-2, 0.003"))
-    capsys.readouterr()
-    distill.dry_run(given | {"parameters": "", "speedup": 0.01})  # another budget, the same measurements
-    out = capsys.readouterr().out
-    assert "building" not in out and "reusing runs/shapes-" in out
 
 
 @pytest.mark.parametrize(
@@ -259,3 +253,69 @@ def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given
     assert len(distill.candidates(asked, ["3-1", "2-2", "1-1"])) == 6
     with pytest.raises(InputError, match="2 methods of 5 shapes"):
         distill.candidates(asked, budget.candidate_shapes(asked.teacher)[:5])
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def command_of(given: dict, *arguments: str) -> list[str]:
+    """Return `distill` with the tiny race's settings, and further arguments."""
+    named = ("teacher", "dataset", "parameters", "metric")
+    left_out = (*named, "latency", "memory", "speedup", "hours")
+    overrides = [f"{name}={settings.as_text(value)}" for name, value in given.items() if name not in left_out]
+    flags = [part for name in named for part in (f"--{name}", given[name])]
+    return ["distill", *flags, *(part for text in overrides for part in ("-p", text)), *arguments]
+
+
+def test_a_dry_run_by_the_command_prints_the_tables_and_trains_nothing(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given |= {"methods": ["sft"], "teacher": "teacher", "dataset": "pairs.csv"}
+    command = command_of(given, "--dry-run")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("teacher, int8", "3-2", "starts", "a larger one does too", "SFT 3-2, 0.003"))
+    assert not list((tmp_path / "runs").glob("sft-*"))
+    for change, message in (("--latency=0.001ms", "ask for --latency"), ("--hours=0.0000001", "below one rung of 6")):
+        assert main([*command, change]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and len(said.err.splitlines()) == 1
+        assert "building" not in said.out and "reusing runs/shapes-" in said.out  # another budget, measured once
+
+
+def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypatch):
+    assert main(command_of(given)) == 2 and "no --output" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    assert main(command_of(given, "--output", str(taken))) == 2
+    assert "exists and is not this race's" in capsys.readouterr().err
+
+    done = []
+    monkeypatch.setattr(batch, "run_reports", lambda plans, reports: done.append((plans, reports)) or batch.OK)
+    command = command_of(given, "--output", str(tmp_path / "student"))
+    assert main(command) == 0 and done[0][1] == tmp_path / "student" / "report"
+    assert done[0][0][0].values["output"] == str(tmp_path / "student")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").touch()
+    assert main(command) == 0  # the same race goes on in its own folder, another one does not
+    assert main([*command, "--hours", "2"]) == 2
+
+    def second(plans, reports):
+        assert main(command) == 2  # while the first holds the folder
+        return batch.OK
+
+    monkeypatch.setattr(batch, "run_reports", second)
+    capsys.readouterr()
+    assert main(command) == 0 and "is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_leaves_a_student_and_a_page(given, tmp_path):
+    output = tmp_path / "student"
+    given |= {"student_shapes": ["3-1", "1-1"], "methods": ["sft"], "max_rungs": 1}
+    assert main(command_of(given, "--output", str(output))) == 0
+    model, _ = load_model(output)
+    assert len(model.get_decoder().layers) == 1
+    assert (output / "report" / "distill.html").exists()
+    results = read_json(output / "report" / "distill.json")
+    assert results["rows"][1]["student"] == results["race"]["winner"].split()[1].rstrip(",")

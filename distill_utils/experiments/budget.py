@@ -90,8 +90,8 @@ def excesses(row: Mapping, budget: Budget) -> dict[str, float]:
     return found
 
 
-def choose_shapes(rows: Sequence[Mapping], budget: Budget) -> list[str]:
-    """Return the shapes inside a budget that no other fitting shape contains, at most MAX_SHAPES.
+def choose_shapes(rows: Sequence[Mapping], budget: Budget, every: bool = False) -> list[str]:
+    """Return the shapes inside a budget that no other fitting shape contains, at most MAX_SHAPES, or every one.
 
     Of more, those with the deepest encoders: the published students keep the encoder and cut the decoder. InputError
     names the nearest budget that can be met.
@@ -106,6 +106,8 @@ def choose_shapes(rows: Sequence[Mapping], budget: Budget) -> list[str]:
                    for name, v in offered.items()}  # fmt: skip
         asked = " ".join(f"--{name} {value:g}{SUFFIXES[name]}" for name, value in rounded.items())
         raise InputError(f"no student meets {wanted}: the nearest is {near['student']}, ask for {asked}")
+    if every:
+        return fitting
     layers = {shape: tuple(map(int, shape.split("-"))) for shape in fitting}
     largest = [a for a in fitting if not any(a != b and _contains(layers[b], layers[a]) for b in fitting)]
     return sorted(largest, key=lambda shape: layers[shape], reverse=True)[:MAX_SHAPES]
@@ -135,11 +137,11 @@ def measure_shapes(
 ) -> Path:  # fmt: skip
     """Return the artifact with one row for every shape and for the teacher in its cheaper ways, timed in turns.
 
-    All write as many tokens as the teacher's median summary has, with the decoding that the student will use, one
-    document at a time: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are
-    seconds a document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens, because the
-    longest summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students are timed
-    as CTranslate2 runs them.
+    All write as many tokens as the teacher's median summary has, one document at a time, the teacher as it decodes and
+    students with the changes of `decoding`: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights.
+    `decode_s` are seconds a document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens,
+    because the longest summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students
+    are timed as CTranslate2 runs them.
     """
     options, decoding = {"max_source_length": max_source_length, "prefix": prefix}, dict(decoding or {})
     machine = {"processor": processor_name(), "threads": torch.get_num_threads(), "device": teacher.device.type}
@@ -150,17 +152,17 @@ def measure_shapes(
     def build(folder: Path) -> dict:
         few = validation.select(range(min(NUM_QUALITY, len(validation))))
         documents = list(few["document"])
-        own = generation.decoding_settings(teacher.generation_config, num_beams=decoding.get("num_beams"))["num_beams"]
+        own = generation.decoding_settings(teacher.generation_config)["num_beams"]
         with tempfile.TemporaryDirectory() as temporary:
             decoders, rows = {}, []
             for beams in sorted({own, min(own, 2), 1}, reverse=True):
                 label = "teacher" if beams == own else f"teacher, {beams} beam{'s' * (beams > 1)}"
-                decode = partial(generation.summarize, teacher, tokenizer, **options, **decoding)
+                decode = partial(generation.summarize, teacher, tokenizer, **options)
                 decoders[label] = decode if beams == own else partial(decode, num_beams=beams)
                 rows.append(_row(label, "", teacher))
             fast = _int8_teacher(teacher, tokenizer, Path(temporary) / "teacher")
             if fast:
-                decoders["teacher, int8"] = partial(fast[0], **options, **decoding)
+                decoders["teacher, int8"] = partial(fast[0], **options)
                 rows.append(_row("teacher, int8", "", teacher) | {"memory_mb": fast[1]})
             for row in rows:
                 written = decoders[row["name"]](documents)

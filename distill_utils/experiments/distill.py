@@ -6,6 +6,7 @@ weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.p
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from transformers.utils.logging import disable_progress_bar
 
 from distill_utils.artifacts import InputError, artifact, hashed, processor_name, read_json
 from distill_utils.data import loading
@@ -53,8 +55,8 @@ class Request:
 
     @property
     def options(self) -> dict:
-        """How every decoding of this race reads documents and writes."""
-        return {"max_source_length": self.base.max_source_length, "prefix": self.base.prefix, **self.decoding}
+        """How documents are read, by students and teacher alike."""
+        return {"max_source_length": self.base.max_source_length, "prefix": self.base.prefix}
 
 
 def prepare(given: dict) -> Request:
@@ -101,9 +103,13 @@ def measured_shapes(asked: Request) -> Path:
     shapes = asked.given["student_shapes"] or budget.candidate_shapes(asked.teacher)
     return budget.measure_shapes(
         asked.given["teacher"], asked.teacher, asked.tokenizer, asked.splits["validation"], shapes,
-        max_source_length=asked.base.max_source_length, prefix=asked.base.prefix, decoding=asked.decoding,
-        int8=asked.given["int8"], num_timed=asked.given["num_timed"],
+        **asked.options, decoding=asked.decoding, int8=asked.given["int8"], num_timed=asked.given["num_timed"],
     )  # fmt: skip
+
+
+def chosen_shapes(asked: Request, rows: Sequence[Mapping]) -> list[str]:
+    """Return the shapes that start, as of `budget.choose_shapes`; of those fixed by hand all that fit."""
+    return budget.choose_shapes(rows, asked.limits, every=bool(asked.given["student_shapes"]))
 
 
 def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentRun]:
@@ -160,8 +166,7 @@ def _kind(run: runs.StudentRun) -> str:
 def _label_seconds(asked: Request, rows: Dataset, folder: Path) -> float:
     name, decoding = asked.given["teacher"], asked.base.label_settings
     source = model_folder(name) if name in shipped_models() else name
-    options = {"max_source_length": asked.base.max_source_length, "prefix": asked.base.prefix}
-    return timed(partial(pseudo_labels, source, rows, folder, **options, **decoding))
+    return timed(partial(pseudo_labels, source, rows, folder, **asked.options, **decoding))
 
 
 def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> float:
@@ -216,10 +221,11 @@ def candidate_rows(plan: Mapping[str, runs.StudentRun], prices: Mapping) -> list
 
 def dry_run(given: dict) -> str:
     """Return the tables of a race as text, after all that is measured before and nothing that is trained."""
+    disable_progress_bar()
     asked = prepare(given)
     shapes = measured_shapes(asked)
     rows = read_json(shapes / "results.json")["rows"]
-    chosen = budget.choose_shapes(rows, asked.limits)
+    chosen = chosen_shapes(asked, rows)
     plan = candidates(asked, chosen)
     prices = race_prices(asked, plan, shapes, measured_prices(asked, plan))
     race.check_hours(prices, 3600 * given["hours"])
@@ -266,8 +272,9 @@ def tested_on(asked: Request, split: str, name: str = "teacher", trained: Path |
     model = load_model(trained / "student")[0].to(device()) if trained else asked.teacher
     fingerprint = trained.name if trained else model_fingerprint(asked.given["teacher"], model)
     return scoring.evaluate_model(
-        name, model, asked.tokenizer, fingerprint, asked.splits[split], baseline=baseline, num_speed=0, **asked.options
-    )
+        name, model, asked.tokenizer, fingerprint, asked.splits[split], baseline=baseline, num_speed=0, **asked.options,
+        **(asked.decoding if trained else {}),
+    )  # fmt: skip
 
 
 def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict]:
@@ -277,14 +284,12 @@ def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict
     """
     documents = list(asked.splits["test"]["document"][: asked.given["num_timed"]])
     student = load_model(trained / "student")[0].to(device())
-    decoders = {
-        name: partial(generation.summarize, model, asked.tokenizer, **asked.options)
-        for name, model in (("teacher", asked.teacher), ("student", student))
-    }
+    decode = partial(generation.summarize, tokenizer=asked.tokenizer, **asked.options)
+    decoders = {"teacher": partial(decode, asked.teacher), "student": partial(decode, student, **asked.decoding)}
     with tempfile.TemporaryDirectory() as temporary:
         if asked.given["int8"]:
             fast = budget.int8_decoder(student, asked.tokenizer, Path(temporary))[0]
-            decoders["student"] = partial(fast, **asked.options)
+            decoders["student"] = partial(fast, **asked.options, **asked.decoding)
         ways = {"tokens as before": budget.exactly(num_new_tokens), "own summaries": {}}
         turns = {(way, name): partial(decode, **settings) for way, settings in ways.items()
                  for name, decode in decoders.items()}  # fmt: skip
@@ -314,8 +319,8 @@ def front_rows(
 
 
 def fate_rows(plan: Mapping[str, runs.StudentRun], found: Mapping) -> list[dict]:
-    """Return one row for every candidate: its last score, that minus the best of its rung, and what became of it."""
-    last = {row["name"]: row for row in found["rows"]}
+    """Return one row for every candidate: the score it stands for, that minus the best of its rung, its fate."""
+    last = {row["name"]: row for row in found["rows"] if row["updates"] <= found["best"].get(row["name"], math.inf)}
     keys = ("updates", "score", "difference", "low", "high")
     rows = [{"name": name, **{key: last.get(name, {}).get(key) for key in keys}, "fate": found["fates"][name]}
             for name in plan]  # fmt: skip

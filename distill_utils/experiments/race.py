@@ -135,7 +135,7 @@ def run_race(prices: Mapping, seconds: float, score: Callable[[str, int, int], n
     fates |= {name: "not separated from the winner" for name in ranked} | {winner: "winner"}
     seeds = [float(values.mean()) for values in found[winner]]
     return {
-        "winner": winner, "updates": best[winner], "seed": int(np.argmax(seeds)), "seed_scores": seeds,
+        "winner": winner, "updates": best[winner], "best": best, "seed": int(np.argmax(seeds)), "seed_scores": seeds,
         "finalists": {name: len(found[name]) for name in finalists}, "simplest": _simplest(prices, winner, found),
         "rows": rows, "fates": fates, "ended": ended, "seconds": spent + prices["end"],
     }  # fmt: skip
