@@ -284,8 +284,10 @@ def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict
     """
     documents = list(asked.splits["test"]["document"][: asked.given["num_timed"]])
     student = load_model(trained / "student")[0].to(device())
-    decode = partial(generation.summarize, tokenizer=asked.tokenizer, **asked.options)
-    decoders = {"teacher": partial(decode, asked.teacher), "student": partial(decode, student, **asked.decoding)}
+    decoders = {
+        name: partial(generation.summarize, model, asked.tokenizer, **asked.options, **changes)
+        for name, model, changes in (("teacher", asked.teacher, {}), ("student", student, asked.decoding))
+    }
     with tempfile.TemporaryDirectory() as temporary:
         if asked.given["int8"]:
             fast = budget.int8_decoder(student, asked.tokenizer, Path(temporary))[0]
