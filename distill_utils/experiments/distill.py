@@ -306,17 +306,18 @@ def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict
 def front_rows(
     asked: Request, plan: Mapping[str, runs.StudentRun], found: Mapping, shapes: Sequence[Mapping], teacher_test: Path
 ) -> list[dict]:
-    """Return rows for quality against speed: the teacher, and of each method and shape the best that was scored."""
+    """Return rows for quality against speed: the teacher, the winner, and of each other shape the best scored."""
     latency, metric = {row["name"]: row["latency_ms"] for row in shapes}, asked.given["metric"]
     ends = statistics.bootstrap_interval(scoring.read_scores(teacher_test)[metric])
     named = (metric, f"{metric}_low", f"{metric}_high")
     teacher = {"method": "teacher", "student": "", "latency_ms": latency["teacher"]}
     best: dict[str, dict] = {}
-    for row in sorted(found["rows"], key=lambda row: -row["score"]):
+    won = (found["winner"], found["updates"])
+    for row in sorted(found["rows"], key=lambda row: ((row["name"], row["updates"]) != won, -row["score"])):
         run = plan[row["name"]]
         values = dict(zip(named, (row["score"], row["score_low"], row["score_high"]), strict=True))
         point = {"name": row["name"], "method": run.method, "student": run.shape, "latency_ms": latency[run.shape]}
-        best.setdefault(_kind(run), point | values)
+        best.setdefault(run.shape, point | values)
     return [teacher | dict(zip(named, ends, strict=True)), *best.values()]
 
 
