@@ -89,9 +89,9 @@ def distill(arguments: argparse.Namespace) -> int:
     """Check what was asked, then print the plan of a race or run it as its notebook."""
     names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric")
     given = {name: getattr(arguments, name) for name in names} | {"int8": str(arguments.int8).lower()}
-    for name in ("teacher", "dataset"):  # a file or folder where the user is, named without its place
-        if Path(given[name]).exists() and (Path(given[name]).suffix or Path(given[name], "config.json").exists()):
-            given[name] = f"./{given[name]}" if "/" not in given[name] else given[name]
+    for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
+        if "/" not in given[name] and given[name] != "pydocs" and Path(given[name], needed).exists():
+            given[name] = f"./{given[name]}"
     overrides = [*(f"{name}={value}" for name, value in given.items()), *arguments.overrides]
     (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, overrides)
     if arguments.dry_run:

@@ -26,6 +26,7 @@ from distill_utils.models import students
 from distill_utils.models.loading import model_fingerprint, save_model
 
 MAX_SHAPES = 3
+REPEATS = 5  # of which the best counts: shapes of nearly one speed decide who starts
 NUM_QUALITY = 100  # documents on which the teacher's cheaper decodings are scored
 UNITS = {
     "latency": {"ms": 1.0, "s": 1000.0},
@@ -122,7 +123,7 @@ def fit_column(rows: Sequence[Mapping], budget: Budget, chosen: Sequence[str]) -
     texts = []
     for row in rows:
         outside = excesses(row, budget)
-        late = ", ".join(f"{name} {factor:.2f} times off" for name, factor in outside.items())
+        late = ", ".join(f"{name} off by {100 * (factor - 1):.1f} %" for name, factor in outside.items())
         kept = "starts" if row["student"] in chosen else "fits; a larger one does too" if row["student"] else "fits"
         texts.append(late or kept)
     return texts
@@ -178,7 +179,7 @@ def measure_shapes(
                     decoders[shape] = partial(decode, **options, **decoding)
             median, long = (max(2, int(np.quantile(lengths, share))) for share in (0.5, 0.95))
             turns = {label: partial(decode, **exactly(median)) for label, decode in decoders.items()}
-            times = scoring.interleaved_latency_ms(turns, documents[:num_timed], teacher.device)
+            times = scoring.interleaved_latency_ms(turns, documents[:num_timed], teacher.device, REPEATS)
             for row in rows:
                 row |= {"latency_ms": times[row["name"]], "speedup": times["teacher"] / times[row["name"]]}
                 batch = partial(decoders[row["name"]], documents[:32], **exactly(long))
