@@ -40,7 +40,7 @@ EXAMPLES = {"latency": "30ms or 0.03s", "parameters": "100M", "memory": "500MB"}
 class Budget:
     """What a student may cost: at most, and for the speed-up at least; 0 = no limit."""
 
-    latency: float = 0.0  # milliseconds a summary, batch 1
+    latency: float = 0.0  # milliseconds per summary, batch 1
     speedup: float = 0.0  # over the teacher as it is decoded
     parameters: float = 0.0  # millions
     memory: float = 0.0  # megabytes (2**20 bytes) of weights
@@ -140,7 +140,7 @@ def measure_shapes(
 
     All write as many tokens as the teacher's median summary has, one document at a time, the teacher as it decodes and
     students with the changes of `decoding`: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights.
-    `decode_s` are seconds a document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens,
+    `decode_s` are seconds per document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens,
     because the longest summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students
     are timed as CTranslate2 runs them.
     """

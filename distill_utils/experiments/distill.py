@@ -365,7 +365,7 @@ def verdict(
     lines.append(
         f"**Take {label}**, {found['updates']} updates: {student[metric]:.2f} {HEADINGS[metric]} "
         f"({student[f'{metric}_low']:.2f} to {student[f'{metric}_high']:.2f}) on {len(asked.splits['test'])} test "
-        f"documents, {speed['latency_ms']:.1f} ms a summary, {speed['speedup']:.2f} times as fast as the teacher. It "
+        f"documents, {speed['latency_ms']:.1f} ms per summary, {speed['speedup']:.2f} times as fast as the teacher. It "
         f"keeps {share} of the teacher's ROUGE-2; that this is at least 95 % is {shown}. The difference to the "
         f"teacher's {teacher[metric]:.2f} {real} (p = {p_value:.3f})."
     )
