@@ -140,7 +140,7 @@ def measure_shapes(
 
     All write as many tokens as the teacher's median summary has, one document at a time, the teacher as it decodes and
     students with the changes of `decoding`: `latency_ms`, and `speedup` over the teacher. `memory_mb` are the weights.
-    `decode_s` are seconds per document in batches of 32, as scoring decodes, at the teacher's 95th percentile of tokens,
+    `decode_s` are seconds per document in batches of 32, as scoring does, at the teacher's 95th percentile of tokens,
     because the longest summary of a batch decides. Teacher rows have ROUGE on the first documents. With `int8` students
     are timed as CTranslate2 runs them.
     """
