@@ -1,6 +1,7 @@
-"""Command line: `python -m distill_utils report 03`, `... list`, `... export NAME DIR`, `... summarize FILE`."""
+"""Command line: `python -m distill_utils` and distill, report, list, export, summarize or teachers."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from distill_utils.artifacts import InputError
+from distill_utils.artifacts import InputError, config_hash, lock, read_json, runs_dir, write_json
 from distill_utils.report import batch, settings
 
 
@@ -21,8 +22,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the commands."""
-    parser = OneLineParser(prog="python -m distill_utils", description="Run notebooks and use what they train.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="report|list|export|summarize|teachers")
+    parser = OneLineParser(prog="python -m distill_utils", description="Make students, run notebooks, use students.")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="distill|report|list|export|summarize|teachers"
+    )
     report = commands.add_parser(
         "report",
         help="execute notebooks and write reports/",
@@ -51,8 +54,32 @@ def build_parser() -> argparse.ArgumentParser:
     summarize.add_argument("--column", default="", metavar="NAME", help='of JSON Lines, "document" if not given')
     summarize.add_argument("--output", type=Path, metavar="FILE", help="instead of stdout")
     summarize.add_argument("--json", action="store_true", help='write {"summary": ...} per line')
+    add_distill(commands)
     commands.add_parser("teachers", help="train the embedded teachers from nothing")
     return parser
+
+
+def add_distill(commands) -> None:
+    """Describe `distill`."""
+    parser = commands.add_parser(
+        "distill",
+        help="a budget in, a student out",
+        description="Find the best student inside a budget: shapes are timed before training, what fits races, the "
+        "winner is tested once and written to --output with its page in report/distill.html. The same command goes on "
+        "after a kill. Other settings: -p, as `report --list` prints them for distill.",
+    )
+    parser.add_argument("--teacher", default="pydocs-bart", metavar="NAME", help="shipped name, folder or hub name")
+    parser.add_argument("--dataset", default="pydocs", metavar="NAME", help="pydocs, hub name, folder or file")
+    parser.add_argument("--latency", default="", metavar="TIME", help="of one summary at most: 30ms, 0.03s")
+    parser.add_argument("--speedup", default="0", metavar="TIMES", help="over the teacher at least")
+    parser.add_argument("--parameters", default="", metavar="NUMBER", help="at most: 100M")
+    parser.add_argument("--memory", default="", metavar="SIZE", help="of the weights at most: 500MB")
+    parser.add_argument("--int8", action="store_true", help="the budget is about the student in int8, on a CPU")
+    parser.add_argument("--hours", default="1", help="for everything (default 1)")
+    parser.add_argument("--metric", default="rouge2", help="what validation documents decide by (default rouge2)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the student")
+    parser.add_argument("--dry-run", action="store_true", help="print what fits and what it costs, train nothing")
+    parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -90,12 +117,51 @@ def use_student(arguments: argparse.Namespace) -> int:
     return batch.OK
 
 
+def distill(arguments: argparse.Namespace) -> int:
+    """Check what was asked, then print the plan of a race or run it as its notebook."""
+    names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric")
+    given = {name: getattr(arguments, name) for name in names} | {"int8": str(arguments.int8).lower()}
+    for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
+        if "/" not in given[name] and given[name] != "pydocs" and Path(given[name], needed).exists():
+            given[name] = f"./{given[name]}"
+    overrides = [*(f"{name}={value}" for name, value in given.items()), *arguments.overrides]
+    (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, overrides)
+    if arguments.dry_run:
+        from distill_utils.experiments.distill import dry_run
+
+        with contextlib.chdir(plan.path.parent):  # relative paths are as the notebook sees them
+            print(dry_run(plan.values))
+        return batch.OK
+    if arguments.output is None:
+        raise InputError("no --output: name the folder of the student, or take --dry-run")
+    with output_folder(arguments.output.resolve(), plan.values) as output:
+        (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, [*overrides, f"output={output}"])
+        return batch.run_reports([plan], output / "report")
+
+
+@contextlib.contextmanager
+def output_folder(output: Path, asked: dict):
+    """Hold the folder that a student goes to; InputError when another race does, or when it has other contents.
+
+    What was asked for is kept in runs/, so that the same command finds its own folder again.
+    """
+    kept = runs_dir() / f"distill-{config_hash(str(output))}"
+    with lock(kept):
+        mine = (kept / "config.json").exists() and read_json(kept / "config.json") == asked
+        if output.exists() and not (output.is_dir() and (mine or not any(output.iterdir()))):
+            raise InputError(f"--output {output.name} exists and is not this race's: name another folder, or remove it")
+        write_json(kept / "config.json", asked)
+        yield output
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "report":
             return report(arguments)
+        if arguments.command == "distill":
+            return distill(arguments)
         if arguments.command != "teachers":
             return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher

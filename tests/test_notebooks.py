@@ -22,7 +22,7 @@ def problems(path: Path) -> list[str]:
     """Return what is wrong with a notebook's file, one line each."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     found = []
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem):
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+|distill", path.stem):
         found.append(f"name {path.stem!r} is not NN_topic")
     kernel = notebook["metadata"].get("kernelspec", {}).get("name")
     if kernel != "python3":

@@ -138,6 +138,7 @@ def summarize_ctranslate2(
     top_p: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    translator=None,
     **decoding: int | float | None,
 ) -> tuple[list[str], list[float | None]]:
     """Write one summary per document with a model converted by `to_ctranslate2`; return (summaries, scores).
@@ -154,6 +155,7 @@ def summarize_ctranslate2(
         temperature: draw tokens at this temperature in place of beams, from the `top_k` likeliest or from the likeliest
             that together reach the probability `top_p` (at that temperature, as `generate` does). The same seed and
             batches draw the same.
+        translator: what `load_translator` returned, for a folder that is used more than once.
     """
     import ctranslate2
 
@@ -161,17 +163,13 @@ def summarize_ctranslate2(
     decoding = decoding_settings(settings, **decoding)
     source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
     first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
-    num_threads = torch.get_num_threads()
-    # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
-    workers = max(1, num_threads // 4) if temperature is None else 1
     sampling = {}
     if temperature is not None:
         ctranslate2.set_random_seed(seed)
         sampling = {"sampling_temperature": temperature, "sampling_topk": top_k or 0, "sampling_topp": top_p or 1.0}
         decoding |= {"num_beams": 1, "length_penalty": 1.0}
-    translator = ctranslate2.Translator(
-        str(folder), inter_threads=workers, intra_threads=max(1, num_threads // workers), max_queued_batches=-1
-    )
+    # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
+    translator = translator or load_translator(folder, one_worker=temperature is not None)
     waiting = []
     for chosen in batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
         futures = translator.translate_batch(
@@ -204,6 +202,17 @@ def summarize_ctranslate2(
         if progress and (done % 16 == 0 or done == len(documents)):
             progress(done, len(documents))
     return summaries, scores
+
+
+def load_translator(folder: Path | str, one_worker: bool = False):
+    """Return the engine of a converted model, on all threads of torch."""
+    import ctranslate2
+
+    num_threads = torch.get_num_threads()
+    workers = 1 if one_worker else max(1, num_threads // 4)
+    return ctranslate2.Translator(
+        str(folder), inter_threads=workers, intra_threads=max(1, num_threads // workers), max_queued_batches=-1
+    )
 
 
 def score_ctranslate2(

@@ -28,16 +28,17 @@ from distill_utils.report.style import method_label
 PARITY = {"int8": (85.0, 0.05), "bfloat16": (90.0, 0.02), "float32": (checks.MIN_AGREEMENT, checks.MAX_SCORE_GAP)}
 
 
-def export(name: str | Path, folder: str | Path, push: str = "") -> Path:
-    """Write a finished student to a new folder, whole or not at all, and return it; `push` uploads it to the hub.
+def export(name: str | Path, folder: str | Path, push: str = "", replace: bool = False) -> Path:
+    """Write a finished student to a folder, whole or not at all, and return it; `push` uploads it to the hub.
 
     The folder loads by `AutoModelForSeq2SeqLM.from_pretrained`. It is read again in a new process, which must give the
     same logits, summaries, settings and tokenizer (`checks.round_trip`). In ctranslate2/ lies the same model for the
     CPU, in int8 or in the first type that keeps to PARITY. `name` is what `use.find_model` knows. Raises InputError
-    for a folder that exists, an unfinished run, and a hub that takes no upload, before anything is loaded.
+    for a folder that exists, unless told to `replace` it, an unfinished run, and a hub that takes no upload, before
+    anything is loaded.
     """
     folder = Path(folder).expanduser()
-    _check_target(folder)
+    _check_target(folder, replace)
     source, run = use.find_model(name)
     if push:
         _check_hub(push)
@@ -67,8 +68,8 @@ def export(name: str | Path, folder: str | Path, push: str = "") -> Path:
     return folder
 
 
-def _check_target(folder: Path) -> None:
-    if folder.exists():
+def _check_target(folder: Path, replace: bool) -> None:
+    if folder.exists() and not replace:
         raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -99,9 +99,7 @@ def readme_table(reports: Path) -> str:
     for entry in gather(reports):
         link, wall = f"reports/{entry['report']}.html", wall_time(entry)
         if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
-            parts = [f"{name} {duration(value)}" for name, value in (entry.get("seconds") or {}).items()]
-            line = {"report": f"[{entry['report']}]({link})", "wall time": wall, "of which": ", ".join(parts)}
-            timed.append(line)
+            timed.append(f"{entry['report'].partition('_')[0]} {wall}")
         rows = entry.get("means") or entry["rows"]
         rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
         grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
@@ -114,7 +112,7 @@ def readme_table(reports: Path) -> str:
             if len(rows) <= README_ROWS and not grid:
                 blocks.append(_markdown_table([_scores(row) for row in rows]))
     if timed:
-        blocks.append(_markdown_table(timed))
+        blocks.append(f"Wall time of `make reports`: {'; '.join(timed)}.")
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
 
 

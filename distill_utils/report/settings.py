@@ -187,13 +187,14 @@ def make_plans(
 ) -> list[Plan]:
     """Check notebooks, profile and `name=value` overrides; InputError before anything runs.
 
-    An override must be a parameter of each notebook named. With `every`, all notebooks that the profile speaks of.
+    An override must be a parameter of each notebook named. With `every`, all numbered notebooks that the profile speaks
+    of: the others are run by commands of their own.
     """
     settings = read_profile(profile, folder)
     if profile == DEFAULT_PROFILE:
         settings = {stem: {} for stem in _stems(folder)} | settings
     if every:
-        names = [stem for stem in _stems(folder) if stem in settings]
+        names = [stem for stem in _stems(folder) if stem in settings and stem[0].isdigit()]
     if not names:
         raise InputError("no notebook to run: name one (03), or use --all")
     plans = []

@@ -1,0 +1,321 @@
+"""Budgets, shapes and the race by hand-computed cases, and whole races of tiny models, killed and resumed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import WORDS, tiny_bart, tiny_tokenizer
+
+from distill_utils.__main__ import main
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.experiments import budget, distill, race, runs
+from distill_utils.models.loading import load_model, save_model
+from distill_utils.report import batch, settings
+
+
+def prices(updates: dict[str, float], **changes) -> dict:
+    """Return prices without overhead: rungs of 100, 200, 400, ... updates, a tenth of them a cooldown."""
+    each = {"score": 0.0, "labels": False, "parameters": 1.0}
+    found = {name: {"update": seconds} | each for name, seconds in updates.items()}
+    return {
+        "candidates": found, "labels": 0.0, "end": 0.0, "measured": 0.0, "first_rung": 100, "cooldown_share": 0.1,
+        "max_rungs": 0,
+    } | changes  # fmt: skip
+
+
+class Scores:
+    """Made-up scores by name: mean after the first rung, gain a doubling; what was asked for is kept."""
+
+    def __init__(self, means: dict[str, float], gain: float = 1.0, noise: float = 3.0):
+        self.means, self.gain, self.noise, self.asked = means, gain, noise, []
+
+    def __call__(self, name: str, updates: int, seed: int) -> np.ndarray:
+        self.asked.append((name, updates, seed))
+        drawn = np.random.default_rng([sorted(self.means).index(name), updates, seed])
+        shared = np.random.default_rng(0).normal(0, 5, 200)  # documents are hard or easy for all alike
+        values = drawn.normal(0, self.noise, 200)
+        return shared + values - values.mean() + self.means[name] + self.gain * np.log2(updates / 100)
+
+
+# -------------------------------------------------------------------------------------------------------------- budgets
+
+
+def test_budgets_are_read_with_their_units():
+    assert budget.parse_budget("0.03s", 2.0, "100M", "1GB") == budget.Budget(30.0, 2.0, 100.0, 1024.0)
+    assert budget.parse_budget(" 30 MS ", parameters="1.5b") == budget.Budget(latency=30.0, parameters=1500.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latency": "30"}, "latency '30' is no amount with its unit"),
+        ({"latency": "30M"}, "30ms or 0.03s"),
+        ({"parameters": "many"}, "parameters 'many'"),
+        ({"memory": "0MB"}, "memory '0MB'"),
+        ({"speedup": -1.0}, "speedup -1 is negative"),
+    ],
+)
+def test_bad_budgets_are_rejected(given, message):
+    with pytest.raises(InputError, match=message):
+        budget.parse_budget(**given)
+
+
+def test_candidate_shapes_halve_both_stacks():
+    assert budget.candidate_shapes(tiny_bart(3, 2)) == ["3-1", "2-2", "2-1", "1-2", "1-1"]
+
+
+def rows_of(**latencies: float) -> list[dict]:
+    """Return measured rows of a teacher of 40 ms and of shapes named like s6_3."""
+    row = {"parameters_m": 10.0, "memory_mb": 40.0}
+    rows = [{"name": "teacher", "student": "", "latency_ms": 40.0, "speedup": 1.0, **row}]
+    for name, value in latencies.items():
+        shape = name[1:].replace("_", "-")
+        rows.append({"name": shape, "student": shape, "latency_ms": value, "speedup": 40 / value, **row})
+    return rows
+
+
+def test_only_the_largest_shapes_that_fit_start():
+    rows = rows_of(s6_3=30.0, s6_1=22.0, s3_6=36.0, s3_3=24.0, s3_1=15.0, s1_3=20.0, s1_1=10.0)
+    assert budget.choose_shapes(rows, budget.Budget(latency=30.0)) == ["6-3"]
+    assert budget.choose_shapes(rows, budget.Budget(latency=24.0)) == ["6-1", "3-3"]
+    assert budget.choose_shapes(rows, budget.Budget(latency=21.0)) == ["3-1", "1-3"]
+    assert budget.choose_shapes(rows, budget.Budget(latency=21.0, speedup=2.5)) == ["3-1"]
+    why = budget.fit_column(rows, budget.Budget(latency=24.0), ["6-1", "3-3"])
+    assert why[0] == "latency off by 66.7 %" and why[2] == why[4] == "starts" and "larger" in why[5]
+
+
+def test_at_most_three_shapes_start():
+    rows = rows_of(s8_1=9.0, s4_2=9.0, s2_4=9.0, s1_8=9.0)
+    assert budget.choose_shapes(rows, budget.Budget(latency=9.0)) == ["8-1", "4-2", "2-4"]
+
+
+def test_a_budget_that_nobody_meets_names_the_nearest_one_that_can_be_met():
+    rows = rows_of(s6_3=30.0, s1_1=10.04)
+    with pytest.raises(InputError, match="nearest is 1-1, ask for --latency 10.1ms --speedup 3.98") as error:
+        budget.choose_shapes(rows, budget.Budget(latency=5.0, speedup=8.0))
+    assert "\n" not in str(error.value)
+    assert budget.choose_shapes(rows, budget.Budget(latency=10.1, speedup=3.98)) == ["1-1"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the race
+
+
+def test_prices_of_rungs_follow_the_trunk():
+    made = prices({"a": 1.0}, end=7.0)
+    made["candidates"]["a"]["score"] = 5.0
+    # Trunks stand at 90, 180, 360 updates; a rung goes on from there.
+    assert [race.rung_seconds(made, "a", rung) for rung in range(3)] == [105.0, 115.0, 225.0]
+    assert race.seed_seconds(made, "a", 200) == 205.0
+
+
+def test_rungs_halve_and_time_drops_the_last():
+    made = prices(dict.fromkeys("abcd", 1.0), labels=50.0, end=10.0, measured=20.0)
+    made["candidates"]["d"]["labels"] = True
+    assert race.next_rung(made, "abcd", 0, 20.0, 480.0) == list("abcd")
+    assert race.next_rung(made, "abcd", 0, 20.0, 479.0) == list("abc")  # labels are for d alone
+    assert race.next_rung(made, "abc", 0, 20.0, 129.0) == []
+    # 2 x 110 for the rung, 2 x 200 for second seeds, 10 for the end
+    assert race.next_rung(made, "cab", 1, 100.0, 730.0) == ["c", "a"]
+    assert race.next_rung(made, "cab", 1, 100.0, 729.0) == []
+    assert race.next_rung(made, "c", 1, 100.0, 220.0) == ["c"]  # alone it needs no second seed
+    planned = [tuple(row.values()) for row in race.planned_rungs(made, 1150.0)]  # updates, candidates, seconds
+    assert planned == [(100, 4, 450.0), (200, 2, 220.0)]
+
+
+def test_hours_below_one_rung_name_what_is_needed():
+    made = prices({"a": 30.0, "b": 6.0}, measured=300.0, end=300.0)
+    assert len(race.planned_rungs(made, 1e6)) > len(race.planned_rungs(made | {"max_rungs": 2}, 1e6)) == 2
+    with pytest.raises(InputError, match="one candidate needs 1.00, all 2 need 1.17"):
+        race.check_hours(made, 3599.0)
+    race.check_hours(made, 3600.0)
+
+
+def test_worse_candidates_and_those_without_time_are_told_apart():
+    means = {"a": 20.0, "b": 20.1, "c": 19.9, "d": 10.0}
+    score = Scores(means)
+    found = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 400.0 + 220 + 400, score)
+    assert found["fates"] == {
+        "a": "not separated from the winner", "b": "winner", "c": "dropped for time before 200 updates",
+        "d": "worse after 100 updates",
+    }  # fmt: skip
+    assert found["finalists"] == {"a": 2, "b": 2} or found["finalists"] == {"b": 2, "a": 2}
+    assert score.asked[4:] == [("b", 200, 0), ("a", 200, 0), ("b", 200, 1), ("a", 200, 1)]
+    assert found["seconds"] == 1020.0 and "used up" in found["ended"]
+    again = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 1020.0, Scores(means))
+    assert again["winner"] == found["winner"] and again["rows"] == found["rows"]
+
+
+def test_a_race_ends_when_nobody_gains_and_the_best_rung_counts():
+    score = Scores({"a": 20.0, "b": 10.0}, gain=-1.0)
+    found = race.run_race(prices(dict.fromkeys("ab", 1.0)), 1e6, score)
+    assert (found["winner"], found["updates"]) == ("a", 100) and "no student gained" in found["ended"]
+    assert score.asked == [("a", 100, 0), ("b", 100, 0), ("a", 200, 0)]  # b is worse, so no second seed is needed
+
+
+def test_the_simplest_that_is_not_separated_is_named():
+    made = prices(dict.fromkeys("abc", 1.0))
+    for name, size in (("a", 9.0), ("b", 3.0), ("c", 1.0)):
+        made["candidates"][name]["parameters"] = size
+    found = race.run_race(made, 300.0, Scores({"a": 20.1, "b": 20.0, "c": 10.0}))
+    assert (found["winner"], found["simplest"]) == ("a", "b")
+    assert found["finalists"] == {"a": 1, "b": 1}  # no time for a second seed
+
+
+# ------------------------------------------------------------------------------------------------ a whole race, tiny
+
+GIVEN = {
+    "latency": "", "speedup": 0.0, "parameters": "1M", "memory": "", "hours": 1.0, "metric": "rouge1", "int8": False,
+    "dataset": "unset", "document_column": "document", "summary_column": "summary", "prefix": "", "num_train": 60,
+    "num_validation": 24, "num_test": 16, "max_source_length": 24, "max_target_length": 10, "student_shapes": [],
+    "methods": ["sft", "pl_kl"], "learning_rates": [0.003], "label_beams": 1, "decoding": ["num_beams=1"],
+    "first_rung": 6, "batch_size": 8, "warmup_steps": 1, "seed": 0, "num_timed": 1, "max_rungs": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    generator, lines = random.Random(0), ["document,summary"]
+    for _ in range(160):
+        text = generator.choices(WORDS, k=generator.randint(6, 16))
+        lines.append(f"{' '.join(text)},{' '.join(text[:5])}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return GIVEN | {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "pairs.csv")}
+
+
+def run_tiny_race(given: dict, rungs: int = 2, killed_at: int | None = None) -> tuple[dict, Path]:
+    """Race for so many rungs by fixed prices; `killed_at` raises inside the training of that student."""
+    asked = distill.prepare(given)
+    plan = distill.candidates(asked, ["3-1", "1-1"])
+    made = prices(dict.fromkeys(plan, 1.0), first_rung=given["first_rung"], cooldown_share=distill.COOLDOWN)
+    seconds = {1: 24.0, 2: 24.0 + 14 + 24}[rungs]  # a second seed of both finalists after two rungs
+    count = 0
+
+    def score(name: str, updates: int, seed: int) -> np.ndarray:
+        nonlocal count
+        count += 1
+        if count == killed_at:
+            run = distill.student_run(asked, plan, name, updates, seed)
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(runs, "save_model", _raise)
+                runs.train_student(run, asked.teacher, asked.tokenizer, *list(asked.splits.values())[:2])
+            raise KeyboardInterrupt
+        return distill.trained_and_scored(asked, plan, name, updates, seed)
+
+    found = race.run_race(made, seconds, score)
+    return found, asked.made[found["winner"], found["updates"], found["seed"]][0]
+
+
+def _raise(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch):
+    whole, folder = run_tiny_race(given)
+    assert len(whole["rows"]) == 4 + 2 and set(whole["finalists"].values()) <= {1, 2}
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "again"))
+    for killed_at in (2, 5):  # in the first rung and in the second, whose trunks go on
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny_race(given, killed_at=killed_at)
+    again, same = run_tiny_race(given)
+    assert again == whole and same != folder and same.name == folder.name
+    one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": ""}, "no budget: give latency"),
+        ({"hours": 0.0}, "hours 0 is not positive"),
+        ({"metric": "bleu"}, "metric 'bleu' is unknown"),
+        ({"methods": ["kd_cached"]}, "'kd_cached' cannot race"),
+        ({"methods": ["kdd"]}, "method 'kdd' is unknown"),
+        ({"student_shapes": ["3-9"]}, "is 9"),
+        ({"decoding": ["top_p=0.5"]}, "decoding: top_p set nothing here"),
+    ],
+)
+def test_bad_requests_are_rejected_before_anything_is_measured(given, change, message):
+    with pytest.raises(InputError, match=message):
+        distill.prepare(given | change)
+
+
+def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given):
+    asked = distill.prepare(given | {"learning_rates": [0.1, 0.2, 0.3, 0.4, 0.5]})
+    assert len(distill.candidates(asked, ["3-1"])) == 8
+    assert len(distill.candidates(asked, ["3-1", "2-2", "1-1"])) == 6
+    with pytest.raises(InputError, match="2 methods of 5 shapes"):
+        distill.candidates(asked, budget.candidate_shapes(asked.teacher)[:5])
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def command_of(given: dict, *arguments: str) -> list[str]:
+    """Return `distill` with the tiny race's settings, and further arguments."""
+    named = ("teacher", "dataset", "parameters", "metric")
+    left_out = (*named, "latency", "memory", "speedup", "hours")
+    overrides = [f"{name}={settings.as_text(value)}" for name, value in given.items() if name not in left_out]
+    flags = [part for name in named for part in (f"--{name}", given[name])]
+    return ["distill", *flags, *(part for text in overrides for part in ("-p", text)), *arguments]
+
+
+def test_a_dry_run_by_the_command_prints_the_tables_and_trains_nothing(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given |= {"methods": ["sft"], "teacher": "teacher", "dataset": "pairs.csv"}
+    command = command_of(given, "--dry-run")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("teacher, int8", "3-2", "starts", "a larger one does too", "SFT 3-2, 0.003"))
+    assert not list((tmp_path / "runs").glob("sft-*"))
+    for change, message in (("--latency=0.001ms", "ask for --latency"), ("--hours=0.0000001", "below one rung of 6")):
+        assert main([*command, change]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and len(said.err.splitlines()) == 1
+        assert "building" not in said.out and "reusing runs/shapes-" in said.out  # another budget, measured once
+
+
+def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypatch):
+    assert main(command_of(given)) == 2 and "no --output" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    assert main(command_of(given, "--output", str(taken))) == 2
+    assert "exists and is not this race's" in capsys.readouterr().err
+
+    done = []
+    monkeypatch.setattr(batch, "run_reports", lambda plans, reports: done.append((plans, reports)) or batch.OK)
+    command = command_of(given, "--output", str(tmp_path / "student"))
+    assert main(command) == 0 and done[0][1] == tmp_path / "student" / "report"
+    assert done[0][0][0].values["output"] == str(tmp_path / "student")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").touch()
+    assert main(command) == 0  # the same race goes on in its own folder, another one does not
+    assert main([*command, "--hours", "2"]) == 2
+
+    def second(plans, reports):
+        assert main(command) == 2  # while the first holds the folder
+        return batch.OK
+
+    monkeypatch.setattr(batch, "run_reports", second)
+    capsys.readouterr()
+    assert main(command) == 0 and "is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_leaves_a_student_and_a_page(given, tmp_path):
+    output = tmp_path / "student"
+    given |= {"student_shapes": ["3-1", "1-1"], "methods": ["sft"], "max_rungs": 1}
+    assert main(command_of(given, "--output", str(output))) == 0
+    model, _ = load_model(output)
+    assert len(model.get_decoder().layers) == 1
+    assert (output / "report" / "distill.html").exists()
+    results = read_json(output / "report" / "distill.json")
+    assert results["rows"][1]["student"] == results["race"]["winner"].split()[1].rstrip(",")
