@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
 
-from distill_utils import device
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data.batches import pair_stream, tokenize_pairs
 from distill_utils.distillation import objectives
@@ -135,7 +134,7 @@ def test_float16_is_never_used(tmp_path, monkeypatch):
     model, _ = load_model(tmp_path / "half")
     assert model.dtype == torch.float32  # what a checkpoint is stored in does not decide
     batch, seen = tiny_batch() | {"ids": ["a", "b", "c"]}, set()
-    monkeypatch.setattr(device, "amp_dtype", lambda on=None: torch.bfloat16)
+    monkeypatch.setattr(loop, "amp_dtype", lambda *_: torch.bfloat16)
 
     def loss_fn(student, batch):
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else student.dtype)

@@ -28,7 +28,7 @@ from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, comparison, race, runs
-from distill_utils.models import students
+from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, shipped_models
 from distill_utils.report.style import HEADINGS, method_label
 from distill_utils.training.loop import Training, choose_attention, fit
@@ -178,7 +178,7 @@ def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> flo
         choose_attention(student.to(device()), run.max_source_length)
         objective = partial(runs.objective_of(run.method), teacher=asked.teacher, **cut["options"])
         settings = replace(run.training, max_steps=2 + num, log_every=1, schedule="constant", checkpoint_every=0)
-        with tempfile.TemporaryDirectory() as folder, students.frozen_in(amp_dtype(), student, asked.teacher):
+        with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, asked.teacher):
             history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), batches, settings,
                           Path(folder), stage=f"price of {run.group}")  # fmt: skip
         seconds = max((history[-1]["seconds"] - history[1]["seconds"]) / num, 1e-4)
