@@ -1,7 +1,5 @@
 """A student on its way to a user: found by name, exported with proof and card, summarizing files."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import io

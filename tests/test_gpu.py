@@ -4,8 +4,6 @@ bf16 objectives against float32, hooks beside fused attention, FSDP2 in one proc
 continued.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

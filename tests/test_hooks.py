@@ -1,7 +1,5 @@
 """Captured queries, keys and values against projections by hand and against the attention of eager models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5

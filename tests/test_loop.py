@@ -1,7 +1,5 @@
 """The training loop: arithmetic, refusals, and real processes that are killed and started again."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

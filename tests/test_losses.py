@@ -1,7 +1,5 @@
 """Losses against their definitions in float64, analytic gradients and finite differences."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

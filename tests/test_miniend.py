@@ -1,7 +1,5 @@
 """Distillation on plain text: every path to a fine-tuned student, assistants, mixed targets and exact resume."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from dataclasses import replace

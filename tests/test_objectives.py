@@ -1,7 +1,5 @@
 """Objectives against the Hugging Face forward pass and against each other."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Profiles fit the notebooks' parameters and the published models, and run; published figures agree with themselves."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import math
@@ -177,7 +175,7 @@ def test_every_student_of_a_published_profile_takes_a_step(profile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("profile", "notebook"), CASES)
-def test_every_cell_of_every_profile_runs(profile, notebook, hub, tmp_path):
+def test_every_cell_of_every_profile_runs(profile, notebook, hub, corpus, tmp_path):
     changes = small_values(profile, notebook)
     command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", profile, "--output", tmp_path]
     for name, value in changes.items():

@@ -1,7 +1,5 @@
 """The embedded corpus: what is accepted, how splits are kept apart, and that nothing is ever imported."""
 
-from __future__ import annotations
-
 import ast
 import random
 import re

@@ -1,7 +1,5 @@
 """Budgets, shapes and the race by hand-computed cases, and whole races of tiny models, killed and resumed."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A student from description to results row, for every method, on a tiny model and planted pairs."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A ladder of teachers: what is measured and compared, what the words say, and what is refused before any training."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 
 from distill_utils.artifacts import read_json
 
+pytestmark = pytest.mark.usefixtures("corpus")
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
 QUICK = ("01_teacher_setup", "03_kd_pl_sft")  # `make test` runs the data's and the methods', `make test-all` all
@@ -20,7 +21,7 @@ QUICK = ("01_teacher_setup", "03_kd_pl_sft")  # `make test` runs the data's and 
 )
 def test_smoke_profile_makes_a_report(notebook, tmp_path):
     command = [sys.executable, "-m", "distill_utils", "report", notebook, "--profile", "smoke", "--output", tmp_path]
-    # Corpus, teacher and students of the notebooks before are reused, as a user's are.
+    # Teacher and students of the notebooks before are reused, as a user's are.
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     page = BeautifulSoup((tmp_path / "smoke" / f"{notebook}.html").read_text(encoding="utf-8"), "html.parser")

@@ -1,7 +1,5 @@
 """Speculative decoding against `generate` with one beam, token by token."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import FAMILIES, WORDS, tiny_tokenizer

@@ -1,7 +1,5 @@
 """Intervals, paired tests, correlations and similarities: against scipy, naive forms and counts by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import scipy.stats

@@ -1,7 +1,5 @@
 """Students of every family against the Hugging Face forward pass, and every error of bad models."""
 
-from __future__ import annotations
-
 import copy
 import json
 from functools import partial

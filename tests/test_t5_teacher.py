@@ -1,7 +1,5 @@
 """The shipped language model: its tokenizer, its shape, how it is made, and that its card tells what its files give."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace
@@ -180,7 +178,7 @@ def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module", params=t5_teacher.SHAPES)
-def shipped(request):
+def shipped(request, corpus):
     folder = ASSETS / request.param
     if not (folder / "card.json").exists():
         pytest.skip(f"{request.param} is not built here")

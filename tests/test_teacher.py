@@ -1,7 +1,5 @@
 """The shipped teacher: its card tells what its files give, and it is a useful teacher."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -22,7 +20,7 @@ def card() -> dict:
 
 
 @pytest.fixture(scope="module")
-def written(card):
+def written(card, corpus):
     """Return the first test documents, their references and the teacher's summaries of them."""
     model, tokenizer = load_model("pydocs-bart")
     test = loading.load_pairs("pydocs", "test", card["num_checked"])

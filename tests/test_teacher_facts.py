@@ -1,7 +1,5 @@
 """What notebook 1 says of corpus and teacher: counted by hand."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

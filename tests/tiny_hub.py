@@ -4,8 +4,6 @@ widths, random weights, synthetic text. With HF_HOME at it and no network, hub n
 Out of scope: what models or texts mean; nothing here can be learned.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -3,8 +3,6 @@
 Out of scope: reading data (loading.py) and corrupting text (denoising.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Source files are read as text and never imported. A docstring's first paragraph 
 object's kind, name, signature and the remaining text are the document. How splits are kept apart: separation.py.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.metadata

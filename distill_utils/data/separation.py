@@ -4,8 +4,6 @@ Splits are drawn by a hash of the module, never of the item. That alone does not
 inherited, vendored and copied under other names. What repeats goes from the held-out side, so that training text stays.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter, defaultdict

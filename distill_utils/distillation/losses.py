@@ -3,8 +3,6 @@
 Out of scope: models, batches and weights between terms (objectives.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -9,8 +9,6 @@ frozen (`has_teacher_encoder`): it then runs once and serves both. A term of wei
 returned. `kl_loss` is the divergence in use, forward KL unless `divergence` names another of losses.DIVERGENCES.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

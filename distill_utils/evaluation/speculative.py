@@ -6,8 +6,6 @@ the teacher's encoder wrote, so it must have kept that. `model.generate` drafts 
 goes on as far as all its rows agree.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import partial
 

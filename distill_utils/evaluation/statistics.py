@@ -3,8 +3,6 @@
 Out of scope: what is scored (metrics.py, tasks.py). Most functions take plain arrays, one value per document.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Speed and size do not depend on what the weights are. Out of scope: training what fits (race.py).
 """
 
-from __future__ import annotations
-
 import math
 import re
 import tempfile

@@ -3,8 +3,6 @@
 Out of scope: training students (runs.py) and testing one (evaluation/scoring.py).
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random

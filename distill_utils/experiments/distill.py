@@ -4,8 +4,6 @@ All it makes are artifacts, so that a race that was killed and started again end
 weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.py).
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 import time

@@ -3,8 +3,6 @@
 Out of scope: finding a student by its name, and summarizing with one (use.py).
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from contextlib import suppress

@@ -8,8 +8,6 @@ student of a rung costs), "labels" (whether it needs them) and "parameters"; "la
 the race; "end", to be kept for test and export; and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -6,8 +6,6 @@ students differ there long before a task can tell them apart, and every window c
 Out of scope: training (miniend.distill), the two rounds with an assistant (miniend.with_assistant).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

@@ -5,8 +5,6 @@ they have seen no task, only text, and all of them the same. `python -m distill_
 `assets/pydocs-t5*`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import partial
 from pathlib import Path

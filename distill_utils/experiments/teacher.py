@@ -3,8 +3,6 @@
 `python -m distill_utils teachers` rebuilds `assets/pydocs-bart`. Every stage is an artifact and resumes where it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

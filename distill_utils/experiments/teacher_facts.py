@@ -3,8 +3,6 @@
 Out of scope: measuring (evaluation/, planning/machine.py) and drawing (report/figures.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

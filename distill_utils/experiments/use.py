@@ -3,8 +3,6 @@
 Out of scope: writing a folder that others can load (export.py).
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

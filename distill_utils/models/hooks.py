@@ -1,7 +1,5 @@
 """Queries, keys and values of chosen attention layers, taken by hooks, so that fused attention stays on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Models by shipped name, folder or hub name: load and save, safetensors only."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import re

@@ -1,7 +1,5 @@
 """Students cut from a teacher or drawn anew: which layers to keep, the copy itself, freezing and counting."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Sequence
 

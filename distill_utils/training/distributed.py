@@ -3,8 +3,6 @@
 Not here: how models are sharded and processes started (distributed.py), and the loop itself (training.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

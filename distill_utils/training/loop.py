@@ -8,8 +8,6 @@ In several processes that share a run each takes its own rows of every micro-bat
 losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

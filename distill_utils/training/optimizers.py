@@ -3,8 +3,6 @@
 Out of scope: the loop that follows them (loop.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
