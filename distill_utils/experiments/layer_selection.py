@@ -342,7 +342,8 @@ def verdict(
     kept = ", ".join(map(str, searched))
     lines.append(f"The search by loss before training keeps decoder layers {kept}: it {found}.")
     lines.append(_ranking(correlation))
-    lines += [f"{test['name']} {_in_words(test)}." for test in cuts]
+    if cuts:
+        lines.append(f"In ROUGE-2: {'; '.join(' '.join((test['name'], _in_words(test))) for test in cuts)}.")
     scope = f"{num_test} test documents, {max_steps} updates a student; {statistics.interval_scope(num_seeds)}."
     lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
     return "\n\n".join(lines)
