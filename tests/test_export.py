@@ -132,6 +132,13 @@ def test_card_gives_the_tests_figures_and_the_licences(tmp_path, monkeypatch):
     assert str(tmp_path) not in card.text
 
 
+def test_card_of_a_student_whose_speed_was_not_measured(tmp_path):
+    run = train(tiny_bart())
+    tested = read_json(measure(run, num_speed=0) / "results.json")
+    text = (export.export(run, tmp_path / "mine") / "README.md").read_text()
+    assert "latency_ms" not in tested and f"{tested['rouge2']:.2f}" in text and "ms per document" not in text
+
+
 def test_int8_that_changes_too_much_gives_way(tmp_path, monkeypatch):
     train(tiny_bart())
     monkeypatch.setitem(export.PARITY, "int8", (100.1, 0.0))
