@@ -135,7 +135,8 @@ def distill(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise InputError("no --output: name the folder of the student, or take --dry-run")
     with output_folder(arguments.output.resolve(), plan.values) as output:
-        (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, [*overrides, f"output={output}"])
+        shown = os.path.relpath(output, plan.path.parent)  # the page shows it: no home path
+        (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, [*overrides, f"output={shown}"])
         return batch.run_reports([plan], output / "report")
 
 
