@@ -132,6 +132,20 @@ def test_card_gives_the_tests_figures_and_the_licences(tmp_path, monkeypatch):
     assert str(tmp_path) not in card.text
 
 
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    run, folder = train(tiny_bart()), tmp_path / "mine"
+    for _ in range(2):
+        export.export(run, folder, replace=True)
+    with pytest.raises(InputError, match="exists"):
+        export.export(run, folder)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "text.txt").write_text("Dear")
+    for other in (tmp_path / "letters", tmp_path / "letters" / "text.txt"):
+        with pytest.raises(InputError, match="exists"):
+            export.export(run, other, replace=True)
+    assert (tmp_path / "letters" / "text.txt").read_text() == "Dear"
+
+
 def test_card_of_a_student_whose_speed_was_not_measured(tmp_path):
     run = train(tiny_bart())
     tested = read_json(measure(run, num_speed=0) / "results.json")

@@ -184,7 +184,7 @@ def given(tmp_path, monkeypatch):
         text = generator.choices(WORDS, k=generator.randint(6, 16))
         lines.append(f"{' '.join(text)},{' '.join(text[:5])}")
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return GIVEN | {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "pairs.csv")}
+    return GIVEN | {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "pairs.csv"), "output": ""}
 
 
 def run_tiny_race(given: dict, rungs: int = 2, killed_at: int | None = None) -> tuple[dict, Path]:
@@ -238,6 +238,7 @@ def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, mo
         ({"methods": ["kdd"]}, "method 'kdd' is unknown"),
         ({"student_shapes": ["3-9"]}, "is 9"),
         ({"decoding": ["top_p=0.5"]}, "decoding: top_p set nothing here"),
+        ({"output": str(Path(__file__).parent)}, "tests exists: name a folder"),
     ],
 )
 def test_bad_requests_are_rejected_before_anything_is_measured(given, change, message):
@@ -259,7 +260,7 @@ def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given
 def command_of(given: dict, *arguments: str) -> list[str]:
     """Return `distill` with the tiny race's settings, and further arguments."""
     named = ("teacher", "dataset", "parameters", "metric")
-    left_out = (*named, "latency", "memory", "speedup", "hours")
+    left_out = (*named, "latency", "memory", "speedup", "hours", "output")
     overrides = [f"{name}={settings.as_text(value)}" for name, value in given.items() if name not in left_out]
     flags = [part for name in named for part in (f"--{name}", given[name])]
     return ["distill", *flags, *(part for text in overrides for part in ("-p", text)), *arguments]

@@ -505,6 +505,25 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embedding
         assert all(torch.equal(after[name], value[name]) for name in after)
 
 
+def test_models_are_as_they_were_when_the_copies_fail(monkeypatch):
+    teacher = FAMILIES["bart"](2, 2)
+    student, *_ = init_student(teacher, 2, 1)
+    before = [dict(model.named_parameters()) for model in (student, teacher)]
+    made, to = [], torch.Tensor.to
+
+    def fail(self, *arguments, **named):
+        made.append(arguments)
+        if arguments == (torch.bfloat16,) and len(made) > 5:
+            raise torch.OutOfMemoryError("no memory left")
+        return to(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", fail)
+    with pytest.raises(torch.OutOfMemoryError), frozen_in(torch.bfloat16, student, teacher):
+        pass
+    for model, weights in zip((student, teacher), before, strict=True):
+        assert all(weight is weights[name] for name, weight in model.named_parameters())
+
+
 @each_family
 def test_what_is_frozen_and_equal_is_held_once(family, tmp_path):
     teacher = FAMILIES[family](3, 3)

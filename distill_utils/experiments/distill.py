@@ -26,6 +26,7 @@ from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, comparison, race, runs
+from distill_utils.experiments.export import check_target
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import load_model, model_fingerprint, model_folder, shipped_models
 from distill_utils.report.style import HEADINGS, method_label
@@ -62,6 +63,8 @@ def prepare(given: dict) -> Request:
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
     if not given["student_shapes"] and not any(asdict(limits).values()):
         raise InputError("no budget: give latency, speedup, parameters or memory, or fix student_shapes")
+    if given["output"]:
+        check_target(Path(given["output"]).expanduser(), replace=True)
     if not given["hours"] > 0:
         raise InputError(f"hours {given['hours']:g} is not positive: give for example 1")
     if given["metric"] not in METRICS:

@@ -36,7 +36,7 @@ def export(name: str | Path, folder: str | Path, push: str = "", replace: bool =
     anything is loaded.
     """
     folder = Path(folder).expanduser()
-    _check_target(folder, replace)
+    check_target(folder, replace)
     source, run = use.find_model(name)
     if push:
         _check_hub(push)
@@ -66,9 +66,12 @@ def export(name: str | Path, folder: str | Path, push: str = "", replace: bool =
     return folder
 
 
-def _check_target(folder: Path, replace: bool) -> None:
-    if folder.exists() and not replace:
-        raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
+def check_target(folder: Path, replace: bool) -> None:
+    """Reject a folder that cannot be written, or that exists; to be replaced it must be empty or an earlier export."""
+    if folder.exists():
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if not replace or not (found <= {"report"} or {"config.json", "model.safetensors"} <= found):
+            raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write {folder}: {parent.name or parent} is no folder or not yours to write to")

@@ -41,19 +41,19 @@ def frozen_in(dtype: torch.dtype | None, student: PreTrainedModel, teacher: PreT
     linear = [module for module in modules if isinstance(module, nn.Linear)]
     trained = {id(weight) for weight in student.parameters() if weight.requires_grad}
     copies, originals, replaced = {}, {}, []
-    for module in linear:
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) in trained or weight.dtype == dtype or hasattr(weight, "placements"):  # or sharded
-                continue
-            place = weight.data_ptr()
-            if place not in copies:
-                copies[place] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-                originals[place] = weight.data if place in tables else weight.data.cpu()
-            replaced.append((module, name, weight, weight.device, place))
-            setattr(module, name, copies[place])
-    for _, _, weight, _, place in replaced:
-        weight.data = originals[place]
     try:
+        for module in linear:
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if id(weight) in trained or weight.dtype == dtype or hasattr(weight, "placements"):  # or sharded
+                    continue
+                place = weight.data_ptr()
+                if place not in copies:
+                    copies[place] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                    originals[place] = weight.data if place in tables else weight.data.cpu()
+                replaced.append((module, name, weight, weight.device, place))
+                setattr(module, name, copies[place])
+        for _, _, weight, _, place in replaced:
+            weight.data = originals[place]
         yield
     finally:
         copies.clear()
