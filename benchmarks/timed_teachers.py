@@ -4,7 +4,7 @@
 
 pydocs-bart gets 512 positions: denoising of long windows first, then fine-tuning on every pair at two lengths. The T5
 models go on with span corruption in large batches. How many updates fit is not known before: the trunk goes on while
-there is time, then the learning rate cools down. What was done is in training.json. Once its weights are shipped, a
+there is time, then the learning rate cools down. What was done is in NAME.json. Once its weights are shipped, a
 stage moves into experiments/teacher.py or experiments/t5_teacher.py.
 """
 
