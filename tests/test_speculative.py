@@ -30,6 +30,7 @@ def test_it_writes_the_teachers_greedy_summaries(family, drafted, drafts):
         expected = summarize(teacher, tokenizer, texts, **options, num_beams=1)
         written, found = summarize_speculatively(teacher, tokenizer, texts, student, drafted, **options)
         assert written == expected and len(set(expected)) > 2
+        assert student is None or any(weight.requires_grad for weight in student.get_decoder().parameters())
         assert found["tokens"] >= found["passes"] > 0 and {0} <= set(found["tried"]) <= set(range(drafted))
         if drafts == "itself":  # its own drafts are all right: a pass a document for every drafted + 1 tokens
             assert found["accepted"] == found["tried"] != {}
@@ -46,6 +47,7 @@ def test_copying_from_the_source_is_accepted_where_the_teacher_copies():
     assert _copied(ids, source).tolist() == [7, 9]
     assert _copied(torch.tensor([[2], [3]]), source).tolist() == [2, 3]
     assert _copied(torch.tensor([[6, 9], [7, 2]]), source).tolist() == [9, 0]
+    assert _copied(torch.tensor([[6, 9]]), torch.tensor([[9, 2]])).tolist() == [9]  # nothing could follow there
 
 
 def test_a_student_with_another_encoder_or_no_draft_is_rejected():

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation.generation import summarize
-from distill_utils.models.students import has_teacher_encoder
+from distill_utils.models.students import encoders_equal
 
 NGRAM = 2  # tokens that are looked up in the source to copy what follows them
 
@@ -32,7 +32,7 @@ def summarize_speculatively(
     """
     if num_drafted < 1:
         raise InputError(f"num_drafted {num_drafted} is too small: draft at least 1 token")
-    if student is not None and not has_teacher_encoder(student.requires_grad_(False), teacher):
+    if student is not None and not encoders_equal(student, teacher):
         raise InputError("the student has another encoder than the teacher: draft with one that kept it whole")
     found, seen = {"passes": 0, "tokens": 0, "tried": Counter(), "accepted": Counter()}, {}
     decode = partial(draft_and_check, student=student, num_drafted=num_drafted, found=found, seen=seen)
@@ -99,7 +99,7 @@ def draft_and_check(
 
 def _copied(ids: Tensor, source_ids: Tensor) -> Tensor:
     """Return for each row what follows the last tokens where they stand in its source first, else the last token."""
-    if ids.shape[1] < NGRAM:
+    if min(ids.shape[1], source_ids.shape[1] - 1) < NGRAM:
         return ids[:, -1]
     windows = source_ids.unfold(1, NGRAM, 1)[:, :-1]  # (batch, places, n-gram), each with a token after it
     hits = (windows == ids[:, None, -NGRAM:]).all(-1)

@@ -305,13 +305,18 @@ def freeze(model: PreTrainedModel, encoder: bool = True, embeddings: bool = True
 
 
 def has_teacher_encoder(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Return whether one encoder pass serves both: same depth, all weights frozen and equal in the teacher's dtype."""
+    """Return whether one encoder pass serves both in training: the student's is frozen and equal to the teacher's."""
+    frozen = not any(weight.requires_grad for weight in student.get_encoder().parameters())
+    return frozen and encoders_equal(student, teacher)
+
+
+def encoders_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Return whether both encoders have the same depth and, in the teacher's dtype, the same weights."""
     if type(student) is not type(teacher):
         return False
     ours, theirs = dict(student.get_encoder().named_parameters()), dict(teacher.get_encoder().named_parameters())
     return ours.keys() == theirs.keys() and all(
-        not weight.requires_grad
-        and weight.shape == theirs[name].shape
+        weight.shape == theirs[name].shape
         and torch.equal(weight.to(theirs[name].device, theirs[name].dtype), theirs[name])
         for name, weight in ours.items()
     )
