@@ -69,6 +69,7 @@ def add_distill(commands) -> None:
         "after a kill. Other settings: -p, as `report --list` prints them for distill.",
     )
     parser.add_argument("--teacher", default="pydocs-bart", metavar="NAME", help="shipped name, folder or hub name")
+    parser.add_argument("--train-teacher", action="store_true", help="fine-tune the teacher on these pairs first")
     parser.add_argument("--dataset", default="pydocs", metavar="NAME", help="pydocs, hub name, folder or file")
     parser.add_argument("--latency", default="", metavar="TIME", help="of one summary at most: 30ms, 0.03s")
     parser.add_argument("--speedup", default="0", metavar="TIMES", help="over the teacher at least")
@@ -120,7 +121,8 @@ def use_student(arguments: argparse.Namespace) -> int:
 def distill(arguments: argparse.Namespace) -> int:
     """Check what was asked, then print the plan of a race or run it as its notebook."""
     names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric")
-    given = {name: getattr(arguments, name) for name in names} | {"int8": str(arguments.int8).lower()}
+    flags = {name: str(getattr(arguments, name)).lower() for name in ("int8", "train_teacher")}
+    given = {name: getattr(arguments, name) for name in names} | flags
     for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
         if "/" not in given[name] and given[name] != "pydocs" and Path(given[name], needed).exists():
             given[name] = f"./{given[name]}"

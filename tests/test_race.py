@@ -1,6 +1,7 @@
 """Budgets, shapes and the race by hand-computed cases, and whole races of tiny models, killed and resumed."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import WORDS, tiny_bart, tiny_tokenizer
+from transformers import GenerationConfig
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.experiments import budget, distill, race, runs
+from distill_utils.experiments import budget, distill, fine_tuning, race, runs
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.report import batch, settings
 
@@ -168,6 +170,7 @@ def test_the_simplest_that_is_not_separated_is_named():
 
 GIVEN = {
     "latency": "", "speedup": 0.0, "parameters": "1M", "memory": "", "hours": 1.0, "metric": "rouge1", "int8": False,
+    "train_teacher": False,
     "dataset": "unset", "document_column": "document", "summary_column": "summary", "prefix": "", "num_train": 60,
     "num_validation": 24, "num_test": 16, "max_source_length": 24, "max_target_length": 10, "student_shapes": [],
     "methods": ["sft", "pl_kl"], "learning_rates": [0.003], "label_beams": 1, "decoding": ["num_beams=1"],
@@ -244,6 +247,39 @@ def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, mo
 def test_bad_requests_are_rejected_before_anything_is_measured(given, change, message):
     with pytest.raises(InputError, match=message):
         distill.prepare(given | change)
+
+
+def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_its_name(given):
+    model, tokenizer = load_model(given["teacher"])
+    kept = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept, decoder_start_token_id=model.config.decoder_start_token_id)
+    shutil.rmtree(given["teacher"])
+    save_model(model, tokenizer, given["teacher"])  # as a pre-trained model, it does not say how it summarizes
+    asked = distill.prepare(given | {"train_teacher": True, "first_rung": 12, "num_train": 40, "hours": 0.5})
+    own, name = asked.own_teacher, asked.given["teacher"]
+    assert 12 <= own["updates"] <= fine_tuning.TEACHER_PASSES * 40 / 8 and own["priced_s"] > 0 < own["measured_s"]
+    base, found = load_model(given["teacher"])[0], load_model(name)[0]
+    assert name.startswith("sft-3-3-pairs-s0-")
+    assert (found.generation_config.num_beams, found.generation_config.max_new_tokens) == (4, 10)
+    for model in (found, load_model(own["name"])[0]):
+        assert all(
+            torch.equal(one, other) for one, other in zip(model.parameters(), asked.teacher.parameters(), strict=True)
+        )
+    moved = [not torch.equal(one, other) for one, other in zip(base.parameters(), found.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2  # nothing is frozen
+    assert asked.base.teacher == name
+    plan = distill.candidates(asked, ["3-1"])
+    costs = distill.race_prices(asked, plan, distill.measured_shapes(asked), distill.measured_prices(asked, plan))
+    assert costs["measured"] > own["priced_s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_train": 4, "first_rung": 300}, "4 training pairs are too few"), ({"hours": 1e-6}, "hours 1e-06 are below")],
+)
+def test_hours_and_pairs_must_do_for_a_teacher(given, change, message):
+    with pytest.raises(InputError, match=message):
+        distill.prepare(given | {"train_teacher": True, "first_rung": 12} | change)
 
 
 def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given):

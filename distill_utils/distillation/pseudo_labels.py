@@ -22,6 +22,7 @@ from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import amp_dtype, device
 from distill_utils.evaluation import ctranslate, generation, metrics
 from distill_utils.models.loading import load_model, model_fingerprint, save_model
+from distill_utils.models.loading import model_folder as find_folder
 
 SHARD_SIZE = 512  # documents whose labels are written at a time, and lost by a kill at most
 DECODING = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size", "min_length")
@@ -82,7 +83,7 @@ def pseudo_labels(
             `generate`, in bf16 on CUDA.
         quantization: weights in CTranslate2; "int8" is faster and changes some labels.
     """
-    folder, source = Path(folder), Path(model_folder)
+    folder, source = Path(folder), find_folder(model_folder)
     if engine not in ("auto", "ctranslate2", "transformers"):
         raise InputError(f"engine {engine!r} is unknown: give auto, ctranslate2 or transformers")
     if not len(dataset):

@@ -6,60 +6,36 @@ weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.p
 
 import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from datasets import Dataset
 from transformers.utils.logging import disable_progress_bar
 
-from distill_utils.artifacts import InputError, artifact, hashed, processor_name, read_json
+from distill_utils.artifacts import InputError, read_json
 from distill_utils.data import loading
-from distill_utils.data.batches import tokenize_pairs
-from distill_utils.device import amp_dtype, device, timed
-from distill_utils.distillation.pseudo_labels import pseudo_labels
+from distill_utils.device import device
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
-from distill_utils.experiments import ablations, budget, comparison, race, runs
+from distill_utils.experiments import ablations, budget, comparison, fine_tuning, race, runs
 from distill_utils.experiments.export import check_target
-from distill_utils.models.frozen import frozen_in
-from distill_utils.models.loading import load_model, model_fingerprint, model_folder, shipped_models
+from distill_utils.experiments.pricing import COOLDOWN, UNPRICED, Request, measured_prices, race_prices
+from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.report.style import HEADINGS, method_label
-from distill_utils.training.loop import Training, choose_attention, fit
+from distill_utils.training.loop import Training
 
 MAX_CANDIDATES = 9
-COOLDOWN = 0.15  # share of a student's updates
-UNPRICED = ("kd_cached",)  # the teacher's pass over all data, which nothing here measures
-PRICE_SECONDS, PRICE_ROWS, PRICE_LABELS = 10.0, 512, (16, 80)  # what measuring one price may take
 DISK_BYTES = 28  # per parameter and rung: the student, a checkpoint of its trunk, one of its cooldown; the moments too
 
 
-@dataclass
-class Request:
-    """What a race was asked for, loaded and checked: the notebook's parameters, models, data."""
+def prepare(given: dict, train: bool = True) -> Request:
+    """Load what a race needs and reject what cannot work before anything is computed; `given`: all parameters.
 
-    given: dict
-    limits: budget.Budget
-    teacher: torch.nn.Module
-    tokenizer: object
-    splits: dict[str, Dataset]
-    base: runs.StudentRun
-    decoding: dict  # changes to the teacher's decoding settings, for every student
-    made: dict = field(default_factory=dict)  # (name, updates, seed): folders of the student and of its scores
-
-    @property
-    def options(self) -> dict:
-        """How documents are read, by students and teacher alike."""
-        return {"max_source_length": self.base.max_source_length, "prefix": self.base.prefix}
-
-
-def prepare(given: dict) -> Request:
-    """Load what a race needs and reject what cannot work before anything is computed; `given`: all parameters."""
+    With `train_teacher` the teacher is fine-tuned here, unless `train` is False, which only prices it.
+    """
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
     if not given["student_shapes"] and not any(asdict(limits).values()):
         raise InputError("no budget: give latency, speedup, parameters or memory, or fix student_shapes")
@@ -93,7 +69,8 @@ def prepare(given: dict) -> Request:
     for split in loading.SPLITS:
         rows, wanted = loading.load_pairs(given["dataset"], split, **columns), given[f"num_{split}"]
         splits[split] = rows.select(range(min(wanted or len(rows), len(rows))))
-    return Request(given, limits, teacher, tokenizer, splits, base, decoding)
+    asked = Request(given, limits, teacher, tokenizer, splits, base, decoding)
+    return fine_tuning.with_own_teacher(asked, train) if given["train_teacher"] else asked
 
 
 # ---------------------------------------------------------------------------------------------- what is known before
@@ -133,82 +110,6 @@ def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentR
     return found
 
 
-def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path:
-    """Return the artifact of what things cost here, in seconds: an update of each method and shape, a label, a load.
-
-    Updates are those of real training, data and optimizer included, of students that are thrown away.
-    """
-    kinds = {(run.method, run.shape): replace(run, variant="") for run in plan.values()}
-    train = asked.splits["train"].select(range(min(PRICE_ROWS, len(asked.splits["train"]))))
-    machine = {"processor": processor_name(), "threads": torch.get_num_threads(), "device": device().type}
-    settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **machine}
-    settings["teacher"] = model_fingerprint(asked.given["teacher"], asked.teacher)
-
-    def build(folder: Path) -> dict:
-        began = time.monotonic()
-        load_model(asked.given["teacher"])
-        loaded = time.monotonic()
-        tokenize_pairs(train, asked.tokenizer, *asked.base.lengths)
-        found = {"load": loaded - began, "row": (time.monotonic() - loaded) / len(train), "label": 0.0}
-        if any(method in runs.ON_PSEUDO_LABELS for method, _ in kinds):
-            few, more = (min(size, len(train)) for size in PRICE_LABELS)
-            spent = [_label_seconds(asked, train.select(range(size)), folder / str(size)) for size in (few, more)]
-            # The difference, because each begins with a conversion.
-            found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
-        return found | {"update": {_kind(run): _update_seconds(asked, run, train) for run in kinds.values()}}
-
-    return artifact("prices", settings, build)
-
-
-def _kind(run: runs.StudentRun) -> str:
-    return f"{run.method} {run.shape}"
-
-
-def _label_seconds(asked: Request, rows: Dataset, folder: Path) -> float:
-    name, decoding = asked.given["teacher"], asked.base.label_settings
-    source = model_folder(name) if name in shipped_models() else name
-    return timed(partial(pseudo_labels, source, rows, folder, **asked.options, **decoding))
-
-
-def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> float:
-    """Return the mean seconds of an update after the first two, of 16 or as many as PRICE_SECONDS allow."""
-    batches, seconds = runs.batches_of(run, asked.tokenizer, train), PRICE_SECONDS
-    for most in (2, 16):
-        num = int(np.clip(PRICE_SECONDS / seconds, 2, most))
-        student, cut = runs.cut_student(run, asked.teacher)
-        choose_attention(student.to(device()), run.max_source_length)
-        objective = partial(runs.objective_of(run.method), teacher=asked.teacher, **cut["options"])
-        settings = replace(run.training, max_steps=2 + num, log_every=1, schedule="constant", checkpoint_every=0)
-        with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, asked.teacher):
-            history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), batches, settings,
-                          Path(folder), stage=f"price of {run.group}")  # fmt: skip
-        seconds = max((history[-1]["seconds"] - history[1]["seconds"]) / num, 1e-4)
-    return seconds
-
-
-def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Path, priced: Path) -> dict:
-    """Return the prices of a race (race.py) from the two artifacts; what they took to build is spent before it."""
-    measured, costs = read_json(shapes / "results.json"), read_json(priced / "results.json")
-    rows = {row["name"]: row for row in measured["rows"]}
-    num, batch_size = {split: len(found) for split, found in asked.splits.items()}, asked.base.training.batch_size
-    found = {}
-    for name, run in plan.items():
-        row, update = rows[run.shape], costs["update"][_kind(run)]
-        # Models, tokens of rows and of their order, and the loss on validation documents, dear as updates at most.
-        overhead = 2 * costs["load"] + 2 * num["train"] * costs["row"] + update * num["validation"] / batch_size
-        found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"],
-                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"]}  # fmt: skip
-    slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
-    tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]
-    return {
-        "candidates": found, "labels": costs["load"] + num["train"] * costs["label"],
-        "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
-        "measured": measured["build_seconds"] + costs["build_seconds"],
-        "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
-        "max_rungs": asked.given["max_rungs"],
-    }  # fmt: skip
-
-
 def candidate_rows(plan: Mapping[str, runs.StudentRun], prices: Mapping) -> list[dict]:
     """Return one row for every candidate: what an update, the first rung and its files cost."""
     rows = []
@@ -223,7 +124,7 @@ def candidate_rows(plan: Mapping[str, runs.StudentRun], prices: Mapping) -> list
 def dry_run(given: dict) -> str:
     """Return the tables of a race as text, after all that is measured before and nothing that is trained."""
     disable_progress_bar()
-    asked = prepare(given)
+    asked = prepare(given, train=False)
     shapes = measured_shapes(asked)
     rows = read_json(shapes / "results.json")["rows"]
     chosen = chosen_shapes(asked, rows)
@@ -239,7 +140,9 @@ def dry_run(given: dict) -> str:
     ]
     largest = max(price["parameters"] for price in prices["candidates"].values())
     disk = sum(row["candidates"] for row in rungs) * DISK_BYTES * largest * 1e6 / 2**20
-    last = (
+    own = asked.own_teacher
+    last = f"Teacher {own['priced_s']:.0f} s for {own['updates']} updates; shapes are its base's. " if own else ""
+    last += (
         f"Labels {prices['labels']:.0f} s, test and export {prices['end']:.0f} s, measuring {prices['measured']:.0f} s "
         f"of {3600 * given['hours']:.0f} s; at most {disk:.0f} MB of disk. Nothing was trained."
     )
@@ -336,15 +239,18 @@ def time_rows(asked: Request, prices: Mapping, found: Mapping, tests: Sequence[P
     made = {key: [read_json(folder / "results.json") for folder in folders] for key, folders in asked.made.items()}
     labelled = [name for name, _, _ in made if prices["candidates"][name]["labels"]]
     labels = runs.label(asked.base, asked.teacher, asked.splits["train"]) if labelled else None
-    priced = {"measuring": prices["measured"], "labels": race.labels_seconds(prices, labelled), "end": prices["end"]}
-    students_s = found["seconds"] - sum(priced.values())
+    own = asked.own_teacher
+    teacher_s = own.get("priced_s", 0.0)
+    priced = {"measuring": prices["measured"] - teacher_s, "labels": race.labels_seconds(prices, labelled)}
+    students_s = found["seconds"] - sum(priced.values()) - teacher_s - prices["end"]
     scored = sum(results["build_seconds"] for _, results in made.values())
     rows = [
-        ("measuring shapes and prices", priced["measuring"], prices["measured"]),
+        ("measuring shapes and prices", priced["measuring"], priced["measuring"]),
         ("pseudo-labels", priced["labels"], read_json(labels / "results.json")["seconds"] if labels else 0.0),
         ("training and scoring students", students_s, sum(results["seconds"] for results, _ in made.values()) + scored),
-        ("tests and export", priced["end"], sum(read_json(path / "results.json")["build_seconds"] for path in tests)),
+        ("tests and export", prices["end"], sum(read_json(path / "results.json")["build_seconds"] for path in tests)),
     ]
+    rows = [("fine-tuning the teacher", own["priced_s"], own["measured_s"])] * bool(own) + rows
     return [dict(zip(("part", "priced (s)", "measured (s)"), row, strict=True)) for row in rows]
 
 

@@ -29,7 +29,7 @@ from distill_utils.distillation.pseudo_labels import (
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
-from distill_utils.models.loading import load_model, model_fingerprint, model_folder, save_model, shipped_models
+from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
 from distill_utils.training.optimizers import MIN_VALIDATION, Training, check_early_stopping, check_training, stop_facts
@@ -221,8 +221,7 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
 
     def build(folder: Path) -> dict:
         began = time.monotonic()
-        source = model_folder(run.teacher) if run.teacher in shipped_models() else run.teacher
-        labels = pseudo_labels(source, train, folder, **decoding)
+        labels = pseudo_labels(run.teacher, train, folder, **decoding)
         seconds = time.monotonic() - began
         _, counts = filter_labels(labels, USABLE)
         return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}

@@ -16,7 +16,7 @@ from distill_utils.evaluation import metrics, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row
 from distill_utils.models import students
-from distill_utils.models.loading import ASSETS, shipped_models
+from distill_utils.models.loading import model_folder
 from distill_utils.report.figures import HEADINGS, method_label
 
 DIAGNOSTICS = {  # key of text_diagnostics -> name in the table; shares are shown in %
@@ -86,8 +86,7 @@ def part_rows(model) -> list[dict]:
 
 def read_card(teacher: str) -> dict:
     """Return a shipped or local teacher's model card, {} when it has none."""
-    folder = ASSETS / teacher if teacher in shipped_models() else Path(teacher).expanduser()
-    path = folder / "card.json"
+    path = model_folder(teacher) / "card.json"
     return read_json(path) if path.is_file() else {}
 
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill_utils.artifacts import InputError, config_hash, file_hash, folder_atomic
+from distill_utils.artifacts import InputError, config_hash, file_hash, folder_atomic, runs_dir
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "source.spm")
@@ -126,8 +126,18 @@ def _find_model(name_or_path: str | Path) -> tuple[str, bool]:
 
 
 def model_folder(name_or_path: str | Path) -> Path:
-    """Return the folder of a shipped model or of a local path; it need not exist, as for a hub name."""
-    return ASSETS / name_or_path if str(name_or_path) in shipped_models() else Path(name_or_path).expanduser()
+    """Return the folder of a shipped model, of a trained one by its run's name, or of a local path.
+
+    It need not exist, as for a hub name.
+    """
+    if str(name_or_path) in shipped_models():
+        return ASSETS / name_or_path
+    path = Path(name_or_path).expanduser()
+    if len(path.parts) == 1 and not path.exists():
+        pointer = runs_dir() / "students" / path
+        trained = runs_dir() / (pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else path) / "student"
+        return trained if (trained / "config.json").is_file() else path
+    return path
 
 
 def shipped_models() -> list[str]:
@@ -137,7 +147,7 @@ def shipped_models() -> list[str]:
 
 def _choices() -> str:
     shipped = ", ".join(shipped_models()) or "none yet, run make teachers"
-    return f"a shipped model ({shipped}), a local folder or a hub name"
+    return f"a shipped model ({shipped}), a trained one, a local folder or a hub name"
 
 
 def entries_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

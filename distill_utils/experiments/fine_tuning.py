@@ -1,0 +1,102 @@
+"""A teacher of one's own: a pre-trained model fine-tuned on pairs, before anything is distilled from it.
+
+It is a student of full depth in which nothing is frozen, trained on the references: found by name, listed and exported
+like one. Out of scope: the embedded teachers, which begin from nothing (teacher.py).
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset
+
+from distill_utils.artifacts import InputError, read_json
+from distill_utils.device import device
+from distill_utils.experiments import runs
+from distill_utils.experiments.pricing import Request, measured_prices
+from distill_utils.models import students
+from distill_utils.models.loading import load_model
+from distill_utils.training.optimizers import MIN_VALIDATION, Training
+
+EVALUATIONS, PATIENCE = 12, 3
+TEACHER_SHARE, TEACHER_PASSES = 0.4, 20  # of the hours, and over the training pairs: what fine-tuning may take at most
+# How summaries are written where the model that was fine-tuned does not say, as one that was only pre-trained.
+DECODING = {"num_beams": 4, "no_repeat_ngram_size": 3, "early_stopping": True}
+
+
+def teacher_run(
+    base: str, model, dataset: str, lengths: tuple[int, int, str], num_validation: int, **training
+) -> runs.StudentRun:  # fmt: skip
+    """Return the description of a teacher's fine-tuning on a data set, checked before anything is computed.
+
+    `lengths` are the longest source and target in tokens and the prefix; `training` are fields of `Training`. The
+    learning rate is constant and falls at the end; with enough validation pairs training stops when their loss no
+    longer falls, and the best weights are kept.
+    """
+    depths = len(students.encoder_layers(model)), len(students.decoder_layers(model))
+    if (steps := training["max_steps"]) < EVALUATIONS:
+        raise InputError(f"max_steps {steps} is too small for a teacher: give at least {EVALUATIONS}")
+    settings = Training(
+        **training, schedule="cooldown", eval_every=steps // EVALUATIONS, checkpoint_every=200,
+        patience=PATIENCE if num_validation >= MIN_VALIDATION else 0,
+    )  # fmt: skip
+    source_length, target_length, prefix = lengths
+    run = runs.StudentRun(
+        method="sft", shape="{}-{}".format(*depths), teacher=base, training=settings, prefix=prefix,
+        max_source_length=source_length, max_target_length=target_length, freeze_encoder=False,
+        freeze_embeddings=False, variant=Path(dataset).name.partition(".")[0],
+    )  # fmt: skip
+    runs.check_runs([run], model, num_validation)
+    return run
+
+
+def train_teacher(run: runs.StudentRun, model, tokenizer, splits: Mapping[str, Dataset]) -> Path:
+    """Return the run folder of a teacher fine-tuned on `splits`; its name is a teacher's name everywhere."""
+    base = copy.copy(model)
+    base.generation_config = copy.deepcopy(model.generation_config)
+    given = base.generation_config
+    if not any((given.max_new_tokens, given.max_length, (given.num_beams or 1) > 1)):
+        given.update(**DECODING, max_new_tokens=run.max_target_length)
+    return runs.train_student(run, base, tokenizer, splits["train"], splits["validation"])
+
+
+def with_own_teacher(asked: Request, train: bool) -> Request:
+    """Return the request with a teacher fine-tuned on its pairs for at most TEACHER_SHARE of the hours, by price."""
+    given, lengths, batch_size = asked.given, asked.base.lengths, asked.base.training.batch_size
+    num = {split: len(rows) for split, rows in asked.splits.items()}
+    fields = {name: given[name] for name in ("batch_size", "warmup_steps", "seed")}
+    describe = partial(
+        teacher_run,
+        given["teacher"],
+        asked.teacher,
+        given["dataset"],
+        lengths,
+        num["validation"],
+        learning_rate=next(iter(given["learning_rates"]), 0.0),
+        **fields,
+    )
+    costs = measured_prices(asked, {"": describe(max_steps=given["first_rung"])})
+    update = next(iter(read_json(costs / "results.json")["update"].values()))
+    checks = EVALUATIONS * num["validation"] / batch_size * update  # dear as updates at most
+    hours_s, passes = 3600 * given["hours"], TEACHER_PASSES * num["train"] / batch_size
+    updates = math.floor(min((TEACHER_SHARE * hours_s - checks) / update, passes))
+    if updates < given["first_rung"]:
+        reason = f"{given['first_rung']} updates of a teacher", "lower first_rung"
+        needed = math.ceil((given["first_rung"] * update + checks) / TEACHER_SHARE / 36) / 100
+        if passes < given["first_rung"]:
+            raise InputError(f"{num['train']} training pairs are too few for {reason[0]}: {reason[1]}")
+        raise InputError(f"hours {given['hours']:g} are below {reason[0]}: give {needed:.2f}, or {reason[1]}")
+    run = describe(max_steps=updates)
+    known = {"name": run.name, "updates": updates, "priced_s": updates * update + checks, "measured_s": 0.0}
+    if not train:
+        return replace(asked, own_teacher=known)
+    tuned = train_teacher(run, asked.teacher, asked.tokenizer, asked.splits)
+    teacher, tokenizer = load_model(tuned.name)
+    known |= {"measured_s": read_json(tuned / "results.json")["seconds"]}
+    return replace(
+        asked, given={**given, "teacher": tuned.name}, teacher=teacher.to(device()), tokenizer=tokenizer,
+        base=replace(asked.base, teacher=tuned.name), own_teacher=known,
+    )  # fmt: skip
