@@ -1,4 +1,4 @@
-"""Command line: `python -m distill_utils` and distill, report, list, export, summarize or teachers."""
+"""Command line: `python -m distill_utils` and distill, report, sweep, list, export, summarize or teachers."""
 
 import argparse
 import contextlib
@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from distill_utils.artifacts import InputError, config_hash, lock, read_json, runs_dir, write_json
-from distill_utils.report import batch, settings
+from distill_utils.report import batch, settings, sweep
+
+SWEEP_EXAMPLE = """the grid, as YAML:
+  notebook: 03
+  profile: demo                  # to start from; may be left out
+  fixed: {num_train: 2000}       # may be left out
+  grid:
+    learning_rate: [0.0003, 0.001]
+    methods: [[sft], [kd]]"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -24,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the commands."""
     parser = OneLineParser(prog="python -m distill_utils", description="Make students, run notebooks, use students.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="distill|report|list|export|summarize|teachers"
+        dest="command", required=True, metavar="distill|report|sweep|list|export|summarize|teachers"
     )
     report = commands.add_parser(
         "report",
@@ -42,6 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
     report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
+    swept = commands.add_parser(
+        "sweep",
+        help="run a notebook for every combination of parameter values",
+        description="Run a notebook for every combination of a grid, one after another; the same command goes on with "
+        "what is not finished.",
+        epilog=SWEEP_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    swept.add_argument("grid", type=Path, metavar="GRID.yaml")
+    swept.add_argument("--output", type=Path, metavar="FOLDER", help="of the pages; default: the grid's name")
     listing = commands.add_parser("list", help="show the trained students: name, score, speed, size, date")
     listing.add_argument("--json", action="store_true", help="as JSON")
     export = commands.add_parser("export", help="write a trained student to a folder that others load, with its card")
@@ -165,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
             return report(arguments)
         if arguments.command == "distill":
             return distill(arguments)
+        if arguments.command == "sweep":
+            plans = sweep.read_grid(arguments.grid)
+            return sweep.run_sweep(plans, arguments.output or Path(arguments.grid.stem))
         if arguments.command != "teachers":
             return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher

@@ -1,19 +1,21 @@
 """The runner: parameters rejected before anything runs, every way a notebook can fail, progress from inside a cell."""
 
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environment, run_report, write_notebook
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError
-from distill_utils.report import batch, settings
+from distill_utils.report import batch, settings, sweep
 
 # --------------------------------------------------------------------------------------------------------- parameters
 
@@ -284,3 +286,68 @@ def test_a_terminal_gets_one_rewritten_line(monkeypatch, tmp_path):
             time.sleep(0.05)
     text = terminal.getvalue()
     assert text.startswith("\r\x1b[K03_x  starting") and text.endswith("\r\x1b[K") and "\n" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def write_grid(folder: Path, text: str) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return path
+
+
+GRID = "notebook: 1\nfixed: {num_train: 5}\ngrid: {seed: [0, 1], shapes: [[6-3], [6-1, 3-1]]}"
+
+
+def test_a_grid_is_every_combination_in_order(notebooks, tmp_path):
+    plans = sweep.read_grid(write_grid(tmp_path, GRID), notebooks)
+    wanted = list(itertools.product([0, 1], [["6-3"], ["6-1", "3-1"]]))
+    assert [(plan.values["seed"], plan.values["shapes"]) for plan in plans] == wanted
+    assert all(plan.values["num_train"] == 5 and plan.values["method"] == "kd" for plan in plans)
+    assert len({plan.name for plan in plans}) == 4 and all(plan.name.count("/") == 1 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("notebook: 1\ngrid: {}", "the grid is empty"),
+        ("notebook: 1\ngrid: {seed: []}", "the grid is empty"),
+        ("notebook: 1\ngrid: {seeds: [1]}", "unknown parameter 'seeds'"),
+        ("notebook: 1\ngrid: {seed: [a]}", "seed must be int"),
+        ("notebook: 1\ngrid: {seed: [1, 1]}", "two combinations are alike"),
+        ("notebook: 1\nfixed: {seed: 1}\ngrid: {seed: [1]}", "in the grid and fixed"),
+        ("notebook: 9\ngrid: {seed: [1]}", "unknown notebook"),
+        ("grid: {seed: [1]}", "is no grid"),
+        ("notebook: [", "not a readable YAML"),
+        (f"notebook: 1\ngrid: {{seed: {list(range(1001))}}}", "1,001 combinations"),
+    ],
+)
+def test_a_bad_grid_is_rejected_before_anything_runs(notebooks, tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        sweep.read_grid(write_grid(tmp_path, text), notebooks)
+
+
+def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypatch, capsys):
+    plans, ran = sweep.read_grid(write_grid(tmp_path, GRID), notebooks), []
+    broken = {plans[1].name}
+
+    def make(plan, reports):
+        ran.append(plan.name)
+        if plan.name in broken:
+            raise batch.RunFailed(batch.KERNEL_DIED, "many lines\n  the last of them")
+        page = reports / f"{plan.name}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("page")
+        page.with_suffix(".json").write_text(json.dumps({"parameters": plan.values}))
+
+    monkeypatch.setattr(batch, "make_report", make)
+    assert sweep.run_sweep(plans, tmp_path / "out") == batch.KERNEL_DIED
+    assert ran == [plan.name for plan in plans]
+    assert f"failed: {plans[1].name}: the last of them" in capsys.readouterr().err
+    broken.clear()
+    ran.clear()
+    assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
+    (tmp_path / "out" / f"{plans[2].name}.json").write_text('{"parameters": {}}')  # of a notebook from before
+    ran.clear()
+    assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]

@@ -9,6 +9,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from distill_utils.artifacts import read_json
+from distill_utils.data import loading
 
 pytestmark = pytest.mark.usefixtures("corpus")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -51,3 +52,21 @@ def test_bad_input_of_a_notebook_ends_in_one_line_before_training(override, mess
     assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.html"))
+
+
+@pytest.mark.slow
+def test_from_a_file_and_a_pretrained_model_to_a_teacher_and_its_students(tmp_path):
+    rows = loading.load_pairs("pydocs", "test", 160).select_columns(["document", "summary"])
+    rows.to_csv(tmp_path / "articles.csv")
+    common = ["--profile", "smoke", "-p", f"dataset={tmp_path / 'articles.csv'}", "--output", tmp_path]
+    start = ["01", "-p", "teacher=pydocs-bart-base", "-p", "train_teacher=true"]
+    start += ["-p", "max_steps=12", "-p", "warmup_steps=1"]
+    light = ["-p", 'methods=["sft"]', "-p", "ablation_list=[]", "-p", "beams=[1]"]
+    for arguments in (start, ["03", "-p", "teacher=sft-6-6-articles-s0", *light]):
+        command = [sys.executable, "-m", "distill_utils", "report", *arguments, *common]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    taught, students = (read_json(path) for path in sorted((tmp_path / "smoke").glob("*.json")))
+    # The teacher of the second page is the one that the first made.
+    assert taught["rows"][0]["rouge2"] == students["rows"][0]["rouge2"]
+    assert taught["rows"][0]["parameters_m"] == students["rows"][0]["parameters_m"]

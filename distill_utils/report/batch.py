@@ -279,8 +279,11 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
 
 
 def run_reports(plans: Sequence[Plan], reports: Path) -> int:
-    """Make every report in order; return the exit code of the first that failed, 0 when none did."""
-    code = OK
+    """Make every report in order; return the exit code of the first that failed, 0 when none did.
+
+    Of several the failures are listed once more at the end, by the last line of each.
+    """
+    code, failed = OK, {}
     for plan in plans:
         try:
             make_report(plan, reports)
@@ -288,4 +291,8 @@ def run_reports(plans: Sequence[Plan], reports: Path) -> int:
             print(error, file=sys.stderr, flush=True)
             codes = {pages.PageError: PAGE_REJECTED, InputError: BAD_INPUT}
             code = code or codes.get(type(error)) or error.code
+            failed[plan.name] = str(error).splitlines()[-1].strip()
+    if len(plans) > 1:
+        for name, reason in failed.items():
+            print(f"failed: {name}: {reason}", file=sys.stderr, flush=True)
     return code
