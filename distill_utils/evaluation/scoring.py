@@ -133,7 +133,7 @@ def measure_speed(
     """Time a model on documents; every number is after one untimed pass, and tokenisation is part of it.
 
     `latency_ms`: batch 1, the model's own decoding (or the settings given), as `interleaved_latency_ms` measures it.
-    `throughput`: summaries a second in length-sorted batches, the same decoding, best of the repeats.
+    `throughput`: summaries a second in length-sorted batches, the same decoding, best of the repeats; not of one.
     `ms_per_token`: batch 1, greedy, exactly `num_new_tokens` tokens, whole time (encoder too) over tokens.
     `encoder_ms`: the share of a latency that no shallower decoder removes. `peak_memory_gb`: most that CUDA held
     meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest of the process.
@@ -158,6 +158,7 @@ def measure_speed(
         own(documents)
         row = interleaved_latency_ms(runs | {"encoder_ms": encode}, documents, device, repeats)
         row["ms_per_token"] /= num_new_tokens
-        row["throughput"] = len(documents) / min(timed(partial(own, documents), device) for _ in range(repeats))
+        if len(documents) > 1:
+            row["throughput"] = len(documents) / min(timed(partial(own, documents), device) for _ in range(repeats))
     row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
     return row

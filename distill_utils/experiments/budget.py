@@ -160,6 +160,9 @@ def measure_shapes(
                 decoders[label] = decode if beams == own else partial(decode, num_beams=beams)
                 rows.append(_row(label, "", teacher))
             fast = _int8_teacher(teacher, tokenizer, Path(temporary) / "teacher")
+            if int8 and not fast:
+                kind = f"{teacher.config.model_type} model on {teacher.device.type}"
+                raise InputError(f"int8 is not possible for a {kind}: leave int8 out")
             if fast:
                 decoders["teacher, int8"] = partial(fast[0], **options)
                 rows.append(_row("teacher, int8", "", teacher) | {"memory_mb": fast[1]})
@@ -202,20 +205,19 @@ def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | 
     """Return the teacher's int8 decoding where there is one: on the CPU, of families that CTranslate2 knows."""
     try:
         return int8_decoder(teacher, tokenizer, folder) if teacher.device.type == "cpu" else None
-    except InputError:
+    except InputError:  # a full disk
+        raise
+    except ValueError:
         return None
 
 
 def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
     """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
 
-    The folder takes the saved model and the converted one. InputError for what CTranslate2 cannot express.
+    The folder takes the saved model and the converted one. ValueError for what CTranslate2 cannot express.
     """
     save_model(model, tokenizer, folder / "model")
-    try:
-        converted = ctranslate.to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
-    except ValueError as error:
-        raise InputError(f"int8 is not possible: {error}") from error
+    converted = ctranslate.to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
     translator = ctranslate.load_translator(converted)
 
     def decode(documents: Sequence[str], **settings) -> list[str]:
