@@ -288,7 +288,7 @@ def test_a_terminal_gets_one_rewritten_line(monkeypatch, tmp_path):
     assert text.startswith("\r\x1b[K03_x  starting") and text.endswith("\r\x1b[K") and "\n" not in text
 
 
-# ---------------------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------------------------ sweeps
 
 
 def write_grid(folder: Path, text: str) -> Path:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, read_json
+from distill_utils.evaluation import ctranslate
 from distill_utils.experiments import budget, distill, fine_tuning, race, runs
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.report import batch, settings
@@ -356,3 +357,13 @@ def test_the_command_leaves_a_student_and_a_page(given, tmp_path):
     assert (output / "report" / "distill.html").exists()
     results = read_json(output / "report" / "distill.json")
     assert results["rows"][1]["student"] == results["race"]["winner"].split()[1].rstrip(",")
+
+
+def test_a_full_disk_is_not_taken_for_a_teacher_without_int8(given, monkeypatch):
+    def full(*_, **__):
+        raise InputError("no space left")
+
+    asked = distill.prepare(given)
+    monkeypatch.setattr(ctranslate, "to_ctranslate2", full)
+    with pytest.raises(InputError, match="no space left"):
+        distill.measured_shapes(asked)
