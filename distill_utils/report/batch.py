@@ -254,6 +254,7 @@ def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Pa
     }
     html, warnings = pages.export_page(notebook, report)
     page = pages.write_page(reports, plan.name, html, entry)
+    index.append_history(reports, plan.name)
     index.write_index(reports)
     index.write_csv(reports)
     if reports.resolve() == REPORTS.resolve():

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from distill_utils.report import style
+from distill_utils.report.dashboard import is_number, pareto_front  # noqa: F401  as figures.pareto_front
 from distill_utils.report.style import HEADINGS, method_label, show, use_style  # noqa: F401  as figures.show
 
 
@@ -57,10 +58,6 @@ def _moved_apart(values: Sequence[float]) -> pd.Series:
     return at.where(size == 1, group.transform("mean") + aside)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str = "rouge2") -> Axes:
     """Plot quality against speed, one point a row, intervals as error bars, the teacher's as a band.
 
@@ -69,15 +66,15 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     nearly equal `x` (students of one shape) are moved apart sideways so that no error bar hides another.
     """
     ax = style.new_axes()
-    rows = [row for row in rows if _is_number(row.get(y))]
+    rows = [row for row in rows if is_number(row.get(y))]
     students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
     shapes = {student: style.MARKERS[i % len(style.MARKERS)] for i, student in enumerate(students)}
-    places = _moved_apart([row[x] if _is_number(row.get(x)) else math.nan for row in rows])
+    places = _moved_apart([row[x] if is_number(row.get(x)) else math.nan for row in rows])
     points, lines, bars = [], [], []
     for row, at in zip(rows, places, strict=True):
         method, value, is_line = row.get("method", ""), row[y], math.isnan(at)
         color, low, high = style.method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
-        has_interval = _is_number(low) and _is_number(high)
+        has_interval = is_number(low) and is_number(high)
         if method == "teacher" and has_interval:
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
         elif has_interval and not is_line:
@@ -102,13 +99,6 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     beside = {"static": "x+", "explode": "x+", "text": "y", "pull": "y"}  # to the right of all bars, one above another
     style.separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
     return ax
-
-
-def pareto_front(rows: Sequence[Mapping], x: str, y: str = "rouge2") -> list[Mapping]:
-    """Return the rows that no other row matches or beats in both a lower `x` and a higher `y`, fastest first."""
-    known = [row for row in rows if _is_number(row.get(x)) and _is_number(row.get(y))]
-    known.sort(key=lambda row: (row[x], -row[y]))
-    return [row for i, row in enumerate(known) if all(other[y] < row[y] for other in known[:i])]
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Axes:

@@ -1,57 +1,137 @@
-"""What gathers all pages: the index, results.csv and the README's tables.
+"""What gathers all pages: the index, results.csv, history.csv and the README's tables.
 
-Out of scope: one page (pages.py).
+Out of scope: one page (pages.py); what the index says (dashboard.py).
 """
 
+import contextlib
 import csv
 import io
 import json
+import re
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 from distill_utils.artifacts import REPOSITORY, read_json, write_atomic
-from distill_utils.report import pages
+from distill_utils.report import dashboard, names, pages
 
 README_ROWS = 12
 FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
+HISTORY = "date report profile commit data best figure value low high replaced before moved".split()
+SHOWN_CHANGES = 12
+# The types of what is read from an entry, and of what is read from its rows: see `fault_of`.
+TYPES = {
+    str: ("headline", "title", "question", "profile", "date"),
+    dict: ("parameters", "changed", "provenance"),
+    list: ("rows", "means", "versus", "claims", "cuts", "ways", "controls", "interpolated", "gap", "routes"),
+}
+KINDS = dict.fromkeys(("name", "method", "student", "variant", "task", "path", "model", "rival", "metric"), str)
+NUMBERS = re.compile(r"(rouge\w+|share|loss|score|difference)(_low|_high)?|low|high|seeds?|steps|num_documents|speedup"
+                     r"|\w+_(seconds|ms|m)|ms_per_token|words")  # fmt: skip
 RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
 
 
-def gather(reports: Path) -> list[dict]:
-    """Return the entry of every page in a reports folder and its sub-folders, top folder first."""
-    paths = [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]
-    return [
-        {"rows": [], **read_json(path), "report": path.relative_to(reports).with_suffix("").as_posix()}
-        for path in paths
-        if path.with_suffix(".html").exists()
-    ]
+def gather(reports: Path, skipped: list[str] | None = None) -> list[dict]:
+    """Return the entry of every page in a reports folder and its sub-folders, top folder first.
+
+    A file that is damaged, or is not the results of a report, is left out; `skipped` gets its name and the reason.
+    """
+    entries = []
+    for path in [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]:
+        if path.with_suffix(".html").exists():
+            try:
+                entry = read_json(path)
+                fault = fault_of(entry)
+            except (OSError, ValueError, RecursionError) as error:
+                fault = f"no readable JSON: {error}"
+            name = path.relative_to(reports).with_suffix("").as_posix()
+            if not fault:
+                entries.append({**entry, "report": name})
+            elif skipped is not None:
+                skipped.append(f"{name}.json: {fault}")
+    return entries
+
+
+def fault_of(entry: object) -> str:
+    """Return why an object is not the results of a report, "" where every part that is read has its type."""
+    if not isinstance(entry, dict) or "rows" not in entry:
+        return "not the results of a report, which have rows"
+    for kind, keys in TYPES.items():
+        for key in keys:
+            if not isinstance(entry.get(key, kind()), kind):
+                return f"{key} is {str(entry[key])[:40]!r}"
+    for name, row in [("the report", entry), *((key, row) for key in TYPES[list] for row in entry.get(key, []))]:
+        if not isinstance(row, dict):
+            return f"{name} has {str(row)[:40]!r}"
+        for key, value in row.items():
+            kind = str if name == "claims" else KINDS.get(key, object)
+            is_figure = NUMBERS.fullmatch(key) and name != "claims"
+            fits = dashboard.is_number(value) if is_figure else isinstance(value, kind)
+            if value is not None and not fits:
+                return f"{name}: {key} is {str(value)[:40]!r}"
+    return ""
 
 
 def write_index(reports: Path) -> None:
-    """Write index.html: what each report answers, its headline, when and how it was made."""
+    """Write index.html: what to take, quality against speed, every run, the papers' claims, what changed."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    sections: dict[str, list[dict]] = {}
-    for entry in gather(reports):
-        changed = ", ".join(f"{name} = {value}" for name, value in entry.get("changed", {}).items())
-        meta = [f"profile {entry.get('profile', '?')}", f"changed: {changed}" if changed else "", entry.get("date")]
-        meta.append(wall_time(entry))
-        folder, _, short = entry["report"].rpartition("/")
-        sections.setdefault(folder, []).append(
-            {
-                "short": short,
-                "title": entry.get("title") or short,
-                "href": f"{entry['report']}.html",
-                "question": Markup(pages.markdown_cell(entry.get("question", ""))),
-                "headline": Markup(pages.markdown_output(entry.get("headline", ""))),
-                "meta": " · ".join(filter(None, meta)),
-            }
-        )
-    folder = pages.TEMPLATES / "templates"
-    template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("reports_index.html.j2")
-    page = template.render(sections=sections, css=Markup((folder / "page.css").read_text()))
+    skipped: list[str] = []
+    entries, folder = gather(reports, skipped), pages.TEMPLATES / "templates"
+    facets = dashboard.facets(entries)
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    css, script = (Markup("".join((folder / name).read_text(encoding="utf-8") for name in files))
+                   for files in (("page.css", "index.css"), ("index.js",)))  # fmt: skip
+    page = environment.get_template("reports_index.html.j2").render(
+        facets=[facet | {"drawing": dashboard.drawing(facet)} for facet in facets[: dashboard.MAX_FACETS]],
+        left_out=[facet["students"][0] for facet in facets[dashboard.MAX_FACETS :]],
+        runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": verdict(e)} for e in entries],
+        claims=dashboard.judged_claims(entries), history=read_history(reports, skipped)[: -SHOWN_CHANGES - 1 : -1],
+        skipped=skipped, limits=dashboard, names=names, quote=quote, css=css, script=script,
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
     write_atomic(reports / "index.html", page)
+
+
+def verdict(entry: dict) -> str:
+    """Return the first sentence of an entry's headline, without its bold."""
+    first = entry.get("headline", "").replace("**", "").partition("\n\n")[0]
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first)[0]
+
+
+def append_history(reports: Path, name: str) -> None:
+    """Append a line to history.csv: the figure of a report's best row, what it replaced, by how much it moved."""
+    entry, path = {**read_json(reports / f"{name}.json"), "report": name}, reports / "history.csv"
+    before = next((line for line in reversed(read_history(reports)) if line["report"] == name), {})
+    line = {key: entry.get(key) for key in ("date", "report", "profile")} | dashboard.key_figure(entry)
+    line |= {"commit": entry.get("provenance", {}).get("commit"), "data": dashboard.facts(entry)["data"]}
+    line["data"] += f" {entry['fingerprint']}" if entry.get("fingerprint") else ""
+    if before:
+        line |= {"replaced": f"{before['date']} {before['commit']}".strip(), "before": before["value"]}
+        with contextlib.suppress(ValueError, KeyError):  # of a report without a figure
+            line |= {"moved": line["value"] - float(before["value"])} if line["figure"] == before["figure"] else {}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerow({key: _csv_value(value) for key, value in line.items()})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text.getvalue())
+
+
+def read_history(reports: Path, skipped: list[str] | None = None) -> list[dict]:
+    """Return the lines of history.csv, oldest first; none where it is missing, or damaged, which `skipped` gets."""
+    try:
+        with open(reports / "history.csv", newline="", encoding="utf-8") as file:
+            return [{key: line.get(key) or "" for key in HISTORY} for line in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        skipped += [f"history.csv: {error}"] if skipped is not None else []
+        return []
 
 
 def write_csv(reports: Path) -> None:

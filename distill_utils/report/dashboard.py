@@ -1,0 +1,279 @@
+"""What all pages say together: students by quality and speed, which to take, and the papers' claims.
+
+Out of scope: reading the entries and writing the index (index.py). Entries have passed `index.fault_of`.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from distill_utils.report.names import method_label
+
+CLAIMS = Path(__file__).resolve().parents[1] / "assets" / "claims.csv"
+ENOUGH_SEEDS, FEW_UPDATES = 3, 1000  # with fewer of either, what a page says of a student is a demonstration
+MARGIN = 0.05  # a student that keeps more than all but this share of its teacher's ROUGE-2 is as good
+MAX_FACETS, MAX_LABELS, MAX_POINTS = 6, 8, 300
+NUMBERS, SHARES = ("difference", "low", "high"), ("share", "share_low", "share_high")
+VERDICTS = {1: "confirmed", -1: "contradicted", 0: "not separable"}
+IDENTITY = ("name", "method", "student", "variant", "task")  # what rows of several seeds have in common
+INTERVAL = re.compile(r"([+-]?[\d.]+) \(([+-]?[\d.]+) to ([+-]?[\d.]+)\)")
+
+
+def is_number(value) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def averaged(entry: Mapping) -> list[dict]:
+    """Return an entry's rows as means over seeds; those that it does not give itself have no intervals."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in entry.get("means") or entry["rows"]:
+        groups.setdefault(tuple(row.get(key) for key in IDENTITY), []).append(row)
+    means = []
+    for rows in groups.values():
+        mean = {"seeds": len(rows), **rows[0]}
+        for key in [key for key, value in rows[0].items() if len(rows) > 1 and isinstance(value, float)]:
+            known = [row[key] for row in rows if is_number(row.get(key))]
+            mean[key] = None if key.endswith(("_low", "_high")) else fmean(known)
+        means.append(mean)
+    return means
+
+
+def facts(entry: Mapping) -> dict:
+    """Return what an entry's figures rest on: data, teacher, seeds, documents, updates, and whether that is enough."""
+    rows, given = averaged(entry), entry.get("parameters", {})
+
+    def first(read: Callable, *names: str):
+        return next(
+            filter(None, (read(place.get(name)) for place in (*rows, entry, given) for name in names)), read(None)
+        )
+
+    found = {"report": entry["report"], "data": first(_text, "dataset", "text")}
+    found["teacher"] = first(_text, "teacher", "teachers")
+    found["seeds"] = max((_count(row.get("seeds")) or 1 for row in rows), default=1)
+    found["documents"] = first(_count, "num_documents", "num_test", "num_windows")
+    found["updates"] = first(_count, "steps", "max_steps", "distill_steps")
+    few = found["seeds"] < ENOUGH_SEEDS or found["updates"] < FEW_UPDATES
+    demo = few or "demonstration" in entry.get("headline", "").lower()
+    return found | {"demo": demo, "evidence": (not demo, found["seeds"] >= ENOUGH_SEEDS)}
+
+
+def _text(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+
+
+def _count(value) -> int:
+    return round(value) if is_number(value) else 0
+
+
+def label_of(row: Mapping) -> str:
+    """Return the printed name of a row: method, shape, variant."""
+    name = method_label(row.get("method") or "", row.get("student"))
+    return row.get("name") or " ".join(filter(None, (name, row.get("variant"))))
+
+
+def key_figure(entry: Mapping) -> dict:
+    """Return the figure of an entry that is followed over time: its best row, the metric, value and interval."""
+    rows = averaged(entry)
+    rows = [row for row in rows if row.get("student")] or [row for row in rows if row.get("method") == "teacher"]
+    ways = entry.get("ways", []), "share", "share of the gap", 1
+    for found, key, figure, sign in (ways, (rows, "rouge2", "ROUGE-2", 1), (rows, "loss", "loss", -1)):
+        known = [row for row in found if row.get(key) is not None]
+        if known:
+            row = max(known, key=lambda row: sign * row[key])
+            ends = {end: row.get(end if key == "share" else f"{key}_{end}") for end in ("low", "high")}
+            return {"best": row.get("path") or label_of(row), "figure": figure, "value": row[key], **ends}
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------------------ students
+
+
+def pareto_front(rows: Sequence[Mapping], x: str, y: str = "rouge2") -> list[Mapping]:
+    """Return the rows that no other row matches or beats in both a lower `x` and a higher `y`, fastest first."""
+    known = [row for row in rows if is_number(row.get(x)) and is_number(row.get(y))]
+    front: list[Mapping] = []
+    for row in sorted(known, key=lambda row: (row[x], -row[y])):
+        if not front or row[y] > front[-1][y]:
+            front.append(row)
+    return front
+
+
+def students(entry: Mapping) -> list[dict]:
+    """Return the students of an entry that have quality and speed, both as ratios to the teacher of the same run."""
+    rows = averaged(entry)
+    teacher = next((row for row in rows if row.get("method") == "teacher"), {})
+    score, basis, found = teacher.get("rouge2") or 0, facts(entry), []
+    known = [row for row in rows if row.get("student") and row is not teacher and row.get("rouge2") is not None]
+    for row in known if score > 0 else ():
+        speed = row.get("speedup") or (teacher.get("ms_per_token") or 0) / (row.get("ms_per_token") or math.inf)
+        share = row["rouge2"] / score
+        if 0.001 < speed < 1000 and share < 10:  # else one of them was not measured as it should
+            size = (row.get("parameters_m") or 0) / (teacher.get("parameters_m") or math.inf)
+            found.append(basis | {
+                "label": label_of(row), "method": row.get("method") or "", "speed": speed, "time": 1 / speed,
+                "share": share, "low": row.get("share_low"), "high": row.get("share_high"), "size": max(size, 0),
+                "band": [(teacher.get(f"rouge2_{end}") or score) / score for end in ("low", "high")],
+                "parameters_m": row.get("parameters_m"), "latency_ms": row.get("latency_ms"),
+            })  # fmt: skip
+    return found
+
+
+def facets(entries: Sequence[Mapping]) -> list[dict]:
+    """Return the students of each data set and teacher, their front and the one to take; the best evidence first.
+
+    The front is of those with the best evidence: beside students of three seeds a lucky short run does not count.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for each in (each for entry in entries for each in students(entry)):
+        groups.setdefault((each["data"], each["teacher"]), []).append(each)
+    made = []
+    for found in groups.values():
+        best = max(each["evidence"] for each in found)
+        front = pareto_front([each for each in found if each["evidence"] == best], x="time", y="share")[::-1]
+        strength = (*best, max(each["documents"] for each in front))
+        made.append({"students": found, "front": front, "strength": strength, **take(front)})
+    return sorted(made, key=lambda facet: facet["strength"], reverse=True)
+
+
+def take(front: Sequence[dict]) -> dict:
+    """Return which student of a front to `take`: the fastest that is shown to be as `good` as its teacher.
+
+    Where there is none, it is the best that is faster than the teacher; None where no student is.
+    """
+    fast = [each for each in front if each["speed"] > 1.05]
+    good = [each for each in fast if (each["low"] or 0) > 1 - MARGIN]
+    return {"good": bool(good), "take": max(good or fast, key=lambda e: e["speed" if good else "share"], default=None)}
+
+
+def drawing(facet: Mapping) -> dict:
+    """Return what places a facet's figure, in per cent of its width and height; the template draws it.
+
+    Beyond MAX_POINTS those off the front are gathered in cells, each one point that says how `many` it stands for.
+    """
+    found, front = facet["students"], facet["front"]
+    band = max(found, key=lambda each: each["documents"])["band"]
+    xs = [each["speed"] for each in found] + [1, 1.2]
+    ys = [each[key] for each in found for key in ("share", "low", "high") if each[key] is not None] + [*band, 1]
+    left, right, bottom, top = min(xs) - 0.1, max(xs) * 1.04, min(ys) - 0.04, max(ys) + 0.04
+
+    def across(speed: float) -> float:
+        return round(100 * (speed - left) / (right - left), 2)
+
+    def down(share: float) -> float:
+        return round(100 * (top - share) / (top - bottom), 2)
+
+    def ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
+        step = next((step for step in steps if high - low <= 6 * step), (high - low) / 6)
+        return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+    others, cells = [each for each in found if not any(each is other for other in front)], {}
+    if len(others) > MAX_POINTS:
+        for each in others:
+            cells.setdefault((across(each["speed"]) // 4, down(each["share"]) // 6), []).append(each)
+        others = [of[0] | {"many": len(of), "low": None} for of in cells.values()]
+    labels: list[tuple] = []
+    for each in front[:: math.ceil(len(front) / MAX_LABELS)]:  # from the top; a line of text is 5 % of the height
+        labels.append((each, max(down(each["share"]), labels[-1][1] + 5 if labels else 0)))
+    return {
+        "across": across, "down": down, "others": others, "labels": labels, "band": band,
+        "x_ticks": ticks(left, right, (0.1, 0.25, 0.5, 1, 2, 5, 10, 50)),
+        "y_ticks": ticks(bottom, top, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)),
+        "methods": list(dict.fromkeys(each["method"] for each in found))[:MAX_LABELS],
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
+    """Yield (one, other, test, on what, unit) of every comparison in an entry; a positive difference is for `one`."""
+    shapes, compared = entry.get("parameters", {}).get("student_shapes"), set()
+    for row in entry.get("versus", []):  # notebook 03: every two methods of a shape
+        if row.get("student"):
+            names = row.get("name"), row.get("versus") or method_label("sft")
+            names = tuple(str(name).removesuffix(f" {row['student']}") for name in names)
+            compared |= {names, names[::-1]}
+            yield *names, row, row["student"], "ROUGE-2"
+    for row in entry.get("claims", []):  # notebook 03: what else was trained of its first shape
+        numbers, names = INTERVAL.fullmatch(row.get("ROUGE-2") or ""), (row.get("comparison") or "").split(" versus ")
+        if numbers and len(names) == 2 and tuple(map(method_label, names)) not in compared:
+            test = dict(zip(NUMBERS, map(float, numbers.groups()), strict=True))
+            test["seeds"] = int(row["seeds"]) if row.get("seeds", "").isdecimal() else None
+            yield *names, test, str(shapes[0]) if shapes and isinstance(shapes, list) else "", "ROUGE-2"
+    for row in entry.get("cuts", []):  # notebook 02
+        name, rival = row.get("name") or "", row.get("rival") or ""
+        if rival == "-".join(reversed(name.split("-"))):
+            yield "decoder cut", "encoder cut", row, f"{name} and {rival}", "ROUGE-2"
+        elif rival.startswith(f"{name} from layer"):
+            yield "first layer", "last layer", row, name, "ROUGE-2"
+    for row in averaged(entry):
+        depths, shares = re.fullmatch(r"(\d+)-(\d+)", row.get("student") or ""), list(map(row.get, SHARES))
+        if depths and int(depths[1]) == 2 * int(depths[2]) and None not in shares:
+            points = dict(zip(NUMBERS, (100 * (share - 1 + MARGIN) for share in shares), strict=True))
+            yield "half the decoder", "95 % of the teacher", points | {"seeds": row["seeds"]}, label_of(row), "points"
+    tasks = [{"model": "", **row} for row in (*entry["rows"], *entry.get("controls", [])) if row.get("task")]
+    teachers = [row for row in tasks if row.get("method") == "teacher" and _sign(row) > 0]
+    judging = {(row["model"], row["task"]) for row in teachers}  # elsewhere the teacher itself does not beat scratch
+    paths = {row.get("path") for row in entry.get("ways", [])}
+    for row in tasks:  # notebook 04
+        if (row["model"], row["task"]) in judging and (row["model"] or row.get("method") in paths):
+            name, other = f"{row['model'] or ''} {row.get('method')}".strip(), row.get("untrained")
+            read_nothing = isinstance(other, dict)  # the fair baseline on text that scratch was trained for
+            yield name, "none" if read_nothing else "scratch", other if read_nothing else row, row["task"], ""
+    for row in entry.get("interpolated", []):
+        name, task = row.get("name") or "", row.get("task")
+        if ("", task) in judging and (" by " in name or " mixed" in name):
+            yield "assistant" if " by " in name else "mixed target", "direct", row, task, ""
+    for row in entry.get("gap", []):  # notebook 05 compares losses: a positive difference is for the second
+        names = f"{row.get('versus')} and {row.get('name')}".replace("by ", "")
+        yield "smaller teacher", "larger teacher", row, names, "nats"
+    for row in entry.get("routes", []):
+        name, other = row.get("name") or "", str(row.get("versus"))
+        if name.startswith("by assistant") and other.startswith("direct"):
+            yield "direct", "assistant", row, f"{name.removeprefix('by ')} at equal cost", "nats"
+        elif name == "mixed target":
+            yield "direct", "mixed target", row, "", "nats"
+
+
+def _sign(test: Mapping) -> int:
+    return int((test.get("low") or 0) > 0) - int((test.get("high") or 0) < 0) if test.get("seeds_agree", True) else 0
+
+
+def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
+    """Return the papers' claims with their evidence and the verdict of each piece, decided ones first.
+
+    Of each data set and teacher (and start of the student) stands the run that carries most: of more seeds (up to
+    ENOUGH_SEEDS), then of more documents, then the later one.
+    """
+    found: dict[tuple[str, str], list[dict]] = {}
+    for entry in entries:
+        basis, init = facts(entry), entry.get("parameters", {}).get("init")
+        start = f"{init} start" if init and isinstance(init, str) else ""
+        for one, other, test, on, unit in evidence(entry):
+            numbers = [test.get(key) for key in NUMBERS]
+            if all(map(is_number, numbers)):
+                seeds = test["seeds"] if is_number(test.get("seeds")) else basis["seeds"]
+                line = basis | {"seeds": seeds, "on": ", ".join(filter(None, (on, start)))}
+                line["unit"] = unit or test.get("metric") or ""
+                line["group"] = basis["data"], basis["teacher"], start
+                line["rank"] = min(seeds, ENOUGH_SEEDS), basis["documents"], entry.get("date", ""), entry["report"]
+                for pair, sign, order in (((one, other), 1, (0, 1, 2)), ((other, one), -1, (0, 2, 1))):
+                    signed = dict(zip(NUMBERS, (sign * numbers[i] for i in order), strict=True))
+                    signed["verdict"] = VERDICTS[sign * _sign(test)]
+                    found.setdefault(tuple(map(method_label, pair)), []).append(line | signed)
+    with open(CLAIMS, newline="", encoding="utf-8") as file:
+        claims = list(csv.DictReader(file))
+    for claim in claims:
+        of = claim["data"].lstrip("-")  # only data with this in its name, or with a minus only other data
+        lines = found.get(tuple(map(method_label, claim["comparison"].split(" versus "))), [])
+        lines = [line for line in lines if (of in line["data"]) != claim["data"].startswith("-")]
+        best = {line["group"]: line["rank"] for line in sorted(lines, key=lambda line: line["rank"])}
+        claim["evidence"] = [line for line in lines if line["rank"] == best[line["group"]]][: 2 * MAX_FACETS]
+        verdicts = {line["verdict"] for line in claim["evidence"]} or {"not testable here"}
+        claim["verdict"] = verdicts.pop() if len(verdicts) == 1 else "depends"
+    order = [VERDICTS[1], VERDICTS[-1], "depends", VERDICTS[0], "not testable here"]
+    return sorted(claims, key=lambda claim: order.index(claim["verdict"]))
