@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, WORDS, tiny_tokenizer
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation.generation import summarize
-from distill_utils.evaluation.speculative import _copied, summarize_speculatively
+from distill_utils.evaluation.speculative import _copied, measure_speculation, summarize_speculatively
 from distill_utils.models.students import init_student
 
 OPTIONS = {"max_source_length": 24, "max_new_tokens": 12, "min_length": 0}
@@ -56,3 +56,14 @@ def test_a_student_with_another_encoder_or_no_draft_is_rejected():
         summarize_speculatively(teacher, tokenizer, ["a"], init_student(teacher, 1, 2)[0], **OPTIONS)
     with pytest.raises(InputError, match="num_drafted 0"):
         summarize_speculatively(teacher, tokenizer, ["a"], None, 0, **OPTIONS)
+
+
+def test_measured_rows_count_passes_and_accepted_tokens():
+    teacher, tokenizer = FAMILIES["bart"](3, 3), tiny_tokenizer()
+    drafters = {"itself": init_student(teacher, 3, 3)[0], "source": None}
+    rows = measure_speculation(teacher, tokenizer, documents(5), drafters, (1, 5), 2, turns=1, **OPTIONS)
+    assert [(row["drafts"], row["batch"]) for row in rows] == [(name, n) for n in (1, 5) for name in drafters]
+    assert all(row["equal"] == 100 and row["speedup"] > 0 and len(row["accepted"]) <= 2 for row in rows)
+    itself, copied = rows[0], rows[1]
+    assert itself["accepted"] == [100, 100] and 2 < itself["tokens_per_pass"] <= 3  # two drafted, one for free
+    assert 1 <= copied["tokens_per_pass"] < itself["tokens_per_pass"]

@@ -7,6 +7,7 @@ goes on as far as all its rows agree.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from distill_utils.artifacts import InputError
+from distill_utils.device import timed
 from distill_utils.evaluation.generation import summarize
 from distill_utils.models.students import encoders_equal
 
@@ -95,6 +97,42 @@ def draft_and_check(
                 cache.crop(-surplus)
                 fed[each] -= surplus
     return ids
+
+
+def measure_speculation(
+    teacher: PreTrainedModel, tokenizer, documents: Sequence[str], drafters: Mapping[str, PreTrainedModel | None],
+    batch_sizes: Sequence[int] = (1, 4, 16), num_drafted: int = 4, turns: int = 3, **options,
+) -> list[dict]:  # fmt: skip
+    """Return a row for each drafter (None: the source) and batch size, against the teacher's plain greedy decoding.
+
+    `tokens_per_pass` of the teacher's decoder, counting rows of a batch together; `accepted` of the drafted tokens, by
+    place (percent of those tried there); `speedup` of all documents, plain and speculative in turns, best of each; and
+    `equal`, the percent of summaries that are the same, all but for ties of logits.
+    """
+    rows = []
+    for size in batch_sizes:
+        own = {"batch_size": size, **options}
+        ways = {"": partial(summarize, teacher, tokenizer, documents, num_beams=1, **own)}
+        for name, student in drafters.items():
+            ways[name] = partial(summarize_speculatively, teacher, tokenizer, documents, student, num_drafted, **own)
+        plain, found = ways[""](), {name: ways[name]() for name in drafters}
+        spent = {name: min(times) for name, times in _in_turns(ways, turns, teacher.device).items()}
+        for name, (written, counts) in found.items():
+            accepted = [100 * counts["accepted"][place] / tried for place, tried in sorted(counts["tried"].items())]
+            rows.append({
+                "drafts": name, "batch": size, "tokens_per_pass": counts["tokens"] / counts["passes"],
+                "accepted": accepted, "speedup": spent[""] / spent[name],
+                "equal": 100 * sum(a == b for a, b in zip(written, plain, strict=True)) / len(plain),
+            })  # fmt: skip
+    return rows
+
+
+def _in_turns(ways: Mapping, turns: int, device: torch.device) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, run in ways.items():
+            times[name].append(timed(run, device))
+    return times
 
 
 def _copied(ids: Tensor, source_ids: Tensor) -> Tensor:
