@@ -171,10 +171,10 @@ FORMS = {name: partial(whole_step, name) for name in STEPS} | {f"{name}, alone":
 
 def main() -> None:
     arguments = timing.parse(
-        __doc__, "relations", 7, FORMS,
+        __doc__, "relations", 5, FORMS,
         shapes={"nargs": "+", "choices": SHAPES, "default": ["pydocs-t5"]},
-        lengths={"nargs": "+", "type": int, "default": [128, 256, 512, 1024]},
-        tokens={"type": int, "default": 4096, "help": "source tokens of a batch"},
+        lengths={"nargs": "+", "type": int, "default": [128, 512, 1024]},
+        tokens={"type": int, "default": 2048, "help": "source tokens of a batch"},
         path={"choices": [name for name in PATHS if terms(name)], "default": "miniend"},
     )  # fmt: skip
     rows = []
