@@ -1,4 +1,4 @@
-# make reports | make test | make test-all | make lab | make teachers: each builds .venv by itself when it is missing or out of date.
+# make reports | make test | make test-all | make bench | make lab | make teachers: each builds .venv by itself when it is missing or out of date.
 # Plain GNU make 3.81 and a POSIX shell are enough, so that macOS needs nothing else.
 
 VENV := .venv
@@ -10,13 +10,14 @@ USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
-.PHONY: help reports test test-all lint lab teachers clean
+.PHONY: help reports test test-all lint bench lab teachers clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reports   run every notebook and write reports/ (about half an hour on two cores)"
 	@echo "make test      lint and run the tests, offline (about ten minutes on two cores)"
 	@echo "make test-all  the same, and the slow ones: every profile, the built wheel, whole workflows"
+	@echo "make bench     run every suite of benchmarks/ (about half an hour on two quiet cores); SUITES=\"relations student\" some"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make teachers  train the embedded teachers again from nothing (hours without a GPU)"
 	@echo "make clean     remove .venv and caches; runs/ and reports/ stay"
@@ -37,6 +38,25 @@ test: lint
 # The slow ones go to whichever process is free: they share nothing, and one file of them takes half the time.
 test-all: test
 	@$(RUN) -m pytest -n 2 --dist load --durations=10 -m slow
+
+SUITES ?= kd_step relations loss_memory pseudo_labels student end_to_end growth two_processes
+PACKAGES := benchmarks/.packages
+
+# A suite that fails does not stop the next.
+bench: $(STAMP) $(PACKAGES)/installed.txt
+	@failed=; \
+	for suite in $(SUITES); do \
+		echo "== $$suite"; \
+		$(RUN) benchmarks/$$suite.py || failed="$$failed $$suite"; \
+	done; \
+	$(RUN) -c "from distill_utils.report import index; index.update_readme()"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+# TextBrewer and torchdistill, seen by their own forms of kd_step alone.
+$(PACKAGES)/installed.txt: benchmarks/requirements.txt $(STAMP)
+	@rm -rf $(PACKAGES)
+	@$(RUN) -m pip install -q --disable-pip-version-check --no-deps --target $(PACKAGES) -r $<
+	@cp $< $@
 
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab notebooks

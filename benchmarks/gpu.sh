@@ -55,21 +55,22 @@ print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts
 bench() {
     cd benchmarks
     if [ -n "${TINY:-}" ]; then
-        run kd_step 200 $PYTHON kd_step.py --shapes embedded --rounds 1 --steps 2 --output "$OUT/kd_step.json"
+        run kd_step 200 $PYTHON kd_step.py --shapes embedded --batch 4 --rounds 1 --output "$OUT/kd_step.json"
         run pseudo_labels 200 $PYTHON pseudo_labels.py --documents 8 --tokens 4 --rounds 1 --output "$OUT/pseudo_labels.json"
         run step_at_scale 200 $PYTHON step_at_scale.py --teachers t5-small --students t5-small:1 --lengths 32/8 \
-            --batch-size 2 --paths both --repeats 1 --output "$OUT/step_at_scale.json"
-        run miniend_step 200 $PYTHON miniend_step.py --shapes pydocs-t5 --paths miniend --repeats 2 --output "$OUT/miniend_step.json"
-        run relation_loss 200 $PYTHON relation_loss.py --batch 1 --length 32 --repeats 2 --output "$OUT/relation_loss.json"
+            --batch-size 2 --paths both --rounds 1 --output "$OUT/step_at_scale.json"
+        run relations 200 $PYTHON relations.py --lengths 32 --tokens 64 --rounds 2 --output "$OUT/relations.json"
+        run loss_memory 200 $PYTHON loss_memory.py --documents 2 --target 9 --width 32 --output "$OUT/loss_memory.json"
     else
-        run kd_step 75 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 1 \
-            --steps 8 --output "$OUT/kd_step.json"
+        run kd_step 90 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
+            --forms ours published expert trainer --output "$OUT/kd_step.json"
         run step_at_scale 45 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
             --paths logits both --output "$OUT/step_at_scale.json"
-        run pseudo_labels 40 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 256 --batch-size 64 \
+        run pseudo_labels 40 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 256 \
             --output "$OUT/pseudo_labels.json"
-        run miniend_step 40 $PYTHON miniend_step.py --shapes t5-base --paths miniend --repeats 8 --output "$OUT/miniend_step.json"
-        run relation_loss 30 $PYTHON relation_loss.py --batch 8 --output "$OUT/relation_loss.json"
+        run relations 60 $PYTHON relations.py --shapes t5-base --lengths 128 512 1024 --tokens 8192 --rounds 8 \
+            --output "$OUT/relations.json"
+        run loss_memory 40 $PYTHON loss_memory.py --documents 64 --rounds 5 --output "$OUT/loss_memory.json"
     fi
     cd ..
 }

@@ -11,12 +11,10 @@ are done, so a stopped run loses only the step in hand.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from functools import partial
-from pathlib import Path
 
+import timing
 import torch
 from transformers import PreTrainedConfig
 
@@ -85,7 +83,7 @@ def measure(teacher: str, student: str, lengths: str, path: str, settings: dict,
     plan = step.plan_step(objective, ours, teacher_config, **settings, on=on)
     planning = time.process_time() - began
     found = measure_step(
-        objective, ours, teacher_config, repeats=arguments.repeats, threads=arguments.threads, plan=plan, **settings
+        objective, ours, teacher_config, repeats=arguments.rounds, threads=arguments.threads, plan=plan, **settings
     )
     row = {"teacher": teacher, "student": student, "lengths": lengths, "path": path, **settings}
     row |= {f"{name}_parameters": parts["total"] for name, parts in plan["parameters"].items()}
@@ -95,38 +93,35 @@ def measure(teacher: str, student: str, lengths: str, path: str, settings: dict,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", choices=("ladder",), help="a fixed list that a CPU can hold, in place of the shapes")
-    parser.add_argument("--teachers", "--teacher", nargs="+", default=["t5-3b"])
-    parser.add_argument("--students", "--student", nargs="+", default=["t5-base", "t5-small"], help="such as t5-base:6")
-    parser.add_argument("--lengths", nargs="+", default=["512/114"], help="source/target tokens")
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--micro-batch-size", type=int, default=0, help="default: the batch")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--teacher-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.add_argument("--packed", action="store_true", help="batches without padding")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="default: results/step_at_scale_DEVICE.json")
-    arguments = parser.parse_args()
-    on = device()
-    output = arguments.output or Path(__file__).parent / "results" / f"step_at_scale_{on.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    rows, load = [], os.getloadavg()[0]
-    for case in cases(arguments, on):
+    many = {"nargs": "+"}
+    arguments = timing.parse(
+        __doc__, "step_at_scale", 3,
+        cases={"choices": ("ladder",), "help": "a fixed list that a CPU can hold, in place of the shapes"},
+        teachers=many | {"default": ["t5-3b"]},
+        students=many | {"default": ["t5-base", "t5-small"], "help": "such as t5-base:6"},
+        lengths=many | {"default": ["512/114"], "help": "source/target tokens"},
+        paths=many | {"choices": PATHS, "default": list(PATHS)},
+        batch_size={"type": int, "default": 8},
+        micro_batch_size={"type": int, "default": 0, "help": "default: the batch"},
+        precision={"choices": ("bfloat16", "float32"), "help": "default: bfloat16 on a GPU"},
+        teacher_dtype={"choices": ("bfloat16", "float32"), "default": "bfloat16"},
+        optimizer={"choices": ("adamw", "muon"), "default": "adamw"},
+        checkpoint_activations={"action": "store_true"},
+        packed={"action": "store_true", "help": "batches without padding"},
+    )  # fmt: skip
+    rows = []
+    for case in cases(arguments, device()):
+        named = dict(zip(("teacher", "student", "lengths", "path"), case, strict=False))
+        label = "step, {teacher} to {student}, {lengths}, {path}".format(**named)
+        row = {"case": label, **dict.fromkeys(("other", "ours_seconds", "other_seconds", "ratio", "goal", "ours_peak_mb",
+               "other_peak_mb", "ceiling_share"))}  # fmt: skip
         try:
-            rows.append(measure(*case, arguments))
+            found = measure(*case, arguments)
+            row |= {"ours_seconds": found["seconds_median"], "ours_peak_mb": found["peak_bytes"] / 1e6}
+            rows.append(row | {"ceiling_share": found["utilization"]} | found)
         except artifacts.InputError as error:  # out of memory is a result, too
-            rows.append(
-                dict(zip(("teacher", "student", "lengths", "path"), case, strict=False)) | {"error": str(error)}
-            )
-        print(json.dumps(rows[-1]), flush=True)
-        # Above the threads in use other work ran beside this: times are then too long, memory is not.
-        result = {"limit": LIMIT, "rows": rows, "load": {"before": load, "after": os.getloadavg()[0]}}
-        artifacts.write_json(output, result | {"provenance": artifacts.provenance()})
+            rows.append(row | named | {"error": str(error)})
+        timing.write(arguments, rows, limit=LIMIT)
 
 
 if __name__ == "__main__":

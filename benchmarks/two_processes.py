@@ -10,16 +10,14 @@ miniend_logits, the text random tokens.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
+import timing
 
-from distill_utils import artifacts
 from distill_utils.experiments import launch
 from distill_utils.experiments.miniend import AgnosticRun
 from distill_utils.models.loading import load_model
@@ -46,33 +44,23 @@ def rate(folder: Path, num_processes: int, sharded: bool, steps: int, batch_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--source-length", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "two_processes_cpu.json")
-    arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(2)  # distributed.launch divides them among the processes
-    load, rates = os.getloadavg()[0], {name: [] for name in RUNS}
-    sizes = {"steps": arguments.steps, "batch_size": arguments.batch_size, "source_length": arguments.source_length}
-    for turn in range(arguments.turns):
+    arguments = timing.parse(
+        __doc__, "two_processes", 2, steps={"type": int, "default": 20}, batch_size={"type": int, "default": 32},
+        source_length={"type": int, "default": 128},
+    )  # fmt: skip
+    rates: dict[str, list[float]] = {name: [] for name in RUNS}
+    sizes = {name: getattr(arguments, name) for name in ("steps", "batch_size", "source_length")}
+    for _ in range(arguments.rounds):
         for name, (num_processes, sharded) in RUNS.items():
             with tempfile.TemporaryDirectory() as folder:
                 rates[name].append(rate(Path(folder), num_processes, sharded, **sizes))
-        print(turn, {name: found[-1] for name, found in rates.items()}, flush=True)
-    ratios = {
-        name: statistics.median(several / one for several, one in zip(rates[name], rates["one"], strict=True))
-        for name in RUNS
-        if name != "one"
-    }
-    result = {"sizes": sizes, "examples_per_second": rates, "ratio": ratios, "limit": LIMIT}
-    # Above two other work ran beside this: measure again on a quiet machine.
-    result |= {"load": {"before": load, "after": os.getloadavg()[0]}, "provenance": artifacts.provenance()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(arguments.output, result)
-    print(ratios, {name: ratio >= LIMIT for name, ratio in ratios.items()})
+    seconds = {name: {"laps": {"": [1 / each for each in found]}, "notes": []} for name, found in rates.items()}
+    rows = []
+    for name in ("whole", "sharded"):  # seconds are those of an example
+        of = {name: seconds[name], "one process": seconds["one"]}
+        rows += timing.rows_of(f"two processes, {name}", of, name, {"one process": LIMIT}, **sizes)
+    timing.write(arguments, rows, examples_per_second=rates)
 
 
 if __name__ == "__main__":

@@ -351,6 +351,21 @@ def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     assert readme.read_text() == text
 
 
+def test_readme_has_the_benchmarks_with_a_goal_a_line_a_case(tmp_path):
+    assert index.benchmark_table(tmp_path) == "No suite has been measured yet.\n"
+    row = {"case": "step", "ours_peak_mb": 10.0, "other_peak_mb": 40.0, "ceiling_share": 0.5}
+    rows = [row | {"other": name, "ratio": ratio, "goal": goal} for name, ratio, goal in
+            (("plain", 3.125, 2.0), ("expert", 1.5, 1.6), ("unasked", 9.0, None), ("failed", None, 2.0))]  # fmt: skip
+    (tmp_path / "suite.json").write_text(json.dumps({"rows": rows}))
+    line = index.benchmark_table(tmp_path).splitlines()[2]
+    assert line == "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6) | 0.25, 0.25 | 50 % |"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"a\n{index.SPEED_START}\nold\n{index.SPEED_END}\nb\n")
+    index.update_readme(readme, tmp_path / "none", tmp_path)
+    text = readme.read_text()
+    assert line in text and text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
+
+
 def test_wall_time_names_what_was_reused():
     for seconds, text in ((8.44, "8.4 s"), (59.96, "1 min 00 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")):
         assert index.wall_time({"wall_seconds": seconds}) == text

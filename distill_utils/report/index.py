@@ -31,6 +31,7 @@ KINDS = dict.fromkeys(("name", "method", "student", "variant", "task", "path", "
 NUMBERS = re.compile(r"(rouge\w+|share|loss|score|difference)(_low|_high)?|low|high|seeds?|steps|num_documents|speedup"
                      r"|\w+_(seconds|ms|m)|ms_per_token|words")  # fmt: skip
 RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
+SPEED_START, SPEED_END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
 def gather(reports: Path, skipped: list[str] | None = None) -> list[dict]:
@@ -219,15 +220,40 @@ def _scores(row: dict) -> dict[str, str]:
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Write rows of the same headings as a table; a column without any value is left out."""
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    rules = ["---" if heading in ("method", "student", "report", "of which") else "---:" for heading in headings]
+    rules = ["---" if heading in ("method", "student", "report", "of which", "measured", "times faster than") else "---:" for heading in headings]
     lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def update_readme(readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports") -> None:
-    """Write the results tables between the README's two markers, where it has them."""
+def benchmark_table(results: Path) -> str:
+    """Return what the suites in a folder measured against a goal: a line a case, its others beside one another."""
+    found = [row for path in sorted(results.glob("*.json")) for row in read_json(path)["rows"]]
+    cases: dict[str, list[dict]] = {}
+    for row in found:
+        if row.get("ratio") and (row.get("goal") or row.get("memory_goal")):
+            cases.setdefault(row["case"], []).append(row)
+    lines = []
+    for case, rows in cases.items():
+        goals = [f" (goal {row['goal']:.3g})" if row.get("goal") else "" for row in rows]
+        times = [f"{row['other']} {row['ratio']:.2f}{goal}" for row, goal in zip(rows, goals, strict=True)]
+        sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" if row.get("other_peak_mb") else "" for row in rows]
+        share = rows[0].get("ceiling_share")
+        values = (case, "; ".join(times), ", ".join(filter(None, sizes)), f"{100 * share:.0f} %" if share else "")
+        lines.append(dict(zip(("measured", "times faster than", "memory, of theirs", "of the ceiling"), values, strict=True)))
+    return _markdown_table(lines) + "\n" if lines else "No suite has been measured yet.\n"
+
+
+def update_readme(
+    readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports",
+    results: Path = REPOSITORY / "benchmarks" / "results",
+) -> None:  # fmt: skip
+    """Write the tables of reports and of benchmarks between the README's markers, where it has them."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    before, start, rest = text.partition(RESULTS_START)
-    _, end, after = rest.partition(RESULTS_END)
-    if start and end:
-        write_atomic(readme, f"{before}{start}\n\n{readme_table(reports)}\n{end}{after}")
+    parts = ((RESULTS_START, RESULTS_END, readme_table(reports)), (SPEED_START, SPEED_END, benchmark_table(results)))
+    new = text
+    for start, end, table in parts:
+        before, found, rest = new.partition(start)
+        _, closed, after = rest.partition(end)
+        new = f"{before}{start}\n\n{table}\n{end}{after}" if found and closed else new
+    if new:
+        write_atomic(readme, new)
