@@ -117,6 +117,7 @@ STOPPED = [[{"validation_ce": 2.0}, {"validation_ce": 2.1}]]
 def row(name: str, method: str, rouge2: float, seconds: float = 0.0) -> dict:
     found = {"name": name, "method": method, "student": name.partition(" ")[2], "rouge2": rouge2, "speedup": 2.0}
     found |= {"rouge2_low": rouge2 - 1, "rouge2_high": rouge2 + 1, "rouge2_p_value": 0.001}
+    found |= {"difference": rouge2 - 12, "low": rouge2 - 13, "high": rouge2 - 11}
     return found | share(rouge2 / 12, 0.1) | {"train_seconds": seconds, "label_seconds": 0.0}
 
 
@@ -154,19 +155,20 @@ def test_the_student_to_take(tests, taken):
 
 def test_a_verdict_says_what_it_cannot_tell():
     text = comparison.verdict(MEANS, [versus("KD 6-3", 0.5, 1.0)], STOPPED, **BUDGET)
-    assert (
-        "cannot be separated" in text and "4.0 times as many test documents and seeds" in text
-    )  # narrow with the root
-    assert "emonstration" not in text and "3 seeds: intervals over documents and seeds" in text
-    assert "keeps 67 % (57 to 77) of the teacher's 12.00; that this is at least 95 % is refuted" in text
-    assert "one seed: intervals over documents only" in comparison.verdict(MEANS, [], STOPPED, **BUDGET | {"seeds": 1})
+    assert "No other signal is shown to beat SFT" in text
+    assert "4.0 times as many test documents and seeds" in text  # intervals narrow with the root
+    assert "emonstration" not in text and "3 seeds" in text
+    assert "67 % of the teacher's ROUGE-2" in text and "that it is worse is real (4.0, from 3.0 to 5.0)" in text
+    assert "95 %" not in text and "\n" not in text
     rule = row("object name", "object_name", 8.5)
     other = row("KD 6-1", "kd", 7.0)
-    text = comparison.verdict([*MEANS, rule, other], [], STOPPED, **BUDGET)
-    assert "(object name, 8.50): SFT 6-3, KD 6-1." in text and "other shapes: KD 6-1" in text
+    assert "scores below object name" in comparison.verdict([*MEANS, rule, other], [], STOPPED, **BUDGET)
+    open_one = [MEANS[0], MEANS[1] | {"low": -1.0, "high": 0.5} | share(1.0, 0.02)]
+    text = comparison.verdict(open_one, [], STOPPED, **BUDGET)
+    assert "whether it is worse is open" in text and "it keeps at least 95 % (98 to 102)" in text
     gaining = [[{"validation_ce": 2.0}, {"validation_ce": 1.9}]]
     for change, histories in ({"seeds": 1}, STOPPED), ({"whole_test": False}, STOPPED), ({}, gaining):
-        assert "A demonstration" in comparison.verdict(MEANS, [], histories, **BUDGET | change)
+        assert "a demonstration" in comparison.verdict(MEANS, [], histories, **BUDGET | change)
 
 
 def test_the_fastest_shape_that_is_not_worse_than_the_teacher_is_taken():

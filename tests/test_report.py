@@ -1,5 +1,6 @@
 """The page that the runner makes, read as a DOM; the index, results.csv and the README's tables."""
 
+import base64
 import csv
 import io
 import json
@@ -58,12 +59,12 @@ def made(tmp_path_factory):
     """One notebook with everything in it, run once with a profile that changes two parameters."""
     folder = tmp_path_factory.mktemp("report")
     cells = [
-        code("hidden_by_fold = 1", "hide-input"),
+        code("# one thing first\nhidden_by_fold = 1"),
         code("removed_input = 2\nprint('output stays')", "remove-input"),
         markdown(DATA),
         markdown(STEPS),
         code(PATHS),
-        code(FIGURE, "hide-input"),
+        code(FIGURE, "answer"),
         code(BARE),
         code(MODEL_TEXT),
         markdown("## Appendix\n\nOnly for the *curious*.", "fold"),
@@ -112,7 +113,8 @@ def test_heading_ids_are_unique_and_contents_links_resolve(page):
     ids = [tag["id"] for tag in page.select("[id]")]
     assert len(ids) == len(set(ids))
     links = page.nav.select('a[href^="#"]')
-    sections = ["3.1 Data", "Steps", "3.1 Data", "Appendix", "Deeper", "Verdict", "How this report was made"]
+    sections = ["3.1 Data", "Steps", "3.1 Data", "Appendix", "Deeper", "Verdict"]
+    sections += ["Cite this", "How this report was made"]
     assert [link.get_text() for link in links] == sections
     assert all(unquote(link["href"][1:]) in ids for link in links)
     assert links[1].find_parent("ul").find_parent("li").a is links[0]
@@ -122,7 +124,8 @@ def test_nothing_is_loaded_or_run(page, html):
     assert not page.select("script, link, iframe, object, embed, base, form")
     assert all(image["src"].startswith("data:image/") for image in page.select("img"))
     assert not [tag for tag in page.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
-    assert {urlsplit(a["href"]).scheme for a in page.select("a[href]")} <= {"", "http", "https"}
+    links = page.select("a[href]:not([download])")
+    assert {urlsplit(a["href"]).scheme for a in links} <= {"", "http", "https"}
     assert not re.search(r"url\(\s*['\"]?https?:|@import", html)
     assert "default-src 'none'" in page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
     assert not page.select(".jupyter-widgets, .widget-area")
@@ -164,28 +167,53 @@ def test_model_text_is_escaped_and_its_dollars_are_left_alone(page):
 
 
 def test_tags(page):
-    folded = [details.get_text() for details in page.select("details.code")]
-    assert len(folded) == 3 and "hidden_by_fold" in folded[0]
-    assert not page.select("details.code")[0].has_attr("open")
     text = page.get_text()
     assert "removed_input" not in text and "output stays" in text
     assert "secret words" not in text and "1 / 0" not in text
 
 
-def test_verdict_stands_below_the_title_and_its_code_stays(page):
+def test_all_code_is_folded_and_named(page):
+    folded = page.select("details.code:has(.source)")
+    assert [source.find_parent("details") for source in page.select(".source")] == folded
+    assert not any(details.has_attr("open") for details in page.find_all("details"))
+    lines = [details.summary.get_text() for details in folded]
+    assert lines[:2] == ["Parameters", "Parameters changed for this run: learning_rate, num_train"]
+    assert "Code: one thing first" in lines and "Code: imports" in lines and "Code: plot_quality_speed" in lines
+
+
+def test_verdict_and_figure_stand_below_the_title_and_their_code_stays(page):
     title, verdict = page.main.find_all(recursive=False)[:2]
     assert title.h1 and title.blockquote and verdict["class"] == ["verdict"]
-    assert verdict.strong.get_text() == "6-3" and "one printed line" in verdict.get_text()
-    assert page.get_text().count("one printed line") == 2  # here, and in the folded code at its place
+    first, figure, printed = verdict.select(".jp-OutputArea > *")
+    assert first.strong.get_text() == "6-3" and figure.name == "figure" and figure.find("img")["alt"]
+    assert "one printed line" in printed.get_text() and page.get_text().count("one printed line") == 2
     assert "Markdown" in page.select_one(".celltag_verdict details.code").get_text()
+    for cell in page.select(".celltag_verdict, .celltag_answer"):
+        assert cell.select_one(f'a[href="#{verdict["id"]}"]') and not cell.find("figure")
+
+
+def test_every_section_has_a_link_to_itself(page):
+    headings = page.main.find_all(pages.HEADINGS)[1:]
+    anchors = {unquote(link["href"][1:]) for link in page.select("a.anchor")}
+    assert anchors == {heading["id"] for heading in headings}
+    assert not page.select("summary a")
+
+
+def test_results_are_inside_the_page(page, made):
+    (link,) = page.select("a[download]")
+    kind, _, data = link["href"].partition(";base64,")
+    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text())
+    assert kind == "data:application/json" and json.loads(base64.b64decode(data)) == saved
+    cited = page.find(id="cite").get_text()
+    assert all(part in cited for part in ("3. Distillation & friends", "abc123", saved["date"]))
 
 
 def test_tagged_sections_are_closed_up_to_the_next_heading_of_their_level(page):
-    (section,) = page.select("details.fold")
-    assert not section.has_attr("open") and section.summary.h2.get_text() == "Appendix"
+    section, made_how = page.select("details.fold")
+    assert made_how.dl and not section.has_attr("open") and section.summary.h2.get_text().strip() == "Appendix"
     assert all(text in section.get_text() for text in ("curious", "folded output", "Deeper"))
     assert "Computed from the rows" not in section.get_text() and not section.find("footer")
-    assert section.find_next_sibling().h2.get_text() == "Verdict"
+    assert section.parent.find_next_sibling().h2.get_text() == "Verdict #"
 
 
 def test_fold_ends_at_the_footer():
@@ -248,11 +276,12 @@ def _contrast(one: str, two: str) -> float:
 def test_text_colours_have_enough_contrast():
     assert _contrast("#000000", "#ffffff") == pytest.approx(21)
     style = (Path(pages.__file__).parent / "templates" / "page.css").read_text()
-    variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
-    colors = re.findall(r"[{;]\s*color: (#[0-9a-f]{6})", style) + [variables[name] for name in ("ink", "soft", "link")]
-    assert len(colors) > 8
-    for color in colors:
-        assert _contrast(color, variables["wash"]) >= 4.5, color
+    assert not re.findall(r"[{;]\s*color: #", style)  # every colour of a text has a name, one for each scheme
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in style.split("color-scheme: dark)"))
+    assert light.keys() == dark.keys() and len(light) > 8
+    for scheme in (light, dark):
+        for name in scheme.keys() - {"paper", "wash", "line"}:
+            assert _contrast(scheme[name], scheme["wash"]) >= 4.5, name
 
 
 def test_a_page_above_the_limit_is_rejected_and_nothing_is_written(tmp_path, monkeypatch):

@@ -89,10 +89,10 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
         ([], "One teacher"),
         (
             [(0.1, 0.2), (-0.2, -0.1)],
-            "gap in one seed**: the largest teacher's student is worse than that of a by 0.150.",
+            "in one seed the largest's student is worse than that of a by 0.150",
         ),
-        ([(-0.3, -0.2), (-0.2, -0.1)], "the larger the teacher, the better"),
-        ([(-0.3, -0.2), (-0.1, 0.1)], "is shown"),
+        ([(-0.3, -0.2), (-0.2, -0.1)], "Take the largest"),
+        ([(-0.3, -0.2), (-0.1, 0.1)], "no capacity gap is shown"),
     ],
 )
 def test_gap_is_read_from_the_intervals(intervals, says):
@@ -102,7 +102,7 @@ def test_gap_is_read_from_the_intervals(intervals, says):
     ]
     assert says in scaling.gap_verdict(tests, 1)
     wide = [test | {"low": -1.0, "high": 1.0} for test in tests]
-    assert not wide or scaling.gap_verdict(wide, 3).startswith("**No capacity gap is shown**")
+    assert not wide or scaling.gap_verdict(wide, 3).startswith("**Keep the largest teacher**")
 
 
 def test_equal_cost_counts_both_rounds():

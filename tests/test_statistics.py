@@ -226,5 +226,10 @@ def test_words_follow_the_interval():
     fixed = {"difference": -0.5, "low": -0.9, "high": -0.1}
     assert statistics.format_comparison("kd", fixed, "sft") == "kd loses to sft (-0.50, -0.90 to -0.10)"
     assert statistics.format_comparison("kd", fixed, "sft", lower_is_better=True).startswith("kd beats sft")
+    assert statistics.how_sure(fixed) == "that it is worse is real (0.5, from 0.1 to 0.9)"
+    assert statistics.how_sure(fixed | {"low": -0.5, "high": 0.04}).startswith(
+        "whether it is worse is open (-0.5, from"
+    )
+    assert "from 0.04 to" in statistics.how_sure(fixed | {"low": 0.04, "high": 0.9})
     assert statistics.interval_scope(1) == "one seed: intervals over documents only"
     assert statistics.interval_scope(3, "windows") == "3 seeds: intervals over windows and seeds"

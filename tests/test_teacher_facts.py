@@ -119,15 +119,17 @@ def test_verdict_follows_the_numbers():
         {"different": 1.0, "empty": 0.0, "repeating": 0.0},
     )
     texts = {"reference": fine, "teacher": fine}
-    compared = [{"metric": "ROUGE-1", "low": 0.5, "high": 1.0}, {"metric": "ROUGE-2", "low": 0.1, "high": 1.0}]
+    compared = [{"metric": metric, "difference": 0.7, "low": 0.1, "high": 1.0} for metric in ("ROUGE-1", "ROUGE-2")]
     text = teacher_facts.verdict(result("teacher", 20), rules, compared, texts, 400)
-    assert "is better than lead words and object name" in text and "Smoke" not in text and "stock" not in text
+    assert "Distill" in text and "beats lead words and object name" in text and "stock" not in text
+    assert "that it is better is real (0.7, from 0.1 to 1.0)" in text
     unclear = [compared[0], compared[1] | {"low": -0.1}]
     assert "not shown to be better" in teacher_facts.verdict(result("teacher", 11), rules, unclear, texts, 400)
     below = [row | {"low": -2.0, "high": -1.0} for row in compared]
     texts["teacher"] = fine | {"different": 0.3, "empty": 0.2}
-    text = teacher_facts.verdict(result("teacher", 5), rules, below, texts, 24)
-    assert "nothing to teach" in text and "Smoke run" in text and "stock sentences" in text and "20 % are empty" in text
+    text = teacher_facts.verdict(result("teacher", 5), rules, below, texts, 240)
+    assert "nothing to teach" in text and "stock sentences" in text and "20 % are empty" in text
+    assert "Smoke run" in teacher_facts.verdict(result("teacher", 5), rules, below, texts, 24)
 
 
 def test_text_rows_count_different_and_novel_texts():

@@ -182,7 +182,7 @@ def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:
     """Return one row for each method, shape and variant: means over seeds, and intervals (`bootstrap_interval`).
 
-    Students also get the p-value of the paired test against the teacher, and `share_of` the teacher's ROUGE-2.
+    Students also get the paired test against the teacher, in ROUGE-2 with its interval, and `share_of` the teacher's.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -199,7 +199,9 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
             for metric in METRICS:
                 scores = scores_over_seeds(folders, metric)
                 mean[metric], mean[f"{metric}_low"], mean[f"{metric}_high"] = statistics.bootstrap_interval(scores)
-                mean[f"{metric}_p_value"] = statistics.compare(scores, teacher[metric])["p_value"]
+                test = statistics.compare(scores, teacher[metric])
+                mean[f"{metric}_p_value"] = test["p_value"]
+                mean |= {key: test[key] for key in ("difference", "low", "high") if metric == "rouge2"}
             mean |= statistics.share_of(scores_over_seeds(folders), teacher["rouge2"])
             mean["at least 95 %"] = ", ".join(statistics.format_share(mean))
         mean["p_value"] = mean.get("rouge2_p_value")
@@ -346,48 +348,45 @@ def verdict(
     means: Sequence[dict], versus: Sequence[Mapping], histories: Sequence[Sequence[Mapping]], *,
     num_test: int, whole_test: bool, seeds: int, max_steps: int,
 ) -> str:  # fmt: skip
-    """Return which student to take, as Markdown: what this run can tell, and whether it is a demonstration."""
-    teacher = next(row for row in means if row["method"] == "teacher")
+    """Return which student to take, how sure that is and what limits it, as one paragraph of Markdown.
+
+    The tables beside it have the other students and methods.
+    """
+    if num_test < FEW_DOCUMENTS:
+        return smoke_note(num_test)
     ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
-    shapes = dict.fromkeys(row["student"] for row in ranked)
-    chosen = [choose_student(means, versus, shape) for shape in shapes]
+    chosen = [choose_student(means, versus, shape) for shape in dict.fromkeys(row["student"] for row in ranked)]
     equal = [row for row in chosen if row["not_worse_5_percent"]]
     take = max(equal, key=lambda row: row["speedup"]) if equal else chosen[0]
-    others = [row for row in chosen if row is not take]
-    real = "is real" if take["rouge2_p_value"] < 0.05 else "is not shown to be real"
-    share, shown = statistics.format_share(take)
-    lines = [
-        f"**Take {take['name']}**: {take['rouge2']:.2f} ROUGE-2 "
-        f"({take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), {take['speedup']:.2f} times as fast per token. "
-        f"It keeps {share} of the teacher's {teacher['rouge2']:.2f}; that this is at least 95 % is {shown}. "
-        f"The difference to the teacher {real} (p = {take['rouge2_p_value']:.3f})."
-    ]
-    if others:
-        named = [f"{row['name']} ({row['rouge2']:.2f} ROUGE-2, {row['speedup']:.2f} times as fast)" for row in others]
-        lines.append(f"Of the other shapes: {', '.join(named)}.")
+    share, _, interval = statistics.format_share(take)[0].partition(" (")
+    says = f"{share} of the teacher's ROUGE-2; {statistics.how_sure(take)}"
+    says += f", and so is that it keeps at least 95 % ({interval}" if take["not_worse_5_percent"] else ""
+    lines = [f"**Take {take['name']}**: {take['speedup']:.2f} times as fast per token and {says}."]
+
+    rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
+    if rule and take["rouge2"] < rule["rouge2"]:
+        lines.append(f"**It scores below {rule['name']}**, a rule that costs nothing.")
     tests = [test for test in versus if test["versus"] == method_label("sft", take["student"])]
     if tests:
         best = max(tests, key=lambda test: test["difference"])
-        lines.append("; ".join(statistics.format_comparison(test["name"], test, "SFT") for test in tests) + ".")
-        if statistics.effect_sign(best) == 0 and best["difference"] > 0:
+        names = [test["name"] for test in tests if statistics.effect_sign(test) > 0]
+        lines.append(f"Shown to beat SFT: {', '.join(names)}." if names else "No other signal is shown to beat SFT.")
+        if not names and best["difference"] > 0:
             times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
             more = "test documents and seeds" if seeds > 1 else "test documents"
-            lines[-1] += f" About {times:,.1f} times as many {more} would settle {best['name']}."
-
-    rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
-    worse = [row["name"] for row in ranked if rule and row["rouge2"] < rule["rouge2"]]
-    if worse:
-        lines.append(f"Below a rule that costs nothing ({rule['name']}, {rule['rouge2']:.2f}): {', '.join(worse)}.")
+            lines[-1] = lines[-1][:-1] + f"; about {times:,.1f} times as many {more} would settle {best['name']}."
 
     losses = [[row["validation_ce"] for row in history if "validation_ce" in row] for history in histories]
     reasons = {
-        "fewer than three seeds": seeds < 3,
-        "a part of the test split": not whole_test,
-        "students that were still gaining": any(values[-1] <= min(values) for values in losses),
+        "one seed" if seeds == 1 else f"{seeds} seeds": seeds < 3,
+        f"only {num_test:,} of the test documents": not whole_test,
+        f"students that still gained after {max_steps:,} updates": any(v[-1] <= min(v) for v in losses),
     }
-    budget = f"{num_test} test documents, {max_steps} updates per student; {statistics.interval_scope(seeds)}"
     missing = ", ".join(reason for reason, holds in reasons.items() if holds)
-    if num_test < FEW_DOCUMENTS:
-        lines.insert(0, f"**Smoke run:** {num_test} test documents show that the code runs, nothing else.")
-    lines.append(f"**A demonstration** ({missing}): {budget}." if missing else f"{budget[0].upper()}{budget[1:]}.")
-    return "\n\n".join(lines)
+    budget = f"{statistics.budget_in_words(max_steps, seeds, f'{num_test:,} test documents')} stand behind this."
+    return " ".join([*lines, f"It is a demonstration: {missing}." if missing else budget])
+
+
+def smoke_note(number: int, what: str = "test documents") -> str:
+    """Return what a verdict says where there are too few documents for one."""
+    return f"**Smoke run:** {number} {what} show that the code runs, nothing else."

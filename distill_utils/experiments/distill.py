@@ -257,24 +257,22 @@ def time_rows(asked: Request, prices: Mapping, found: Mapping, tests: Sequence[P
 def verdict(
     asked: Request, found: Mapping, shapes: Sequence[Mapping], student: Mapping, teacher: Mapping, speed: Mapping
 ) -> str:  # fmt: skip
-    """Return which student to take, as Markdown: first what else meets the budget, then how good and fast it is."""
-    metric, lines = asked.given["metric"], []
+    """Return what meets the budget, how good it is and what limits that, as one paragraph of Markdown."""
+    metric, lines, num_test = asked.given["metric"], [], len(asked.splits["test"])
+    if num_test < comparison.FEW_DOCUMENTS:
+        return comparison.smoke_note(num_test)
     wanted = {name: limit for name, limit in asdict(asked.limits).items() if limit}
     cheaper = [row for row in shapes if not row["student"] and wanted and not budget.excesses(row, asked.limits)]
     if cheaper:
         named = [f"{row['name']} ({row['latency_ms']:.1f} ms, {row['rouge2']:.2f} ROUGE-2)" for row in cheaper]
-        met = f"**No student is needed for this budget**: it is met by {', '.join(named)}, on validation documents."
-        lines.append(met)
-    p_value = student[f"{metric}_p_value"]
-    real = "is real" if p_value < 0.05 else "is not shown to be real"
-    share, shown = statistics.format_share(student)
+        lines.append(f"**No student is needed for this budget**: on validation documents {', '.join(named)} meet it.")
     label = method_label(student["method"], student["student"])
+    side = "worse" if student[metric] < teacher[metric] else "better"
+    sure = f"that it is {side} is real" if student[f"{metric}_p_value"] < 0.05 else f"whether it is {side} is open"
     lines.append(
-        f"**Take {label}**, {found['updates']} updates: {student[metric]:.2f} {HEADINGS[metric]} "
-        f"({student[f'{metric}_low']:.2f} to {student[f'{metric}_high']:.2f}) on {len(asked.splits['test'])} test "
-        f"documents, {speed['latency_ms']:.1f} ms per summary, {speed['speedup']:.2f} times as fast as the teacher. It "
-        f"keeps {share} of the teacher's ROUGE-2; that this is at least 95 % is {shown}. The difference to the "
-        f"teacher's {teacher[metric]:.2f} {real} (p = {p_value:.3f})."
+        f"**Take {label}**: {speed['speedup']:.2f} times as fast per summary ({speed['latency_ms']:.1f} ms) and "
+        f"{statistics.format_share(student)[0]} of the teacher's ROUGE-2; {sure} (p = "
+        f"{student[f'{metric}_p_value']:.3f}, {student[metric]:.2f} against {teacher[metric]:.2f} {HEADINGS[metric]})."
     )
     again = {"name": label, "student": student["student"], "parameters_m": student["parameters_m"]}
     again |= {"latency_ms": speed["latency_ms"], "speedup": speed["speedup"]}
@@ -283,9 +281,6 @@ def verdict(
         lines.append(f"**Timed again it misses {', '.join(missed)}**: the budget lies within this machine's noise.")
     if found["simplest"] != found["winner"]:
         lines.append(f"{found['simplest']} is smaller and cannot be separated from it on validation documents.")
-    seeds = f"{max(found['finalists'].values())} seed{'s' * (max(found['finalists'].values()) > 1)} of the finalists"
-    lines.append(f"**A demonstration**: {seeds}, one test; {found['ended']}.")
-    if len(asked.splits["test"]) < comparison.FEW_DOCUMENTS:
-        number = len(asked.splits["test"])
-        lines.insert(0, f"**Smoke run:** {number} test documents show that the code runs, nothing else.")
-    return "\n\n".join(lines)
+    seeds = max(found["finalists"].values())
+    reach = statistics.budget_in_words(found["updates"], seeds, f"{num_test:,} test documents")
+    return " ".join([*lines, f"{reach}; {found['ended']}."])

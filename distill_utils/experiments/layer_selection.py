@@ -27,7 +27,7 @@ from distill_utils.distillation.losses import IGNORED, chunked_token_losses
 from distill_utils.distillation.objectives import decode, encode, layer_outputs
 from distill_utils.evaluation import generation, metrics, scoring, statistics
 from distill_utils.experiments import runs
-from distill_utils.experiments.comparison import FEW_DOCUMENTS
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
 
 STACKS = ("encoder", "decoder")
@@ -321,47 +321,38 @@ def verdict(
     searched: Sequence[int], versus: Sequence[Mapping], correlation: Mapping, cuts: Sequence[Mapping],
     take: Mapping | None, keep_share: float, num_test: int, num_seeds: int, max_steps: int,
 ) -> str:  # fmt: skip
-    """Return what the notebook found as Markdown, computed; it says so where the run cannot tell.
+    """Return what to take, whether evidence before training helps and what to cut, as one paragraph of Markdown.
 
     `versus`: the searched map against its rivals; `cuts`: further paired comparisons; both rows of `compare`. `take`:
     the results row of the fastest student not shown to fall short of `keep_share` of the teacher's ROUGE-2, if any is
     faster than the teacher.
     """
-    lines = [f"**Smoke run:** {num_test} test documents show that the code runs, nothing else."]
-    lines = lines if num_test < FEW_DOCUMENTS else []
+    if num_test < FEW_DOCUMENTS:
+        return smoke_note(num_test)
     share = f"{100 * keep_share:.0f} % of the teacher's ROUGE-2"
     if take:
-        lines.append(
-            f"**Take {take['label']}**: the fastest student here that is not shown to fall short of {share} "
-            f"({take['rouge2']:.2f}, {take['rouge2_low']:.2f} to {take['rouge2_high']:.2f}), at "
-            f"{take['ms_per_token']:.2f} ms a token and {take['latency_ms']:.0f} ms a document."
-        )
+        said = f"**Take {take['label']}**: {take['speedup']:.2f} times as fast per token, the fastest student that is "
+        said += f"not shown to fall short of {share} (it keeps {statistics.format_share(take)[0]})"
     else:
-        lines.append(f"**No student to take here**: each is as slow as the teacher or falls short of {share}.")
+        said = f"**Take none of these students**: each is as slow as the teacher or falls short of {share}"
     found = " and ".join(_in_words(test) for test in versus)
     kept = ", ".join(map(str, searched))
-    lines.append(f"The search by loss before training keeps decoder layers {kept}: it {found}.")
-    lines.append(_ranking(correlation))
-    if cuts:
-        lines.append(f"In ROUGE-2: {'; '.join(' '.join((test['name'], _in_words(test))) for test in cuts)}.")
-    scope = f"{num_test} test documents, {max_steps} updates a student; {statistics.interval_scope(num_seeds)}."
-    lines.append(scope if num_seeds >= 3 else f"{scope} A demonstration: a ranking needs three seeds.")
-    return "\n\n".join(lines)
+    lines = [said, f"The search before training keeps decoder layers {kept}: it {found}; {_ranking(correlation)}"]
+    lines += [f"In quality {', '.join(' '.join((test['name'], _in_words(test))) for test in cuts)}"] if cuts else []
+    lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_test:,} test documents"))
+    return f"{'. '.join(lines)}."
 
 
 def _in_words(test: Mapping) -> str:
     if test["same"]:
         return f"is the same map as {test['rival']}"
-    return statistics.format_comparison("", test, test["rival"]).strip()
+    return statistics.format_comparison("", test, test["rival"]).partition(" (")[0].strip()
 
 
 def _ranking(found: Mapping) -> str:
     if found["rho"] is None:
-        return f"{found['maps']} maps are too few, or too equal, to say whether the loss before training ranks them."
+        return f"{found['maps']} maps are too few, or too equal, to say whether the loss before training ranks them"
     says = "ranks the maps as training does" if found["high"] < 0 else "ranks the maps the wrong way round"
     if found["low"] <= 0 <= found["high"] or found["p_value"] >= 0.05:
         says = "is not shown to rank the maps as training does"
-    return (
-        f"The loss before training {says}: Spearman {found['rho']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, "
-        f"p = {found['p_value']:.3f}) over {found['maps']} maps."
-    )
+    return f"the loss before training {says} (Spearman {found['rho']:+.2f}, {found['maps']} maps)"

@@ -25,7 +25,7 @@ from distill_utils.distillation.losses import check_relation_heads
 from distill_utils.evaluation import scoring, tasks
 from distill_utils.evaluation.statistics import bootstrap_interval, compare, interval_scope
 from distill_utils.experiments import runs
-from distill_utils.experiments.comparison import FEW_DOCUMENTS
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.hooks import projections
@@ -363,28 +363,27 @@ def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[
 def headline(
     ways: Sequence[Mapping], proposed: str, num_seeds: int, distill_steps: int, tune_steps: int, num_test: int
 ) -> str:
-    """Return which path won as Markdown, computed from the shares of the gap; it says so where the run cannot tell."""
+    """Return which path to imitate, from the shares of the gap, as one paragraph of Markdown, and what limits that."""
     if num_test < FEW_DOCUMENTS:
-        return f"**Smoke run:** {num_test} test rows show that the code runs, nothing else."
-    budget = f"{distill_steps} updates on text, {tune_steps} of fine-tuning; {interval_scope(num_seeds, 'test rows')}"
+        return smoke_note(num_test, "test rows")
+    budget = f"{distill_steps:,} updates on text, {tune_steps:,} of fine-tuning"
     ranked = sorted((way for way in ways if way["share"] is not None), key=lambda way: -way["share"])
     closes = {
-        way["path"]: f"closes {100 * way['share']:.0f} % ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
+        way["path"]: f"closes {100 * way['share']:.0f} % of it ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
         for way in ranked
     }
     paths = [way for way in ranked if way["path"] != "none"]
     if not paths:
-        return f"**This run cannot tell**: no task shows the teacher above scratch, there is no gap to close. {budget}."
-
+        return f"**Train longer**: no task shows the teacher above scratch, there is no gap to close. {budget}."
     best, low = paths[0]["path"], paths[0]["low"]
-    wins = f"**{best} is the best path**: it" if low > 0 else f"**No path is shown to beat scratch**; {best}"
-    said = [f"{wins} {closes[best]} of the gap from scratch to teacher."]
+    wins = f"**Imitate {best}**" if low > 0 else "**Train on the text alone**: no path is shown to beat it"
+    said = [f"{wins}. Of the gap between scratch (text alone) and teacher, {best} {closes[best]}"]
     near = [way["path"] for way in ranked if way["path"] != best and way["high"] >= low]
-    if near:
-        said.append(f"Not separated from it: {', '.join(f'{path} {closes[path]}' for path in near)}.")
+    said[0] += f"; not separated from it: {', '.join(near)}." if near else "."
     if proposed in closes and proposed not in (best, *near):
         said.append(f"The proposed path, {proposed}, {closes[proposed]}.")
-    return f"{' '.join(said)}\n\nTasks that count: {', '.join(paths[0]['tasks'])}. {num_test} test rows, {budget}."
+    seeds = interval_scope(num_seeds, f"{num_test:,} test rows of {', '.join(paths[0]['tasks'])}")
+    return f"{' '.join(said)} {budget}; {seeds}{': a demonstration' * (num_seeds < 3)}."
 
 
 def equal_token_steps(

@@ -18,7 +18,7 @@ from distill_utils.device import device
 from distill_utils.distillation import objectives
 from distill_utils.evaluation import statistics
 from distill_utils.experiments import miniend
-from distill_utils.experiments.comparison import FEW_DOCUMENTS
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.planning import measure, plan, step
@@ -85,7 +85,7 @@ def in_words(test: Mapping) -> str:
 def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     """Return whether a capacity gap shows, from tests of the largest teacher's student against each smaller one's."""
     if not tests:
-        return "**One teacher shows no gap**: name several."
+        return "**One teacher shows no gap**: name several"
     signs = [statistics.effect_sign(test) for test in tests]
     worse = [
         f"{test['versus'].removeprefix('by ')} by {test['difference']:.3f}"
@@ -94,10 +94,10 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     ]
     if worse:
         seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-        return f"**A capacity gap in {seeds}**: the largest teacher's student is worse than that of {', '.join(worse)}."
+        return f"**Take a smaller teacher**: in {seeds} the largest's student is worse than that of {', '.join(worse)}"
     if max(signs) < 0:
-        return "**No capacity gap**: the larger the teacher, the better its student."
-    return "**No capacity gap is shown**: no smaller teacher's student is better than the largest's."
+        return "**Take the largest teacher**: there is no capacity gap, its student beats that of every smaller one"
+    return "**Keep the largest teacher**: no capacity gap is shown, no smaller one's student is better"
 
 
 def equal_cost_steps(direct: float, first: float, second: float, split: tuple[int, int]) -> int:
@@ -212,18 +212,18 @@ def verdict(
     gap: Sequence[Mapping], rows: Sequence[Mapping], routes: Sequence[Mapping], checks: Sequence[Mapping],
     num_windows: int, num_seeds: int, max_steps: int,
 ) -> str:  # fmt: skip
-    """Return what the ladder and the plan say, as Markdown computed from the rows."""
-    lines = [f"**Smoke run:** {num_windows} windows are too few to compare anything."]
+    """Return which teacher to take, whether assistants help and the plan holds, as one paragraph of Markdown."""
+    lines = [smoke_note(num_windows, "windows").removesuffix(".")]
     if num_windows >= FEW_DOCUMENTS:
         best = min((row for row in rows if row["name"].startswith("by ")), key=lambda row: row["loss"])
         scratch = next(row for row in rows if row["name"] == "scratch")
-        lines = [gap_verdict(gap, num_seeds)]
-        lines.append(f"Best taught: {best['name']}, {best['loss']:.3f} nats; scratch {scratch['loss']:.3f}.")
-        lines += [f"{in_words(row)}." for row in routes]
+        lines = [f"{gap_verdict(gap, num_seeds)} (lowest loss: {best['name']}, {best['loss']:.3f}; without a teacher "
+                 f"{scratch['loss']:.3f} nats per token)"]  # fmt: skip
+        helpers = [in_words(row) for row in routes if row["name"].startswith("by assistant")]
+        lines += [f"At equal tokens the student {helpers[0]}"] if helpers else []
     if checks:
         ratios = [row["planned_over_measured"] for row in checks]
-        lines.append(
-            f"Planned memory is {min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps took."
-        )
-    lines.append(f"{num_windows} windows, {max_steps} updates; {statistics.interval_scope(num_seeds, 'windows')}.")
-    return "\n\n".join(line[0].upper() + line[1:] for line in lines)
+        said = f"{min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps took"
+        lines.append(f"The planned memory is {said}")
+    lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_windows} windows"))
+    return f"{'. '.join(lines)}."

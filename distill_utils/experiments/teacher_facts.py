@@ -14,7 +14,7 @@ from datasets import Dataset
 from distill_utils.artifacts import read_json
 from distill_utils.evaluation import metrics, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
-from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row, smoke_note
 from distill_utils.models import students
 from distill_utils.models.loading import model_folder
 from distill_utils.report.figures import HEADINGS, method_label
@@ -180,32 +180,30 @@ def pass_rows(model, passes: Sequence[Mapping], ms_per_token: float, ceiling: Ma
 def verdict(
     teacher: Mapping, rules: Sequence[Mapping], compared: Sequence[Mapping], texts: Mapping, num_test: int
 ) -> str:
-    """Return the answer as Markdown: does the teacher beat the baselines, how large and fast is it, is it healthy.
+    """Return whether to distil the teacher, as one paragraph of Markdown: does it beat the baselines, is it healthy.
 
     `compared` are the rows of `against_rules`, `texts` the diagnostics by system.
     """
+    if num_test < FEW_DOCUMENTS:
+        return smoke_note(num_test)
     names = " and ".join(method_label(row["method"]) for row in rules)
-    signs = [statistics.effect_sign(row) for row in compared]
-    lines = [f"**Smoke run:** {num_test} test documents show that the code runs, nothing else."]
-    lines = lines if num_test < FEW_DOCUMENTS else []
-    if min(signs) > 0:
-        lines.append(f"**The teacher is better than {names}** in every ROUGE metric.")
-    elif max(signs) < 0:
-        lines.append(f"**The teacher is worse than {names}**: it has nothing to teach yet.")
+    above = [row["metric"] for row in compared if statistics.effect_sign(row) > 0]
+    test = next(row for row in compared if row["metric"] == HEADINGS["rouge2"])
+    sure = f"against the better of them {statistics.how_sure(test)} in ROUGE-2"
+    if len(above) == len(compared):
+        lines = [f"**Distill this teacher**: it beats {names} in every ROUGE metric; {sure}."]
+    elif max(statistics.effect_sign(row) for row in compared) < 0:
+        lines = [f"**Train the teacher first**: it is worse than {names} and has nothing to teach; {sure}."]
     else:
-        above = [row["metric"] for row, sign in zip(compared, signs, strict=True) if sign > 0]
-        lines.append(
-            f"**The teacher is not shown to be better than {names}**, but for {', '.join(above) or 'nothing'}."
-        )
-    rule = best_rule(rules, "rouge2")
-    lines.append(
-        f"ROUGE-2 {with_interval(teacher, 'rouge2')}, the better baseline {with_interval(rule, 'rouge2')}. It has "
-        f"{teacher['parameters_m']:.1f} M parameters, takes {teacher['latency_ms']:.0f} ms a summary and "
-        f"{teacher['ms_per_token']:.2f} ms a token. {num_test} test documents, 95 % bootstrap intervals."
-    )
+        but = f" but for {', '.join(above)}" if above else ""
+        lines = [f"**Train the teacher first**: it is not shown to be better than {names}{but}; {sure}."]
     ours, theirs = texts["teacher"], texts["reference"]
     if ours["different"] < 0.8 * theirs["different"]:
         lines.append(f"**Only {100 * ours['different']:.0f} % of its summaries differ: it repeats stock sentences.**")
     if ours["empty"] + ours["repeating"] > 0.05:
         lines.append(f"**{100 * (ours['empty'] + ours['repeating']):.0f} % are empty or repeat themselves.**")
-    return "\n\n".join(lines)
+    lines.append(
+        f"Students have to undercut its {teacher['latency_ms']:.0f} ms per summary and {teacher['parameters_m']:.1f} M "
+        f"parameters. The interval is over {num_test:,} test documents, not over other trainings of it."
+    )
+    return " ".join(lines)

@@ -3,6 +3,7 @@
 Out of scope: running notebooks (batch.py), drawing (figures.py), what gathers all pages (index.py).
 """
 
+import base64
 import itertools
 import math
 import re
@@ -17,6 +18,8 @@ from distill_utils.artifacts import REPOSITORY, runs_dir, write_atomic, write_js
 MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(__file__).resolve().parent
 HEADINGS = re.compile(r"^h[1-6]$")
+READ_ON = """<p class="note">Read on: the sections below give the evidence, figure by figure, with the code of each step
+folded. <a href="#contents">Contents</a>, <a href="#cite">how to cite, and the results as a file</a>.</p>"""
 
 
 class PageError(Exception):
@@ -109,12 +112,40 @@ def title_and_question(notebook) -> tuple[str, str]:
     return (re.sub(r"[*`]", "", heading.group(1)) if heading else ""), question
 
 
+def code_label(notebook) -> Callable:
+    """Return a function that names what a cell does, for the line that its folded code opens by.
+
+    That is its first line where it is a comment, else what the cell calls of this project, else its first line.
+    """
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    lines = re.findall(r"^from distill_utils[\w.]* import ([\w, ]+)$", text, re.MULTILINE)
+    names = [name.split(" as ")[-1].strip() for line in lines for name in line.split(",")]
+    called = re.compile(rf"(?<![\w.])(?:{'|'.join(names) or '(?!)'})(?:\.[a-z]\w*)?(?=\()")
+
+    def label(cell) -> str:
+        tags, first = cell.metadata.get("tags", []), cell.source.partition("\n")[0]
+        if "injected-parameters" in tags:
+            return "Parameters changed for this run: " + ", ".join(re.findall(r"^(\w+) =", cell.source, re.MULTILINE))
+        if "parameters" in tags:
+            return "Parameters"
+        calls = dict.fromkeys(call.rpartition(".")[2] for call in called.findall(cell.source))
+        calls = [call for call in calls if not call.startswith("show") and call not in ("use_style", "start_notebook")]
+        if first.startswith("#"):
+            return f"Code: {first.strip('# ')}"
+        if calls:
+            return f"Code: {', '.join(calls[:3])}{' …' * (len(calls) > 3)}"
+        return "Code: imports" if re.match(r"import |from ", first) else f"Code: {first[:60]}"
+
+    return label
+
+
 def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
 
-    `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder) and `facts` (name and value
-    pairs for the footer). Cell tags: `verdict` lifts a cell's output below the title, `fold` on a heading's cell folds
-    its section, hide-input folds the code, remove-input, remove-output and remove-cell leave parts out.
+    `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder), `facts` (name and value
+    pairs for the footer), `cite` (a line) and `results` (name and text of the file to download). Code is folded. Cell
+    tags: below the title stand the output of `verdict` and, after its first part, the first figure of `answer`; `fold`
+    on a heading's cell folds its section; remove-input, remove-output and remove-cell leave parts out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
@@ -132,18 +163,29 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters={"markdown_cell": markdown_cell, "markdown_output": markdown_output},
+        filters={
+            "markdown_cell": markdown_cell,
+            "markdown_output": markdown_output,
+            "code_label": code_label(notebook),
+        },  # fmt: skip
     )
     html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
     soup = BeautifulSoup(html, "html.parser")
-    warnings = _drop_active_content(soup)
-    _lift_verdict(soup)
+    warnings = _drop_active_content(soup) + [note.get_text(" ", strip=True) for note in soup.select(".failed")]
     _number_headings(soup)
     warnings += _describe_images(soup)
+    _lift_answer(soup)
     _frame_tables(soup)
+    _frame_code(soup)
     _rewrite_links(soup, report)
     _write_contents(soup)
     _fold_sections(soup)
+    if "results" in report:
+        name, text = report["results"]
+        data = "data:application/json;base64," + base64.b64encode(text.encode()).decode()
+        link = soup.new_tag("a", href=data, download=name)
+        link.string = f"Download {name}"
+        soup.find(id="cite").append(link)
     return str(soup), warnings
 
 
@@ -165,14 +207,27 @@ def _drop_active_content(soup) -> list[str]:
     return warnings
 
 
-def _lift_verdict(soup) -> None:
-    """Move the output of the cell tagged `verdict` below the first prose cell: title and question; its code stays."""
-    title = soup.select_one("main > .prose")
-    output = soup.select_one(".celltag_verdict .jp-OutputArea")
-    if title and output:
-        verdict = soup.new_tag("section", attrs={"class": "verdict", "aria-label": "Verdict"})
-        title.insert_after(verdict)
-        verdict.append(output.extract())
+def _lift_answer(soup) -> None:
+    """Move the output of `verdict` below title and question, and the first figure of `answer` below its first part.
+
+    Their code stays, with a link to the top.
+    """
+    title, output = soup.select_one("main > .prose"), soup.select_one(".celltag_verdict .jp-OutputArea")
+    if not (title and output):
+        return
+    verdict = soup.new_tag("section", attrs={"class": "verdict", "aria-label": "Verdict", "id": "in-short"})
+    figure = soup.select_one(".celltag_answer :is(figure, .failed)")
+    for part, name in ((output, "verdict"), (figure, "figure")):
+        if part:
+            part.insert_before(_tag(soup, f'<p class="note"><a href="#in-short">This {name} is at the top.</a></p>'))
+    verdict.append(output.extract())
+    if figure:
+        output.find(class_="jp-OutputArea-child").insert_after(figure.extract())
+    title.insert_after(verdict, _tag(soup, READ_ON))
+
+
+def _tag(soup, html: str):
+    return type(soup)(html, "html.parser").contents[0].extract()
 
 
 def _number_headings(soup) -> None:
@@ -212,21 +267,43 @@ def _describe_images(soup) -> list[str]:
 
 
 def _frame_tables(soup) -> None:
-    """Let wide tables and long code scroll by keyboard too; an empty corner is no heading."""
+    """Let wide tables scroll by keyboard; fold what code shows, but for the verdict's, and what has no headings."""
     for table in soup.find_all("table"):
         table.attrs.pop("border", None)
         for cell in table.select("thead th"):
-            if not cell.get_text(strip=True):
+            if not cell.get_text(strip=True):  # an empty corner is no heading
                 cell.name = "td"
         if all(len(cell.get_text()) <= 32 for cell in table.select("th, td")):  # no line breaks inside short cells
             table["class"] = [*table.get("class", []), "compact"]
         label = table.caption.get_text(" ", strip=True) if table.caption else "table"
         frame = {"class": "table", "tabindex": "0", "role": "region", "aria-label": label}
-        table.wrap(soup.new_tag("div", attrs=frame))
+        frame = table.wrap(soup.new_tag("div", attrs=frame))
+        if table.thead and not table.thead.get_text(strip=True):
+            table.thead.decompose()
+            _fold(soup, frame, ", ".join(row.td.get_text() for row in table.find_all("tr")))
+        elif table.find_parent(class_="jp-OutputArea") and not table.find_parent(class_="verdict"):
+            _fold(soup, frame, f"Table: {re.split(r'[.:;](?: |$)', label)[0]}")
+
+
+def _frame_code(soup) -> None:
+    """Fold listings and long prints among the outputs, and let wide code scroll by keyboard too."""
+    for formula in soup.select('p:has(> math[display="block"])'):
+        formula["tabindex"] = "0"
     for block in soup.find_all("pre"):
         lines = block.get_text().splitlines()
-        if len(lines) > 24 or any(len(line) > 88 for line in lines):
-            block["tabindex"] = "0"
+        if "text" in block.get("class", []):  # printed text is wrapped
+            if len(lines) > 12:
+                _fold(soup, block, f"{len(lines)} printed lines")
+            continue
+        block["tabindex"] = "0"
+        if block.find_parent(class_="jp-OutputArea"):
+            _fold(soup, block, f"Source: {re.sub(r'^def |[(:].*', '', lines[0])}")
+
+
+def _fold(soup, tag, label: str) -> None:
+    details, summary = soup.new_tag("details", attrs={"class": "code"}), soup.new_tag("summary")
+    summary.string = label
+    tag.wrap(details).insert(0, summary)
 
 
 def _rewrite_links(soup, report: dict) -> None:
@@ -242,7 +319,7 @@ def _rewrite_links(soup, report: dict) -> None:
 
 
 def _write_contents(soup) -> None:
-    """Fill the contents list from the headings of Markdown cells and the footer."""
+    """Fill the contents list from the headings of Markdown cells and the footer, and give each heading its link."""
     top = soup.new_tag("ul")
     for heading in soup.select("main h2, main h3"):
         if heading.find_parent(class_="jp-OutputArea"):
@@ -256,6 +333,11 @@ def _write_contents(soup) -> None:
             section.append(soup.new_tag("ul"))
         (section.ul if section else top).append(item)
     soup.find(id="contents").append(top)
+    for heading in soup.main.find_all(HEADINGS)[1:]:
+        link = soup.new_tag("a", href="#" + quote(heading["id"]), attrs={"class": "anchor"})
+        link["aria-label"] = f"Link to the section {heading.get_text().strip()}"
+        link.string = "#"
+        heading.extend([" ", link])
 
 
 def _fold_sections(soup) -> None:
@@ -273,6 +355,8 @@ def _fold_sections(soup) -> None:
         inside = list(itertools.takewhile(lambda other, own=own: level(other) > own, following))
         section, summary = soup.new_tag("details", attrs={"class": "fold"}), soup.new_tag("summary")
         cell.insert_before(section)
+        if link := heading.find(class_="anchor"):  # a summary must not hold a link
+            section.wrap(soup.new_tag("div", attrs={"class": "folded"})).insert(0, link.extract())
         summary.append(heading.extract())
         section.extend([summary, cell.extract(), *(other.extract() for other in inside)])
 

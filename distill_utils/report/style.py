@@ -1,7 +1,8 @@
 """One look for every figure and table: names and colours, labels that do not overlap, captions, alternative texts."""
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -95,6 +96,24 @@ def error_bars(rows: Sequence[Mapping], key: str) -> list[list[float]]:
     return [below, [max(row[f"{key}_high"] - row[key], 0) for row in rows]]
 
 
+def or_failure(plot: Callable) -> Callable:
+    """Decorate a `plot_*` function: instead of an exception it returns axes that `show` replaces by the reason.
+
+    A page whose figure fails has cost hours and still has its tables.
+    """
+
+    @functools.wraps(plot)
+    def plotted(*arguments, **options):
+        try:
+            return plot(*arguments, **options)
+        except Exception as error:  # drawing and layout raise many kinds
+            ax = new_axes()
+            ax.get_figure().failure = f"{type(error).__name__}: {error}"
+            return ax
+
+    return plotted
+
+
 def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
     """Display a figure with its alternative text and a caption below, and close it.
 
@@ -106,7 +125,15 @@ def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
     if not alt.strip() or not caption.strip():
         raise ValueError(f"alt {alt!r} and caption {caption!r} must both say something about the figure")
     figure = figure_or_axes if isinstance(figure_or_axes, Figure) else figure_or_axes.get_figure()
-    picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
+    try:
+        failure = getattr(figure, "failure", None)
+        picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
+    except Exception as error:  # layout is computed only here
+        failure = f"{type(error).__name__}: {error}"
+    if failure:
+        plt.close(figure)
+        display(HTML(f'<div class="failed">No figure could be drawn of: {escape(alt)} {escape(failure)}</div>'))
+        return
     if len(picture) <= MAX_SVG_BYTES:
         mime, data, size = "image/svg+xml", picture.decode(), {}
     else:
