@@ -29,8 +29,10 @@ def is_number(value) -> bool:
 
 def averaged(entry: Mapping) -> list[dict]:
     """Return an entry's rows as means over seeds; those that it does not give itself have no intervals."""
+    if entry.get("means"):
+        return entry["means"]
     groups: dict[tuple, list[dict]] = {}
-    for row in entry.get("means") or entry["rows"]:
+    for row in entry["rows"]:
         groups.setdefault(tuple(row.get(key) for key in IDENTITY), []).append(row)
     means = []
     for rows in groups.values():
