@@ -109,7 +109,9 @@ def append_history(reports: Path, name: str) -> None:
     before = next((line for line in reversed(read_history(reports)) if line["report"] == name), None)
     data = f"{dashboard.facts(entry)['data']} {entry.get('fingerprint', '')}".strip()
     line = {key: entry.get(key) for key in ("date", "report", "profile")} | dashboard.key_figure(entry) | {"data": data}
-    line = {key: _csv_value(value) for key, value in line.items()} | {"commit": entry["provenance"].get("commit")}
+    line = {key: _csv_value(value) for key, value in line.items()} | {
+        "commit": entry.get("provenance", {}).get("commit")
+    }
     if before:
         line |= {"replaced": f"{before['date']} {before['commit']}".strip(), "before": before["value"]}
         with contextlib.suppress(ValueError, KeyError):  # one of the two has no figure
