@@ -107,16 +107,14 @@ def append_history(reports: Path, name: str) -> None:
     """Append a line to history.csv: the figure of a report's best row, what it replaced, by how much it moved."""
     entry, path = {**read_json(reports / f"{name}.json"), "report": name}, reports / "history.csv"
     before = next((line for line in reversed(read_history(reports)) if line["report"] == name), None)
-    data = f"{dashboard.facts(entry)['data']} {entry.get('fingerprint', '')}".strip()
-    line = {key: entry.get(key) for key in ("date", "report", "profile")} | dashboard.key_figure(entry) | {"data": data}
-    line = {key: _csv_value(value) for key, value in line.items()} | {
-        "commit": entry.get("provenance", {}).get("commit")
-    }
+    line = {key: entry.get(key) for key in ("date", "report", "profile")} | dashboard.key_figure(entry)
+    line |= {"commit": entry.get("provenance", {}).get("commit"), "data": dashboard.facts(entry)["data"]}
+    line = {key: _csv_value(value) for key, value in line.items()}
     if before:
         line |= {"replaced": f"{before['date']} {before['commit']}".strip(), "before": before["value"]}
         with contextlib.suppress(ValueError, KeyError):  # one of the two has no figure
             moved = float(line["value"]) - float(before["value"])
-            line |= {"moved": _csv_value(moved)} if line["figure"] == before["figure"] else {}
+            line["moved"] = _csv_value(moved) if line["figure"] == before["figure"] else ""
     text = io.StringIO()
     writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
     if not path.exists():
