@@ -159,7 +159,7 @@ def drawing(facet: Mapping) -> dict:
         return round(100 * (top - share) / (top - bottom), 2)
 
     def ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
-        step = next((step for step in steps if high - low <= 6 * step), (high - low) / 6)
+        step = next((step for step in steps if high - low <= 7 * step), (high - low) / 7)
         return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
     others, cells = [each for each in found if not any(each is other for other in front)], {}
