@@ -219,8 +219,13 @@ def test_history_has_a_line_a_report_with_what_it_replaced(tmp_path):
     assert (second["best"], second["value"], second["low"]) == ("PL 6-3", "9.5", "8")
     assert (second["replaced"], second["before"], second["moved"]) == ("of aaa aaa", "9", "0.5")
     assert (other["figure"], other["value"], other["replaced"]) == ("loss", "4.15", "")
-    text = built(tmp_path).get_text()
-    assert "+0.50" in text and "What changed" in text
+    with open(tmp_path / "history.csv", "a", encoding="utf-8") as file:
+        file.write("2026,//elsewhere.example/x\nhalf a li")
+    page = built(tmp_path)
+    (table,) = [table for table in page.select("table") if table.select("a[href='history.csv']")]
+    assert "+0.50" in table.get_text() and len(table.select("tbody tr")) == 5
+    links = [link["href"] for link in table.select("tbody a")]
+    assert links == ["05_x.html", "full/03_x.html", "full/03_x.html"]  # what is not there is named without a link
 
 
 def test_a_thousand_runs_make_one_index_that_can_be_read(tmp_path):
