@@ -226,6 +226,9 @@ def test_history_has_a_line_a_report_with_what_it_replaced(tmp_path):
     assert "+0.50" in table.get_text() and len(table.select("tbody tr")) == 5
     links = [link["href"] for link in table.select("tbody a")]
     assert links == ["05_x.html", "full/03_x.html", "full/03_x.html"]  # what is not there is named without a link
+    index.append_history(tmp_path, "full/03_x")
+    last = list(csv.DictReader((tmp_path / "history.csv").open()))[-1]  # not joined to what a killed writer left
+    assert (last["report"], last["before"], last["moved"]) == ("full/03_x", "9.5", "0")
 
 
 def test_a_thousand_runs_make_one_index_that_can_be_read(tmp_path):

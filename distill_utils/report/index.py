@@ -115,13 +115,12 @@ def append_history(reports: Path, name: str) -> None:
         with contextlib.suppress(ValueError, KeyError):  # one of the two has no figure
             moved = float(line["value"]) - float(before["value"])
             line["moved"] = _csv_value(moved) if line["figure"] == before["figure"] else ""
-    text = io.StringIO()
+    old, text = path.read_bytes() if path.exists() else b"", io.StringIO()
     writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
-    if not path.exists():
+    if not old:
         writer.writeheader()
     writer.writerow(line)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text.getvalue())
+    write_atomic(path, old + (b"\n" if old[-1:] not in b"\n" else b"") + text.getvalue().encode())
 
 
 def read_history(reports: Path, skipped: list[str] | None = None) -> list[dict]:
