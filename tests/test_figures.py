@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from distill_utils.experiments.miniend import PATHS
-from distill_utils.report import figures, style, tables
+from distill_utils.report import figures, names, style, tables
 
 
 def with_interval(key: str, value: float, half: float = 1.0) -> dict:
@@ -80,9 +80,9 @@ def test_show_needs_both_texts(alt, caption):
 def test_colours_are_one_a_method_and_distinct():
     assert len(set(style.METHOD_COLORS.values())) == len(style.METHOD_COLORS)
     assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(style.METHOD_COLORS)
-    assert set(PATHS) <= {*style.PATH_COLORS, "miniend"}
+    assert set(PATHS) <= {*names.PATH_COLORS, "miniend"}
     assert len({style.method_color(path) for path in PATHS}) == len(PATHS)
-    assert style.method_color("lead words") == style.BASELINE_COLOR
+    assert style.method_color("lead words") == names.BASELINE_COLOR
 
 
 def test_table(shown):

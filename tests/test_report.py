@@ -96,7 +96,10 @@ def page(html):
 
 def test_files(made):
     names = {path.relative_to(made[0]).as_posix() for path in made[0].rglob("*") if path.is_file()}
-    assert names == {"small/03_kd_pl_sft.html", "small/03_kd_pl_sft.json", "index.html", "results.csv"}
+    gathered = {"index.html", "results.csv", "history.csv"}
+    assert names == {"small/03_kd_pl_sft.html", "small/03_kd_pl_sft.json"} | gathered
+    (line,) = csv.DictReader((made[0] / "history.csv").open())
+    assert line["report"] == "small/03_kd_pl_sft" and line["profile"] == "small"
     saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
     assert saved["rows"][1]["latency_ms"] is None  # not a number, which JSON lacks
     assert saved["question"] == "Which *signal* gives the best student for $x^2$ updates?"

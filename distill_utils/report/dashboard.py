@@ -6,7 +6,7 @@ Out of scope: reading the entries and writing the index (index.py). Entries have
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +16,7 @@ CLAIMS = Path(__file__).resolve().parents[1] / "assets" / "claims.csv"
 ENOUGH_SEEDS, FEW_UPDATES = 3, 1000  # with fewer of either, what a page says of a student is a demonstration
 MARGIN = 0.05  # a student that keeps more than all but this share of its teacher's ROUGE-2 is as good
 MAX_FACETS, MAX_LABELS, MAX_POINTS = 6, 8, 300
+DOCUMENTS, UPDATES = ("num_documents", "num_test", "num_windows"), ("steps", "max_steps", "distill_steps")
 NUMBERS, SHARES = ("difference", "low", "high"), ("share", "share_low", "share_high")
 VERDICTS = {1: "confirmed", -1: "contradicted", 0: "not separable"}
 IDENTITY = ("name", "method", "student", "variant", "task")  # what rows of several seeds have in common
@@ -29,8 +30,10 @@ def is_number(value) -> bool:
 
 def averaged(entry: Mapping) -> list[dict]:
     """Return an entry's rows as means over seeds; those that it does not give itself have no intervals."""
+    if entry.get("means"):
+        return entry["means"]
     groups: dict[tuple, list[dict]] = {}
-    for row in entry.get("means") or entry["rows"]:
+    for row in entry["rows"]:
         groups.setdefault(tuple(row.get(key) for key in IDENTITY), []).append(row)
     means = []
     for rows in groups.values():
@@ -45,28 +48,17 @@ def averaged(entry: Mapping) -> list[dict]:
 def facts(entry: Mapping) -> dict:
     """Return what an entry's figures rest on: data, teacher, seeds, documents, updates, and whether that is enough."""
     rows, given = averaged(entry), entry.get("parameters", {})
-
-    def first(read: Callable, *names: str):
-        return next(
-            filter(None, (read(place.get(name)) for place in (*rows, entry, given) for name in names)), read(None)
-        )
-
-    found = {"report": entry["report"], "data": first(_text, "dataset", "text")}
-    found["teacher"] = first(_text, "teacher", "teachers")
-    found["seeds"] = max((_count(row.get("seeds")) or 1 for row in rows), default=1)
-    found["documents"] = first(_count, "num_documents", "num_test", "num_windows")
-    found["updates"] = first(_count, "steps", "max_steps", "distill_steps")
-    few = found["seeds"] < ENOUGH_SEEDS or found["updates"] < FEW_UPDATES
-    demo = few or "demonstration" in entry.get("headline", "").lower()
-    return found | {"demo": demo, "evidence": (not demo, found["seeds"] >= ENOUGH_SEEDS)}
-
-
-def _text(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
-
-
-def _count(value) -> int:
-    return round(value) if is_number(value) else 0
+    data = entry.get("dataset") or given.get("dataset") or given.get("text") or ""
+    teacher = entry.get("teacher") or given.get("teacher") or given.get("teachers") or ""
+    numbers = [[place.get(name) for place in (*rows, given) for name in names] for names in (DOCUMENTS, UPDATES)]
+    documents, updates = (round(next((n for n in found if n and is_number(n)), 0)) for found in numbers)
+    seeds = round(max((row.get("seeds") or 1 for row in rows), default=1))
+    demo = seeds < ENOUGH_SEEDS or updates < FEW_UPDATES or "demonstration" in entry.get("headline", "").lower()
+    return {
+        "report": entry["report"], "data": str(data), "seeds": seeds, "documents": documents, "updates": updates,
+        "teacher": ", ".join(map(str, teacher)) if isinstance(teacher, list) else str(teacher),
+        "demo": demo, "evidence": (not demo, seeds >= ENOUGH_SEEDS),
+    }  # fmt: skip
 
 
 def label_of(row: Mapping) -> str:
@@ -167,7 +159,7 @@ def drawing(facet: Mapping) -> dict:
         return round(100 * (top - share) / (top - bottom), 2)
 
     def ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
-        step = next((step for step in steps if high - low <= 6 * step), (high - low) / 6)
+        step = next((step for step in steps if high - low <= 7 * step), (high - low) / 7)
         return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
     others, cells = [each for each in found if not any(each is other for other in front)], {}
@@ -202,7 +194,7 @@ def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
         numbers, names = INTERVAL.fullmatch(row.get("ROUGE-2") or ""), (row.get("comparison") or "").split(" versus ")
         if numbers and len(names) == 2 and tuple(map(method_label, names)) not in compared:
             test = dict(zip(NUMBERS, map(float, numbers.groups()), strict=True))
-            test["seeds"] = int(row["seeds"]) if row.get("seeds", "").isdecimal() else None
+            test["seeds"] = int(row["seeds"]) if (row.get("seeds") or "").isdecimal() else None
             yield *names, test, str(shapes[0]) if shapes and isinstance(shapes, list) else "", "ROUGE-2"
     for row in entry.get("cuts", []):  # notebook 02
         name, rival = row.get("name") or "", row.get("rival") or ""

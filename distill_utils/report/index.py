@@ -81,7 +81,8 @@ def write_index(reports: Path) -> None:
     from markupsafe import Markup
 
     skipped: list[str] = []
-    entries, folder = gather(reports, skipped), pages.TEMPLATES / "templates"
+    entries = [entry | {"means": dashboard.averaged(entry)} for entry in gather(reports, skipped)]
+    folder = pages.TEMPLATES / "templates"
     facets = dashboard.facets(entries)
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     css, script = (Markup("".join((folder / name).read_text(encoding="utf-8") for name in files))
@@ -106,21 +107,21 @@ def verdict(entry: dict) -> str:
 def append_history(reports: Path, name: str) -> None:
     """Append a line to history.csv: the figure of a report's best row, what it replaced, by how much it moved."""
     entry, path = {**read_json(reports / f"{name}.json"), "report": name}, reports / "history.csv"
-    before = next((line for line in reversed(read_history(reports)) if line["report"] == name), {})
+    before = next((line for line in reversed(read_history(reports)) if line["report"] == name), None)
     line = {key: entry.get(key) for key in ("date", "report", "profile")} | dashboard.key_figure(entry)
     line |= {"commit": entry.get("provenance", {}).get("commit"), "data": dashboard.facts(entry)["data"]}
-    line["data"] += f" {entry['fingerprint']}" if entry.get("fingerprint") else ""
+    line = {key: _csv_value(value) for key, value in line.items()}
     if before:
         line |= {"replaced": f"{before['date']} {before['commit']}".strip(), "before": before["value"]}
-        with contextlib.suppress(ValueError, KeyError):  # of a report without a figure
-            line |= {"moved": line["value"] - float(before["value"])} if line["figure"] == before["figure"] else {}
-    text = io.StringIO()
+        with contextlib.suppress(ValueError, KeyError):  # one of the two has no figure
+            moved = float(line["value"]) - float(before["value"])
+            line["moved"] = _csv_value(moved) if line["figure"] == before["figure"] else ""
+    old, text = path.read_bytes() if path.exists() else b"", io.StringIO()
     writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
-    if not path.exists():
+    if not old:
         writer.writeheader()
-    writer.writerow({key: _csv_value(value) for key, value in line.items()})
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text.getvalue())
+    writer.writerow(line)
+    write_atomic(path, old + (b"\n" if old[-1:] not in b"\n" else b"") + text.getvalue().encode())
 
 
 def read_history(reports: Path, skipped: list[str] | None = None) -> list[dict]:

@@ -13,13 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from distill_utils.report.names import (  # noqa: F401  as style.method_label
-    BASELINE_COLOR,
-    METHOD_COLORS,
-    PATH_COLORS,
-    method_color,
-    method_label,
-)  # fmt: skip
+from distill_utils.report.names import METHOD_COLORS, method_color, method_label  # noqa: F401  as style.method_label
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIGURE_SIZE = (6.5, 3.5)  # inches
