@@ -297,8 +297,7 @@ def grid_rows(means: Sequence[Mapping], grid: Sequence[runs.StudentRun], last: s
     rows = [{**means[0], "student": whole, "label": f"{whole} (teacher)"}]
     rows += [{**row, "label": row["student"]} for row in means[1:] if (row["student"], row["variant"]) in chosen]
     for row in rows:
-        encoder, _, decoder = row["student"].partition("-")
-        row |= {"name": f"{encoder} encoder layer(s)", "setting": decoder}
+        row |= {"name": f"{row['student'].partition('-')[0]} encoder layers", "setting": row["label"]}
         if row.get("variant") == last:
             row["label"] = row["name"] = f"{row['student']} from layer {last.rpartition(' ')[2]}"
     return sorted(rows, key=lambda row: (row["label"] == row["name"], -int(row["student"].partition("-")[0])))
