@@ -95,7 +95,7 @@ def attacked(tmp_path_factory):
              "provenance": {"commit": text, "gpu": text}, "fingerprint": text, "wall_seconds": 1.0}  # fmt: skip
     folder = tmp_path_factory.mktemp("attacked")
     report = {"title": text, "root": "", "folder": folder, "facts": batch.page_facts(entry)}
-    report |= {"cite": batch.citation(entry), "results": ("x.json", str(ATTACKS))}
+    report["results"] = ("x.json", str(ATTACKS))
     notebook = nbformat.from_dict(new_notebook(cells=cells))
     html, warnings = pages.export_page(notebook, report)
     return pages.write_page(folder, "attacked", html, {}), warnings

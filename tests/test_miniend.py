@@ -394,10 +394,10 @@ def test_headline_names_the_winner_and_what_it_cannot_separate():
         return miniend.headline(ways, "miniend", 3, 100, 50, num_test)
 
     text = said(miniend=(0.3, 0.1, 0.39), logits=(0.6, 0.4, 0.8), none=(0.9, 0.8, 1.0))
-    assert text.startswith("**Imitate logits**.") and "logits closes 60 % of it (40 to 80)" in text
+    assert text.startswith("**Imitate logits**.") and "logits closes 60 % (40 to 80)" in text
     assert "not separated from it: none." in text
-    assert "The proposed path, miniend, closes 30 % of it (10 to 39)." in text
-    assert "100 updates on text, 50 of fine-tuning; 3 seeds" in text and "demonstration" not in text
+    assert "The proposed path, miniend, closes 30 % (10 to 39)." in text
+    assert "100 updates, 50 of fine-tuning, 250 test rows and 3 seeds" in text and "demonstration" not in text
     assert "no path is shown to beat it" in said(miniend=(0.1, -0.1, 0.3))
     assert "there is no gap" in said(miniend=(None, None, None))
     assert said(49, miniend=(0.6, 0.4, 0.8)).startswith("**Smoke run:** 49 test rows")

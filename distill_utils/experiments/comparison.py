@@ -383,8 +383,8 @@ def verdict(
         f"students that still gained after {max_steps:,} updates": any(v[-1] <= min(v) for v in losses),
     }
     missing = ", ".join(reason for reason, holds in reasons.items() if holds)
-    budget = f"{statistics.budget_in_words(max_steps, seeds, f'{num_test:,} test documents')} stand behind this."
-    return " ".join([*lines, f"It is a demonstration: {missing}." if missing else budget])
+    budget = statistics.budget_in_words(max_steps, seeds, f"{num_test:,} test documents")
+    return " ".join([*lines, f"It is a demonstration: {missing}." if missing else f"{budget}."])
 
 
 def smoke_note(number: int, what: str = "test documents") -> str:

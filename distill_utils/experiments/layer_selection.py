@@ -297,8 +297,7 @@ def grid_rows(means: Sequence[Mapping], grid: Sequence[runs.StudentRun], last: s
     rows = [{**means[0], "student": whole, "label": f"{whole} (teacher)"}]
     rows += [{**row, "label": row["student"]} for row in means[1:] if (row["student"], row["variant"]) in chosen]
     for row in rows:
-        encoder, _, decoder = row["student"].partition("-")
-        row |= {"name": f"{encoder} encoder layer(s)", "setting": decoder}
+        row |= {"name": f"{row['student'].partition('-')[0]} encoder layers", "setting": row["label"]}
         if row.get("variant") == last:
             row["label"] = row["name"] = f"{row['student']} from layer {last.rpartition(' ')[2]}"
     return sorted(rows, key=lambda row: (row["label"] == row["name"], -int(row["student"].partition("-")[0])))
@@ -332,13 +331,14 @@ def verdict(
     share = f"{100 * keep_share:.0f} % of the teacher's ROUGE-2"
     if take:
         said = f"**Take {take['label']}**: {take['speedup']:.2f} times as fast per token, the fastest student that is "
-        said += f"not shown to fall short of {share} (it keeps {statistics.format_share(take)[0]})"
+        said += f"not shown to fall short of {share}; it keeps {statistics.format_share(take)[0]}"
     else:
         said = f"**Take none of these students**: each is as slow as the teacher or falls short of {share}"
     found = " and ".join(_in_words(test) for test in versus)
     kept = ", ".join(map(str, searched))
     lines = [said, f"The search before training keeps decoder layers {kept}: it {found}; {_ranking(correlation)}"]
-    lines += [f"In quality {', '.join(' '.join((test['name'], _in_words(test))) for test in cuts)}"] if cuts else []
+    said = [f"{test['name']} {_in_words(test)}" for test in cuts if "from layer" not in test["rival"]]
+    lines += [f"In quality, {', '.join(said)}"] if said else []
     lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_test:,} test documents"))
     return f"{'. '.join(lines)}."
 

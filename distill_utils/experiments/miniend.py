@@ -23,7 +23,7 @@ from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import check_relation_heads
 from distill_utils.evaluation import scoring, tasks
-from distill_utils.evaluation.statistics import bootstrap_interval, compare, interval_scope
+from distill_utils.evaluation.statistics import bootstrap_interval, budget_in_words, compare
 from distill_utils.experiments import runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
@@ -366,10 +366,10 @@ def headline(
     """Return which path to imitate, from the shares of the gap, as one paragraph of Markdown, and what limits that."""
     if num_test < FEW_DOCUMENTS:
         return smoke_note(num_test, "test rows")
-    budget = f"{distill_steps:,} updates on text, {tune_steps:,} of fine-tuning"
+    budget = budget_in_words(distill_steps, num_seeds, f"{tune_steps:,} of fine-tuning, {num_test:,} test rows")
     ranked = sorted((way for way in ways if way["share"] is not None), key=lambda way: -way["share"])
     closes = {
-        way["path"]: f"closes {100 * way['share']:.0f} % of it ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
+        way["path"]: f"closes {100 * way['share']:.0f} % ({100 * way['low']:.0f} to {100 * way['high']:.0f})"
         for way in ranked
     }
     paths = [way for way in ranked if way["path"] != "none"]
@@ -377,13 +377,12 @@ def headline(
         return f"**Train longer**: no task shows the teacher above scratch, there is no gap to close. {budget}."
     best, low = paths[0]["path"], paths[0]["low"]
     wins = f"**Imitate {best}**" if low > 0 else "**Train on the text alone**: no path is shown to beat it"
-    said = [f"{wins}. Of the gap between scratch (text alone) and teacher, {best} {closes[best]}"]
+    said = [f"{wins}. Of the gap between scratch (text alone) and the teacher, {best} {closes[best]}"]
     near = [way["path"] for way in ranked if way["path"] != best and way["high"] >= low]
     said[0] += f"; not separated from it: {', '.join(near)}." if near else "."
     if proposed in closes and proposed not in (best, *near):
         said.append(f"The proposed path, {proposed}, {closes[proposed]}.")
-    seeds = interval_scope(num_seeds, f"{num_test:,} test rows of {', '.join(paths[0]['tasks'])}")
-    return f"{' '.join(said)} {budget}; {seeds}{': a demonstration' * (num_seeds < 3)}."
+    return f"{' '.join(said)} Tasks that count: {', '.join(paths[0]['tasks'])}. {budget}."
 
 
 def equal_token_steps(

@@ -219,8 +219,9 @@ def verdict(
         scratch = next(row for row in rows if row["name"] == "scratch")
         lines = [f"{gap_verdict(gap, num_seeds)} (lowest loss: {best['name']}, {best['loss']:.3f}; without a teacher "
                  f"{scratch['loss']:.3f} nats per token)"]  # fmt: skip
-        helpers = [in_words(row) for row in routes if row["name"].startswith("by assistant")]
-        lines += [f"At equal tokens the student {helpers[0]}"] if helpers else []
+        helped = [row for row in routes if row["name"].startswith("by assistant")]
+        said = [in_words(row | {"versus": f"the one {row['versus']}"}) for row in helped]
+        lines += [f"At equal tokens, the student {said[0]}"] if said else []
     if checks:
         ratios = [row["planned_over_measured"] for row in checks]
         said = f"{min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps took"

@@ -189,7 +189,8 @@ def verdict(
     names = " and ".join(method_label(row["method"]) for row in rules)
     above = [row["metric"] for row in compared if statistics.effect_sign(row) > 0]
     test = next(row for row in compared if row["metric"] == HEADINGS["rouge2"])
-    sure = f"against the better of them {statistics.how_sure(test)} in ROUGE-2"
+    rule = method_label(best_rule(rules, "rouge2")["method"])
+    sure = f"in ROUGE-2, {statistics.how_sure(test, f' than {rule}')}"
     if len(above) == len(compared):
         lines = [f"**Distill this teacher**: it beats {names} in every ROUGE metric; {sure}."]
     elif max(statistics.effect_sign(row) for row in compared) < 0:

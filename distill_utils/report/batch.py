@@ -251,7 +251,6 @@ def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Pa
         "root": "../" * plan.name.count("/"),
         "folder": (reports / plan.name).parent,
         "facts": page_facts(entry),
-        "cite": citation(entry),
         "results": (f"{plan.path.stem}-{plan.profile}.json", json.dumps(entry, indent=1)),
     }
     html, warnings = pages.export_page(notebook, report)
@@ -272,6 +271,7 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
         "profile": entry["profile"],
         "parameters changed": ", ".join(f"{k} = {as_text(v)}" for k, v in entry["changed"].items()) or "none",
         "commit": f"{commit} with uncommitted changes" if made.get("dirty") else commit,
+        "data": entry.get("fingerprint"),
         "device": made.get("gpu"),
         **{name: made.get(name) for name in ("processor", "threads", "platform", "python")},
         "packages": ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items()),
@@ -279,15 +279,6 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
         "duration": index.wall_time(entry),
     }
     return [(name, str(value)) for name, value in facts.items() if value]
-
-
-def citation(entry: dict) -> str:
-    """Return the line that a page is cited by: title, profile, date, commit, data."""
-    made = entry["provenance"]
-    commit = f"commit {made['commit']}{' with changes' * bool(made.get('dirty'))}" if made.get("commit") else ""
-    data = f"data {entry['fingerprint']}" if entry.get("fingerprint") else ""
-    parts = [f"profile {entry['profile']}", entry["date"], commit, data]
-    return f"{entry['title']}. Report of distill_utils: {', '.join(filter(None, parts))}."
 
 
 def run_reports(plans: Sequence[Plan], reports: Path) -> int:

@@ -94,7 +94,9 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     if places.min() >= 0:
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
     style.label_right(ax, lines)
-    texts = [ax.text(*place, name, color=color, va="center", zorder=5) for *place, name, color in points]
+    step = 0.01 * np.ptp(ax.get_ylim())  # labels of equal points would stay one on the other
+    texts = [ax.text(at, value + i * step, name, color=color, va="center", zorder=5)
+             for i, (at, value, name, color) in enumerate(points)]  # fmt: skip
     x_taken, y_taken = zip(*bars, strict=True) if bars else ([], [])
     beside = {"static": "x+", "explode": "x+", "text": "y", "pull": "y"}  # to the right of all bars, one above another
     style.separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))

@@ -120,7 +120,8 @@ def code_label(notebook) -> Callable:
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     lines = re.findall(r"^from distill_utils[\w.]* import ([\w, ]+)$", text, re.MULTILINE)
     names = [name.split(" as ")[-1].strip() for line in lines for name in line.split(",")]
-    called = re.compile(rf"(?<![\w.])(?:{'|'.join(names) or '(?!)'})(?:\.[a-z]\w*)?(?=\()")
+    names = "|".join(["run", *(name for name in names if not name.startswith("show_"))])
+    called = re.compile(rf"(?<![\w.])(?:(?:{names})\.)?((?<=\.)(?!show|use_style|start_|lap)\w+|(?:{names}))(?=\()")
 
     def label(cell) -> str:
         tags, first = cell.metadata.get("tags", []), cell.source.partition("\n")[0]
@@ -128,13 +129,10 @@ def code_label(notebook) -> Callable:
             return "Parameters changed for this run: " + ", ".join(re.findall(r"^(\w+) =", cell.source, re.MULTILINE))
         if "parameters" in tags:
             return "Parameters"
-        calls = dict.fromkeys(call.rpartition(".")[2] for call in called.findall(cell.source))
-        calls = [call for call in calls if not call.startswith("show") and call not in ("use_style", "start_notebook")]
-        if first.startswith("#"):
-            return f"Code: {first.strip('# ')}"
-        if calls:
-            return f"Code: {', '.join(calls[:3])}{' …' * (len(calls) > 3)}"
-        return "Code: imports" if re.match(r"import |from ", first) else f"Code: {first[:60]}"
+        calls = list(dict.fromkeys(called.findall(cell.source)))
+        if first.startswith("#") or not calls:
+            return "Code: imports" if re.match(r"import |from ", first) else f"Code: {first.strip('# ')[:60]}"
+        return f"Code: {', '.join(calls[:3])}{' …' * (len(calls) > 3)}"
 
     return label
 
@@ -143,9 +141,9 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     """Render an executed notebook as one HTML page that loads nothing; return it and warnings for the author.
 
     `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder), `facts` (name and value
-    pairs for the footer), `cite` (a line) and `results` (name and text of the file to download). Code is folded. Cell
-    tags: below the title stand the output of `verdict` and, after its first part, the first figure of `answer`; `fold`
-    on a heading's cell folds its section; remove-input, remove-output and remove-cell leave parts out.
+    pairs for the footer) and `results` (name and text of the file to download). Code and tables are folded. Cell tags:
+    below the title stand the output of `verdict` and, after its first part, the first figure of `answer`; `fold` on a
+    heading's cell folds its section; remove-input, remove-output and remove-cell leave parts out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
@@ -180,12 +178,9 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     _rewrite_links(soup, report)
     _write_contents(soup)
     _fold_sections(soup)
-    if "results" in report:
-        name, text = report["results"]
-        data = "data:application/json;base64," + base64.b64encode(text.encode()).decode()
-        link = soup.new_tag("a", href=data, download=name)
-        link.string = f"Download {name}"
-        soup.find(id="cite").append(link)
+    name, text = report["results"]
+    link = soup.find(id="results")  # filled last: no other link may hold data
+    link.attrs |= {"download": name, "href": f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"}
     return str(soup), warnings
 
 
@@ -280,9 +275,9 @@ def _frame_tables(soup) -> None:
         frame = table.wrap(soup.new_tag("div", attrs=frame))
         if table.thead and not table.thead.get_text(strip=True):
             table.thead.decompose()
-            _fold(soup, frame, ", ".join(row.td.get_text() for row in table.find_all("tr")))
+            _fold(soup, frame, ", ".join(row.td.get_text() for row in table.find_all("tr")), "data")
         elif table.find_parent(class_="jp-OutputArea") and not table.find_parent(class_="verdict"):
-            _fold(soup, frame, f"Table: {re.split(r'[.:;](?: |$)', label)[0]}")
+            _fold(soup, frame, f"Table: {re.split(r'[.:;](?: |$)', label)[0]}", "data")
 
 
 def _frame_code(soup) -> None:
@@ -300,8 +295,8 @@ def _frame_code(soup) -> None:
             _fold(soup, block, f"Source: {re.sub(r'^def |[(:].*', '', lines[0])}")
 
 
-def _fold(soup, tag, label: str) -> None:
-    details, summary = soup.new_tag("details", attrs={"class": "code"}), soup.new_tag("summary")
+def _fold(soup, tag, label: str, kind: str = "code") -> None:
+    details, summary = soup.new_tag("details", attrs={"class": kind}), soup.new_tag("summary")
     summary.string = label
     tag.wrap(details).insert(0, summary)
 

@@ -102,7 +102,7 @@ def or_failure(plot: Callable) -> Callable:
             return plot(*arguments, **options)
         except Exception as error:  # drawing and layout raise many kinds
             ax = new_axes()
-            ax.get_figure().failure = f"{type(error).__name__}: {error}"
+            ax.get_figure().failure = error
             return ax
 
     return plotted
@@ -120,13 +120,13 @@ def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
         raise ValueError(f"alt {alt!r} and caption {caption!r} must both say something about the figure")
     figure = figure_or_axes if isinstance(figure_or_axes, Figure) else figure_or_axes.get_figure()
     try:
-        failure = getattr(figure, "failure", None)
+        if failure := getattr(figure, "failure", None):
+            raise failure
         picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
-    except Exception as error:  # layout is computed only here
-        failure = f"{type(error).__name__}: {error}"
-    if failure:
+    except Exception as error:  # of `or_failure`, or of the layout, which is computed only here
         plt.close(figure)
-        display(HTML(f'<div class="failed">No figure could be drawn of: {escape(alt)} {escape(failure)}</div>'))
+        reason = escape(f"{type(error).__name__}: {error}")
+        display(HTML(f'<div class="failed">No figure could be drawn of: {escape(alt)} {reason}</div>'))
         return
     if len(picture) <= MAX_SVG_BYTES:
         mime, data, size = "image/svg+xml", picture.decode(), {}
