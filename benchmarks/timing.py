@@ -1,9 +1,9 @@
 """What every suite shares: forms in turns, each in a process of its own; medians, peaks, the machine, JSON and a table.
 
-A form is a function `form(turns, case)`. It builds what it needs and then works in a loop `for _ in turns`: what happens
-between two turns is timed. On a CPU the forms of a case stand ready in processes of their own and take one turn each, A
-B A B, so that a change of load meets all alike; the growth of a process's peak from before anything was built is the
-form's memory. On a GPU the allocator knows that, so the forms run one after another in this process.
+A form is a function `form(turns, case)`. It builds what it needs and then works in a loop `for _ in turns`: what
+happens until the next turn is timed. On a CPU the forms of a case stand ready in processes of their own and take one
+turn each, A B A B, so that a change of load meets all alike; the growth of a process's peak from before anything was
+built is the form's memory. On a GPU the allocator knows that, so the forms run one after another in this process.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Turns:
         """Tell the norm of the first turn's gradient: equal losses have equal ones, whoever computes them."""
         for weight in model.parameters():
             if weight.requires_grad:
-                hook = weight.register_post_accumulate_grad_hook(lambda w: self.squares.append(w.grad.float().norm() ** 2))
+                hook = weight.register_post_accumulate_grad_hook(
+                    lambda w: self.squares.append(w.grad.float().norm() ** 2)
+                )
                 self.hooks.append(hook)
 
 
@@ -139,7 +141,7 @@ def step_peak_mb(step: Callable[[], object]) -> float:
     return allocated_peak(step) / 1e6
 
 
-# ------------------------------------------------------------------------------------------------- forms that take turns
+# ------------------------------------------------------------------------------------------------ forms that take turns
 
 
 def serve(forms: dict[str, Callable], arguments) -> None:
@@ -152,7 +154,15 @@ def serve(forms: dict[str, Callable], arguments) -> None:
 
     name, case, warm_up = arguments.worker
     try:
-        say(work(forms[name], json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
+        say(
+            work(
+                forms.get(name) or forms[""],
+                json.loads(case),
+                lambda: bool(sys.stdin.readline().strip()),
+                say,
+                int(warm_up),
+            )
+        )
     except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
         say({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
 
@@ -207,14 +217,16 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
             found[name]["laps"].setdefault(lap, []).append(seconds)
         found[name]["notes"].append(told.get("notes", {}))
 
-    own = {name: {**case, "packages": name in OTHERS_PACKAGES} for name in names}
+    own = {name: {**case, "form": name, "packages": name in OTHERS_PACKAGES} for name in names}
     if arguments.one_process:
         for name in names:
             sys.path += [str(PACKAGES)] if own[name]["packages"] else []
             asked = iter([True] * (warm_up + arguments.rounds) + [False])
             told: list[dict] = []
             try:
-                found[name] |= work(forms[name], own[name], lambda asked=asked: next(asked), told.append, warm_up)
+                found[name] |= work(
+                    forms.get(name) or forms[""], own[name], lambda asked=asked: next(asked), told.append, warm_up
+                )
             except (ImportError, torch.OutOfMemoryError) as error:  # a result, too
                 found[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             for each in told[warm_up:]:
@@ -227,7 +239,9 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
     return {name: found[name] | process.end() for name, process in processes.items()}
 
 
-def rows_of(case: str, found: dict[str, dict], ours: str = "ours", goals: dict | None = None, ceiling: float = 0, **facts):
+def rows_of(
+    case: str, found: dict[str, dict], ours: str = "ours", goals: dict | None = None, ceiling: float = 0, **facts
+):
     """Return a row in the results' format for each form that is not ours, and for each lap."""
     rows, goals, mine = [], goals or {}, found[ours]
     for other, theirs in found.items():
@@ -261,6 +275,13 @@ def rows_of(case: str, found: dict[str, dict], ours: str = "ours", goals: dict |
     return rows
 
 
+def row_alone(case: str, seconds: float | None, peak_mb: float | None, share: float | None = None, **facts) -> dict:
+    """Return a row in the results' format of something that is compared with nothing."""
+    row = {"case": case, **dict.fromkeys(("other", "ours_seconds", "other_seconds", "ratio", "goal", "ours_peak_mb"))}
+    row |= {"ours_seconds": seconds, "ours_peak_mb": peak_mb, "other_peak_mb": None, "ceiling_share": share}
+    return row | facts
+
+
 def quartiles(times: list[float]) -> list[float] | None:
     """Return the spread of times: their quartiles."""
     return [statistics.quantiles(times, n=4)[i] for i in (0, 2)] if len(times) > 1 else None
@@ -270,14 +291,16 @@ def quartiles(times: list[float]) -> list[float] | None:
 
 
 def parse(description: str, suite: str, rounds: int, forms: dict[str, Callable] | None = None, /, **options: dict):
-    """Return the arguments of a suite: those all have, and its own; a process of a form does its work and exits here."""
+    """Return a suite's arguments: those all have, and its own; a process of a form does its work and exits here."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each form")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     ending = "_cuda" if device().type == "cuda" else ""
     parser.add_argument("--output", type=Path, default=HERE / "results" / f"{suite}{ending}.json")
     parser.add_argument("--verbose", action="store_true", help="show what the forms' processes print")
-    parser.add_argument("--one-process", action="store_true", help="forms one after another here, as always on a GPU: a trial")
+    parser.add_argument(
+        "--one-process", action="store_true", help="forms one after another here, as always on a GPU: a trial"
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     for name, option in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
@@ -300,7 +323,7 @@ def others_busy() -> float:
 
 
 def machine(arguments) -> dict:
-    """Return what the figures depend on: cores, instructions, measured ceilings, and whether others worked meanwhile."""
+    """Return what figures depend on: cores, instructions, measured ceilings, and whether others worked meanwhile."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     busy = {"before": arguments.busy, "after": others_busy()}
     if max(busy.values()) > BUSY:
@@ -330,7 +353,7 @@ def write(arguments, rows: list[dict], **facts) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Return rows as text: seconds and memory of ours and the other, how many times faster, the share of the ceiling."""
+    """Return rows as text."""
 
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -341,4 +364,3 @@ def table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([*text, *(f"{row['case']}, {row['other']}: {row['error']}" for row in rows if row.get("error"))])
-
