@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -88,12 +89,7 @@ class Turns:
         """End a part of this turn; what follows is not timed unless another `lap` ends it."""
         if self.on.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    def skip(self) -> None:
-        """Leave out what happened since the last lap."""
+        self.laps[name] = time.perf_counter() - self.last
         self.last = time.perf_counter()
 
     def watch(self, model) -> None:
@@ -122,8 +118,9 @@ def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is not the form's
+    else:
+        with suppress(OSError):  # the peak of the imports is not the form's; Linux forgets it so
+            Path("/proc/self/clear_refs").write_text("5")
     before = torch.cuda.memory_allocated() if on_cuda else resident("VmRSS")
     found = form(turns, case) or {}
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
@@ -154,15 +151,8 @@ def serve(forms: dict[str, Callable], arguments) -> None:
 
     name, case, warm_up = arguments.worker
     try:
-        say(
-            work(
-                forms.get(name) or forms[""],
-                json.loads(case),
-                lambda: bool(sys.stdin.readline().strip()),
-                say,
-                int(warm_up),
-            )
-        )
+        form = forms.get(name) or forms[""]
+        say(work(form, json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
     except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
         say({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
 
@@ -185,11 +175,9 @@ class _Process:
     def _ask(self, line: str) -> dict:
         if self.error:
             return {"error": self.error}
-        try:
+        with suppress(BrokenPipeError):
             self.process.stdin.write(line)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         answer = json.loads(self.process.stdout.readline() or "{}")
         if not answer:
             self.error = f"the process died with exit code {self.process.wait()}: try --verbose"
@@ -224,9 +212,8 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
             asked = iter([True] * (warm_up + arguments.rounds) + [False])
             told: list[dict] = []
             try:
-                found[name] |= work(
-                    forms.get(name) or forms[""], own[name], lambda asked=asked: next(asked), told.append, warm_up
-                )
+                form = forms.get(name) or forms[""]
+                found[name] |= work(form, own[name], lambda asked=asked: next(asked), told.append, warm_up)
             except (ImportError, torch.OutOfMemoryError) as error:  # a result, too
                 found[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             for each in told[warm_up:]:

@@ -148,7 +148,7 @@ def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 def benchmark_table(results: Path) -> str:
     """Return what the suites in a folder measured against a goal: a line a case, its others beside one another."""
-    found = [row for path in sorted(results.glob("*.json")) for row in read_json(path)["rows"]]
+    found = [row for path in sorted(results.glob("*.json")) for row in read_json(path).get("rows", [])]
     cases: dict[str, list[dict]] = {}
     for row in found:
         if row.get("ratio") and (row.get("goal") or row.get("memory_goal")):
