@@ -32,8 +32,6 @@ from distill_utils.planning.plan import machine_ceilings
 from distill_utils.planning.step import FORMULAS
 
 HERE = Path(__file__).parent
-PACKAGES = HERE / ".packages"  # what `make bench` installs beside the locked packages, for the forms of others only
-OTHERS_PACKAGES = ("textbrewer", "torchdistill")  # forms that need them
 WARM_UP = 2  # turns that are not timed
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 BUSY = 15.0  # percent of the machine that others may take; above it the figures are marked
@@ -163,7 +161,7 @@ class _Process:
     def __init__(self, file: str, name: str, case: dict, arguments, warm_up: int):
         command = [sys.executable, file, "--threads", str(arguments.threads)]
         command += ["--worker", name, json.dumps(case), str(warm_up)]
-        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", ""), *([str(PACKAGES)] if case.get("packages") else [])]
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
         self.log = open(os.devnull if not arguments.verbose else 2, "w", closefd=not arguments.verbose)
         pipe = subprocess.PIPE
@@ -205,10 +203,9 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
             found[name]["laps"].setdefault(lap, []).append(seconds)
         found[name]["notes"].append(told.get("notes", {}))
 
-    own = {name: {**case, "form": name, "packages": name in OTHERS_PACKAGES} for name in names}
+    own = {name: {**case, "form": name} for name in names}
     if arguments.one_process:
         for name in names:
-            sys.path += [str(PACKAGES)] if own[name]["packages"] else []
             asked = iter([True] * (warm_up + arguments.rounds) + [False])
             told: list[dict] = []
             try:
