@@ -4,9 +4,9 @@
 
 Both cut a 6-3 student of the embedded teacher, freeze the same weights and train it by KD on the same pairs at the same
 batch size, learning rate and schedule. The trainer takes the data as one writes it: `DataCollatorForSeq2Seq`, random
-order, all hidden states, both encoders. After every turn of `every` updates ROUGE-2 is measured on validation documents,
-off the clock, which holds all else: tokenizing, cutting, training. Compared is when each first reaches what both reach;
-`curves` hold (seconds, ROUGE-2) of both.
+order, all hidden states, both encoders. After every turn of `every` updates ROUGE-2 is measured on validation
+documents, off the clock, which holds all else: tokenizing, cutting, training. Compared is when each first reaches what
+both reach; `curves` hold (seconds, ROUGE-2) of both.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def ours(turns: timing.Turns, case: dict) -> None:
     choose_attention(student.to(device()), SOURCE)
     share_frozen(student, teacher)
     loss = partial(
-        objectives.kd, teacher=teacher, encoder_layer_ids=[], decoder_layer_ids=decoder_ids, shared_encoder=True, **WEIGHTS
+        objectives.kd,
+        teacher=teacher,
+        encoder_layer_ids=[],
+        decoder_layer_ids=decoder_ids,
+        shared_encoder=True,
+        **WEIGHTS,
     )
 
     def evaluate(model) -> dict:

@@ -2,11 +2,11 @@
 
     python benchmarks/growth.py --vary source target batch vocabulary depth documents
 
-One KD step (cross-entropy and KL, the whole student trained) of the embedded shape, 6-6 layers of width 192, in a process
-of its own for each point: time, the allocator's peak, and the planned arithmetic, peak and time at the measured ceilings.
-`documents` is labelling: documents that `summarize` decodes at a time, 16 tokens each with four beams. `exponents` are
-the slopes from the smallest to the largest point on logarithmic axes: time that grows faster than arithmetic, by more
-than a tenth, is named. growth.svg shows each as a figure.
+One KD step (cross-entropy and KL, the whole student trained) of the embedded shape, 6-6 layers of width 192, in a
+process of its own for each point: time, the allocator's peak, and the planned arithmetic, peak and time at the
+ceilings. `documents` is labelling: documents that `summarize` decodes at a time, 16 tokens each with four beams.
+`exponents` are the slopes from the smallest to the largest point on logarithmic axes: time that grows faster than
+arithmetic, by more than a tenth, is named. growth.svg shows each as a figure.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def draw(rows: list[dict], path: Path) -> None:
         for measure in MEASURES:
             values = [row["found"].get(measure) for row in points]
             if all(values):
-                axis.loglog([row["size"] for row in points], [value / values[0] for value in values], "o-", label=measure)
+                axis.loglog(
+                    [row["size"] for row in points], [value / values[0] for value in values], "o-", label=measure
+                )
         axis.set(xlabel=name, xticks=[row["size"] for row in points], xticklabels=[row["size"] for row in points])
         axis.minorticks_off()
     axes[0][0].set_ylabel("times the smallest")
@@ -122,10 +124,8 @@ def main() -> None:
                 found = (labels if varied == "documents" else step)(BASE | {varied: size}, arguments)
             except InputError as error:  # out of memory is a result, too
                 found = {"error": str(error)}
-            row = {"case": f"{varied} {size}", "other": None, "ours_seconds": found.get("seconds"), "other_seconds": None,
-                   "ratio": None, "goal": None, "ours_peak_mb": found.get("peak_mb"), "other_peak_mb": None,
-                   "ceiling_share": found.get("ceiling_share"), "varied": varied, "size": size, "found": found}  # fmt: skip
-            own.append(row)
+            of = (found.get(name) for name in ("seconds", "peak_mb", "ceiling_share"))
+            own.append(timing.row_alone(f"{varied} {size}", *of, varied=varied, size=size, found=found))
         first, last = own[0], own[-1]
         exponents[varied] = {
             measure: math.log(last["found"][measure] / first["found"][measure]) / math.log(last["size"] / first["size"])

@@ -7,8 +7,10 @@ which differs by the teacher's entropy, a constant: its gradient is that of the 
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import timing
 import torch
@@ -18,13 +20,14 @@ from distill_utils.device import device
 from distill_utils.models import students
 
 IGNORED = -100
+PACKAGES = Path(__file__).parent / ".packages"
 
 
 def textbrewer(build: Callable, weights: dict, turns: timing.Turns, case: dict) -> None:
     """Let `GeneralDistiller.train` take the steps."""
-    from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
-
     student, teacher, decoder_ids, batch = build(case, turns)
+    sys.path.append(str(PACKAGES))
+    from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 
     def adaptor(batch: dict, outputs) -> dict:
         valid = batch["labels"] != IGNORED
@@ -57,6 +60,8 @@ def textbrewer(build: Callable, weights: dict, turns: timing.Turns, case: dict) 
 
 def torchdistill(build: Callable, weights: dict, turns: timing.Turns, case: dict) -> None:
     """Take the steps as torchdistill's examples do, with its `DistillationBox`."""
+    student, teacher, decoder_ids, batch = build(case, turns)
+    sys.path.append(str(PACKAGES))  # after the models were imported: transformers takes torchvision where it sees one
     import_torchvision()
     from torchdistill.core.distillation import DistillationBox
     from torchdistill.losses.mid_level import KDLoss
@@ -77,7 +82,6 @@ def torchdistill(build: Callable, weights: dict, turns: timing.Turns, case: dict
             states = [(state[0] if isinstance(state, tuple) else state)[targets != IGNORED] for state in found]
             return F.mse_loss(*(F.layer_norm(state, state.shape[-1:]) for state in states))
 
-    student, teacher, decoder_ids, batch = build(case, turns)
     names = {id(module): name for name, module in teacher.named_modules()}
     layers = names[id(students.decoder_layers(teacher))]
     pairs = [(f"{layers}.{i}", f"{layers}.{k}") for i, k in enumerate(decoder_ids)]

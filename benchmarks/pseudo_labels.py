@@ -4,7 +4,7 @@
 
 `user` is float32, documents as they come, batches of 16; `expert` sorts them by length and decodes under bf16 autocast,
 where that is native; `ours` is the engine that labelling takes here, CTranslate2 on a CPU (float32; `int8` is what
-`quantization` offers) and `generate` in bf16 on a GPU. All use four beams and write the same number of tokens a document.
+`quantization` offers) and `generate` in bf16 on a GPU. All use four beams and write equally many tokens a document.
 Shapes have random weights, so only speed is compared; `pydocs-bart` is the embedded teacher on `pydocs`, which decodes
 freely in a second pass: `value` is the ROUGE-2 of those labels.
 """
@@ -73,7 +73,7 @@ def form(name: str, turns: timing.Turns, case: dict) -> dict | None:
     model.to(device()).eval()
     with tempfile.TemporaryDirectory() as folder:
         if name in ("user", "expert"):
-            
+
             def label(**settings) -> list[str]:
                 return plain(model, tokenizer, documents, longest, settings, expert=name == "expert")
         elif device().type == "cuda":

@@ -5,8 +5,8 @@
 Steps: `ours`; `eager`, both models in plain attention with `output_attentions=True` and the divergence of the last
 layers' attention maps (one map a site, where ours compares three relations); `naive`, relations of the same queries,
 keys and values by plain autograd, equal in value; `passes`, the passes that ours makes, without relations. Relations
-alone, of one site: `naive`, and `checkpointed`, one head at a time and again in the backward pass. Batches hold the same
-number of tokens at every length; weights are random. Memory is that of one step beyond models and batch.
+alone, of one site: `naive`, and `checkpointed`, one head at a time and again in the backward pass. Batches hold equally
+many tokens at every length; weights are random. Memory is that of one step beyond models and batch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def eager(path: str, student, teacher, batch) -> torch.Tensor:
     with torch.no_grad():
         theirs = teacher(**given, output_attentions=True, use_cache=False)
     found = student(**given, output_attentions=True, use_cache=False)
-    maps = [(found[f"{names[site]}_attentions"][-1], theirs[f"{names[site]}_attentions"][-1]) for site, _ in terms(path)]
+    maps = [
+        (found[f"{names[site]}_attentions"][-1], theirs[f"{names[site]}_attentions"][-1]) for site, _ in terms(path)
+    ]
     return sum(F.kl_div((a + 1e-9).log(), b, reduction="sum") / b.shape[:-1].numel() for a, b in maps) / len(maps)
 
 
@@ -125,48 +127,46 @@ STEPS = {"ours": ours, "passes": passes, "naive": naive, "eager": eager}
 ALONE = {"ours": losses.relation_loss, "naive": naive_loss, "checkpointed": checkpointed}
 
 
-def whole_step(name: str, turns: timing.Turns, case: dict) -> dict:
-    """Take forward and backward pass of a MiniEnD step; its value and memory are facts."""
+def whole_step(name: str, case: dict):
+    """Return the student and the loss of a MiniEnD step."""
     student, teacher, batch = inputs(case)
     if name == "eager":
         for model in (student, teacher):
             model.set_attn_implementation("eager")
-    found = []
-
-    def step() -> None:
-        student.zero_grad(set_to_none=True)
-        with mixed_precision(device()):
-            loss = STEPS[name](case["path"], student, teacher, batch)
-        loss.backward()
-        found[:] = [loss.item()]
-
-    for _ in turns:
-        step()
-    student.zero_grad(set_to_none=True)
-    return {"peak_mb": timing.step_peak_mb(step), "value": found[0]}
+    return list(student.parameters()), partial(STEPS[name], case["path"], student, teacher, batch)
 
 
-def alone(name: str, turns: timing.Turns, case: dict) -> dict:
-    """Take value and gradient of the relations of one site's vectors."""
+def alone(name: str, case: dict):
+    """Return random vectors of one site and the loss of their relations."""
     torch.manual_seed(0)
     size = case["batch"], case["length"], SHAPES[case["shape"]]["width"]
     student, teacher = (torch.randn(size, device=device()) for _ in range(2))
-    mask, found = torch.ones(size[:2], dtype=torch.bool, device=device()), []
-    student.requires_grad_()
+    mask = torch.ones(size[:2], dtype=torch.bool, device=device())
+    return [student.requires_grad_()], partial(ALONE[name], student, teacher, mask, HEADS)
+
+
+def form(build, turns: timing.Turns, case: dict) -> dict:
+    """Take value and gradient of what `build` returns; the value and the memory of a step are facts."""
+    weights, loss_of = build(case)
+    found = []
 
     def step() -> None:
-        student.grad = None
-        loss = ALONE[name](student, teacher, mask, HEADS)
+        for weight in weights:
+            weight.grad = None
+        with mixed_precision(device()):
+            loss = loss_of()
         loss.backward()
         found[:] = [loss.item()]
 
     for _ in turns:
         step()
-    student.grad = None
+    for weight in weights:
+        weight.grad = None
     return {"peak_mb": timing.step_peak_mb(step), "value": found[0]}
 
 
-FORMS = {name: partial(whole_step, name) for name in STEPS} | {f"{name}, alone": partial(alone, name) for name in ALONE}
+FORMS = {name: partial(form, partial(whole_step, name)) for name in STEPS}
+FORMS |= {f"{name}, alone": partial(form, partial(alone, name)) for name in ALONE}
 
 
 def main() -> None:
@@ -180,7 +180,12 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         for length in arguments.lengths:
-            case = {"shape": shape, "length": length, "batch": max(1, arguments.tokens // length), "path": arguments.path}
+            case = {
+                "shape": shape,
+                "length": length,
+                "batch": max(1, arguments.tokens // length),
+                "path": arguments.path,
+            }
             label = f"{shape}, {case['batch']} x {length}, {timing.dtype_name()}"
             found = timing.in_turns(__file__, FORMS, list(STEPS), case, arguments)
             ceiling = timing.ceiling(arguments)

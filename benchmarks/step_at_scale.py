@@ -113,14 +113,12 @@ def main() -> None:
     for case in cases(arguments, device()):
         named = dict(zip(("teacher", "student", "lengths", "path"), case, strict=False))
         label = "step, {teacher} to {student}, {lengths}, {path}".format(**named)
-        row = {"case": label, **dict.fromkeys(("other", "ours_seconds", "other_seconds", "ratio", "goal", "ours_peak_mb",
-               "other_peak_mb", "ceiling_share"))}  # fmt: skip
         try:
             found = measure(*case, arguments)
-            row |= {"ours_seconds": found["seconds_median"], "ours_peak_mb": found["peak_bytes"] / 1e6}
-            rows.append(row | {"ceiling_share": found["utilization"]} | found)
+            of = found["seconds_median"], found["peak_bytes"] / 1e6, found["utilization"]
+            rows.append(timing.row_alone(label, *of, **found))
         except artifacts.InputError as error:  # out of memory is a result, too
-            rows.append(row | named | {"error": str(error)})
+            rows.append(timing.row_alone(label, None, None, **named, error=str(error)))
         timing.write(arguments, rows, limit=LIMIT)
 
 

@@ -1,9 +1,9 @@
 """What every suite shares: forms in turns, each in a process of its own; medians, peaks, the machine, JSON and a table.
 
-A form is a function `form(turns, case)`. It builds what it needs and then works in a loop `for _ in turns`: what happens
-between two turns is timed. On a CPU the forms of a case stand ready in processes of their own and take one turn each, A
-B A B, so that a change of load meets all alike; the growth of a process's peak from before anything was built is the
-form's memory. On a GPU the allocator knows that, so the forms run one after another in this process.
+A form is a function `form(turns, case)`. It builds what it needs and then works in a loop `for _ in turns`: what
+happens until the next turn is timed. On a CPU the forms of a case stand ready in processes of their own and take one
+turn each, A B A B, so that a change of load meets all alike; the growth of a process's peak from before anything was
+built is the form's memory. On a GPU the allocator knows that, so the forms run one after another in this process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,6 @@ from distill_utils.planning.plan import machine_ceilings
 from distill_utils.planning.step import FORMULAS
 
 HERE = Path(__file__).parent
-PACKAGES = HERE / ".packages"  # what `make bench` installs beside the locked packages, for the forms of others only
-OTHERS_PACKAGES = ("textbrewer", "torchdistill")  # forms that need them
 WARM_UP = 2  # turns that are not timed
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 BUSY = 15.0  # percent of the machine that others may take; above it the figures are marked
@@ -88,19 +87,16 @@ class Turns:
         """End a part of this turn; what follows is not timed unless another `lap` ends it."""
         if self.on.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    def skip(self) -> None:
-        """Leave out what happened since the last lap."""
+        self.laps[name] = time.perf_counter() - self.last
         self.last = time.perf_counter()
 
     def watch(self, model) -> None:
         """Tell the norm of the first turn's gradient: equal losses have equal ones, whoever computes them."""
         for weight in model.parameters():
             if weight.requires_grad:
-                hook = weight.register_post_accumulate_grad_hook(lambda w: self.squares.append(w.grad.float().norm() ** 2))
+                hook = weight.register_post_accumulate_grad_hook(
+                    lambda w: self.squares.append(w.grad.float().norm() ** 2)
+                )
                 self.hooks.append(hook)
 
 
@@ -120,8 +116,9 @@ def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is not the form's
+    else:
+        with suppress(OSError):  # the peak of the imports is not the form's; Linux forgets it so
+            Path("/proc/self/clear_refs").write_text("5")
     before = torch.cuda.memory_allocated() if on_cuda else resident("VmRSS")
     found = form(turns, case) or {}
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
@@ -139,7 +136,7 @@ def step_peak_mb(step: Callable[[], object]) -> float:
     return allocated_peak(step) / 1e6
 
 
-# ------------------------------------------------------------------------------------------------- forms that take turns
+# ------------------------------------------------------------------------------------------------ forms that take turns
 
 
 def serve(forms: dict[str, Callable], arguments) -> None:
@@ -152,7 +149,8 @@ def serve(forms: dict[str, Callable], arguments) -> None:
 
     name, case, warm_up = arguments.worker
     try:
-        say(work(forms[name], json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
+        form = forms.get(name) or forms[""]
+        say(work(form, json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
     except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
         say({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
 
@@ -163,7 +161,7 @@ class _Process:
     def __init__(self, file: str, name: str, case: dict, arguments, warm_up: int):
         command = [sys.executable, file, "--threads", str(arguments.threads)]
         command += ["--worker", name, json.dumps(case), str(warm_up)]
-        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", ""), *([str(PACKAGES)] if case.get("packages") else [])]
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
         self.log = open(os.devnull if not arguments.verbose else 2, "w", closefd=not arguments.verbose)
         pipe = subprocess.PIPE
@@ -175,11 +173,9 @@ class _Process:
     def _ask(self, line: str) -> dict:
         if self.error:
             return {"error": self.error}
-        try:
+        with suppress(BrokenPipeError):
             self.process.stdin.write(line)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         answer = json.loads(self.process.stdout.readline() or "{}")
         if not answer:
             self.error = f"the process died with exit code {self.process.wait()}: try --verbose"
@@ -207,14 +203,14 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
             found[name]["laps"].setdefault(lap, []).append(seconds)
         found[name]["notes"].append(told.get("notes", {}))
 
-    own = {name: {**case, "packages": name in OTHERS_PACKAGES} for name in names}
+    own = {name: {**case, "form": name} for name in names}
     if arguments.one_process:
         for name in names:
-            sys.path += [str(PACKAGES)] if own[name]["packages"] else []
             asked = iter([True] * (warm_up + arguments.rounds) + [False])
             told: list[dict] = []
             try:
-                found[name] |= work(forms[name], own[name], lambda asked=asked: next(asked), told.append, warm_up)
+                form = forms.get(name) or forms[""]
+                found[name] |= work(form, own[name], lambda asked=asked: next(asked), told.append, warm_up)
             except (ImportError, torch.OutOfMemoryError) as error:  # a result, too
                 found[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             for each in told[warm_up:]:
@@ -227,7 +223,9 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
     return {name: found[name] | process.end() for name, process in processes.items()}
 
 
-def rows_of(case: str, found: dict[str, dict], ours: str = "ours", goals: dict | None = None, ceiling: float = 0, **facts):
+def rows_of(
+    case: str, found: dict[str, dict], ours: str = "ours", goals: dict | None = None, ceiling: float = 0, **facts
+):
     """Return a row in the results' format for each form that is not ours, and for each lap."""
     rows, goals, mine = [], goals or {}, found[ours]
     for other, theirs in found.items():
@@ -261,6 +259,13 @@ def rows_of(case: str, found: dict[str, dict], ours: str = "ours", goals: dict |
     return rows
 
 
+def row_alone(case: str, seconds: float | None, peak_mb: float | None, share: float | None = None, **facts) -> dict:
+    """Return a row in the results' format of something that is compared with nothing."""
+    row = {"case": case, **dict.fromkeys(("other", "ours_seconds", "other_seconds", "ratio", "goal", "ours_peak_mb"))}
+    row |= {"ours_seconds": seconds, "ours_peak_mb": peak_mb, "other_peak_mb": None, "ceiling_share": share}
+    return row | facts
+
+
 def quartiles(times: list[float]) -> list[float] | None:
     """Return the spread of times: their quartiles."""
     return [statistics.quantiles(times, n=4)[i] for i in (0, 2)] if len(times) > 1 else None
@@ -270,14 +275,16 @@ def quartiles(times: list[float]) -> list[float] | None:
 
 
 def parse(description: str, suite: str, rounds: int, forms: dict[str, Callable] | None = None, /, **options: dict):
-    """Return the arguments of a suite: those all have, and its own; a process of a form does its work and exits here."""
+    """Return a suite's arguments: those all have, and its own; a process of a form does its work and exits here."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each form")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     ending = "_cuda" if device().type == "cuda" else ""
     parser.add_argument("--output", type=Path, default=HERE / "results" / f"{suite}{ending}.json")
     parser.add_argument("--verbose", action="store_true", help="show what the forms' processes print")
-    parser.add_argument("--one-process", action="store_true", help="forms one after another here, as always on a GPU: a trial")
+    parser.add_argument(
+        "--one-process", action="store_true", help="forms one after another here, as always on a GPU: a trial"
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     for name, option in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
@@ -300,7 +307,7 @@ def others_busy() -> float:
 
 
 def machine(arguments) -> dict:
-    """Return what the figures depend on: cores, instructions, measured ceilings, and whether others worked meanwhile."""
+    """Return what figures depend on: cores, instructions, measured ceilings, and whether others worked meanwhile."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     busy = {"before": arguments.busy, "after": others_busy()}
     if max(busy.values()) > BUSY:
@@ -330,7 +337,7 @@ def write(arguments, rows: list[dict], **facts) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Return rows as text: seconds and memory of ours and the other, how many times faster, the share of the ceiling."""
+    """Return rows as text."""
 
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -341,4 +348,3 @@ def table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([*text, *(f"{row['case']}, {row['other']}: {row['error']}" for row in rows if row.get("error"))])
-

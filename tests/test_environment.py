@@ -306,6 +306,7 @@ TARGETS = {
     "reports": "-m distill_utils report --all",
     "test": '-m "not slow"',
     "test-all": "-m pytest",
+    "bench": "benchmarks/$suite.py",
     "lab": "-m jupyterlab notebooks",
     "teachers": "-m distill_utils teachers",
 }

@@ -221,14 +221,15 @@ def _scores(row: dict) -> dict[str, str]:
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Write rows of the same headings as a table; a column without any value is left out."""
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    rules = ["---" if heading in ("method", "student", "report", "of which", "measured", "times faster than") else "---:" for heading in headings]
+    left = ("method", "student", "report", "of which", "measured", "times faster than")
+    rules = ["---" if heading in left else "---:" for heading in headings]
     lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def benchmark_table(results: Path) -> str:
     """Return what the suites in a folder measured against a goal: a line a case, its others beside one another."""
-    found = [row for path in sorted(results.glob("*.json")) for row in read_json(path)["rows"]]
+    found = [row for path in sorted(results.glob("*.json")) for row in read_json(path).get("rows", [])]
     cases: dict[str, list[dict]] = {}
     for row in found:
         if row.get("ratio") and (row.get("goal") or row.get("memory_goal")):
@@ -237,10 +238,10 @@ def benchmark_table(results: Path) -> str:
     for case, rows in cases.items():
         goals = [f" (goal {row['goal']:.3g})" if row.get("goal") else "" for row in rows]
         times = [f"{row['other']} {row['ratio']:.2f}{goal}" for row, goal in zip(rows, goals, strict=True)]
-        sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" if row.get("other_peak_mb") else "" for row in rows]
+        sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" for row in rows if row.get("other_peak_mb")]
         share = rows[0].get("ceiling_share")
-        values = (case, "; ".join(times), ", ".join(filter(None, sizes)), f"{100 * share:.0f} %" if share else "")
-        lines.append(dict(zip(("measured", "times faster than", "memory, of theirs", "of the ceiling"), values, strict=True)))
+        line = {"measured": case, "times faster than": "; ".join(times), "memory, of theirs": ", ".join(sizes)}
+        lines.append(line | {"of the ceiling": f"{100 * share:.0f} %" if share else ""})
     return _markdown_table(lines) + "\n" if lines else "No suite has been measured yet.\n"
 
 
