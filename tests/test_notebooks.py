@@ -1,5 +1,6 @@
 """Every notebook as it stands in git: no outputs, honest parameters, the anatomy that the runner relies on."""
 
+import ast
 import copy
 import json
 import re
@@ -91,4 +92,11 @@ def test_notebook_reads_like_a_paper(path):
     longest = max(len(cell.source.splitlines()) for cell in described)
     assert longest <= 30, f"a cell of {longest} lines"
     assert len(cells) - len(code_cells) >= len(code_cells), "fewer prose cells than code cells"
-    assert sum("verdict" in cell.metadata.get("tags", []) for cell in code_cells) == 1
+    for tag, what in (("verdict", "display(Markdown("), ("answer", "figures.show(")):  # what a page opens with
+        (cell,) = (cell for cell in code_cells if tag in cell.metadata.get("tags", []))
+        assert what in cell.source
+    for cell in code_cells:  # a value at a cell's end is printed on the page
+        if "skip-execution" not in cell.metadata.get("tags", []):
+            last = ast.parse(cell.source).body[-1]
+            shown = ast.unparse(last.value) if isinstance(last, ast.Expr) else "print("
+            assert re.match(r"[\w.]*(show\w*|display|print|lap|save|use_style)\(", shown), shown
