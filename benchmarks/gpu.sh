@@ -55,12 +55,12 @@ print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts
 bench() {
     cd benchmarks
     if [ -n "${TINY:-}" ]; then
-        run kd_step 200 $PYTHON kd_step.py --shapes embedded --batch 4 --rounds 1 --output "$OUT/kd_step.json"
-        run pseudo_labels 200 $PYTHON pseudo_labels.py --documents 8 --tokens 4 --rounds 1 --output "$OUT/pseudo_labels.json"
-        run step_at_scale 200 $PYTHON step_at_scale.py --teachers t5-small --students t5-small:1 --lengths 32/8 \
+        run kd_step 600 $PYTHON kd_step.py --shapes embedded --batch 4 --rounds 1 --output "$OUT/kd_step.json"
+        run pseudo_labels 600 $PYTHON pseudo_labels.py --documents 8 --tokens 4 --rounds 1 --output "$OUT/pseudo_labels.json"
+        run step_at_scale 600 $PYTHON step_at_scale.py --teachers t5-small --students t5-small:1 --lengths 32/8 \
             --batch-size 2 --paths both --rounds 1 --output "$OUT/step_at_scale.json"
-        run relations 200 $PYTHON relations.py --lengths 32 --tokens 64 --rounds 2 --output "$OUT/relations.json"
-        run loss_memory 200 $PYTHON loss_memory.py --documents 2 --target 9 --width 32 --output "$OUT/loss_memory.json"
+        run relations 600 $PYTHON relations.py --lengths 32 --tokens 64 --rounds 2 --output "$OUT/relations.json"
+        run loss_memory 600 $PYTHON loss_memory.py --documents 2 --target 9 --width 32 --output "$OUT/loss_memory.json"
     else
         run kd_step 90 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
             --forms ours published expert trainer --output "$OUT/kd_step.json"

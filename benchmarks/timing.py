@@ -259,7 +259,7 @@ def rows_of(
     return rows
 
 
-def row_alone(case: str, seconds: float | None, peak_mb: float | None, share: float | None = None, **facts) -> dict:
+def row_alone(case: str, seconds: float | None, peak_mb: float | None, share: float | None = None, /, **facts):
     """Return a row in the results' format of something that is compared with nothing."""
     row = {"case": case, **dict.fromkeys(("other", "ours_seconds", "other_seconds", "ratio", "goal", "ours_peak_mb"))}
     row |= {"ours_seconds": seconds, "ours_peak_mb": peak_mb, "other_peak_mb": None, "ceiling_share": share}
