@@ -123,6 +123,8 @@ def small_values(profile: str, notebook: str) -> dict:
     changes |= {name: [values[name][0], values[name][-1]] for name in ENDS if len(values.get(name, [])) > 2}
     changes |= {"beams": values["beams"][:2]} if values.get("beams") else {}
     changes |= {"paths": [*values["paths"][:2], values["paths"][-1]]} if len(values.get("paths", [])) > 3 else {}
+    if values.get("num_processes", 1) > 1:  # they share a pass
+        changes |= {"batch_size": 4, "micro_batch_size": 2}
     if notebook == "04_miniend":  # T5 writes to its limit
         changes |= {"max_target_length": 24}
     if profile == "3b":  # the one with a plan of its own; it takes a minute

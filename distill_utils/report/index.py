@@ -174,11 +174,15 @@ def wall_time(entry: dict) -> str:
 def readme_table(reports: Path) -> str:
     """Return the README's results: what the reports that train students found, and what `make reports` takes.
 
-    Each is shown by the start of its headline and by its `means` over seeds, or its rows; above `README_ROWS` of them
-    by its headline alone.
+    Each is shown by the start of its headline, and of a notebook's pages the one with most seeds by its `means` over
+    seeds, or its rows; above `README_ROWS` of them by its headline alone.
     """
-    blocks, timed = [], []
-    for entry in gather(reports):
+    blocks, timed, entries = [], [], gather(reports)
+    most: dict[str, int] = {}
+    for entry in entries:
+        name = entry["report"].rpartition("/")[2]
+        most[name] = max(most.get(name, 1), _seeds(entry))
+    for entry in entries:
         link, wall = f"reports/{entry['report']}.html", wall_time(entry)
         if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
             timed.append(f"{entry['report'].partition('_')[0]} {wall}")
@@ -186,16 +190,20 @@ def readme_table(reports: Path) -> str:
         rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
         grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
         if any(row.get("student") for row in rows):
-            seeds = max(row.get("seeds", 1) for row in rows)
+            seeds = _seeds(entry)
             origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
             origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
             title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
             blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
-            if len(rows) <= README_ROWS and not grid:
+            if len(rows) <= README_ROWS and not grid and seeds == most[entry["report"].rpartition("/")[2]]:
                 blocks.append(_markdown_table([_scores(row) for row in rows]))
     if timed:
         blocks.append(f"Wall time of `make reports`: {'; '.join(timed)}.")
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
+
+
+def _seeds(entry: dict) -> int:
+    return max((row.get("seeds", 1) for row in entry.get("means") or []), default=1)
 
 
 def _scores(row: dict) -> dict[str, str]:
