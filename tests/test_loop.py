@@ -20,7 +20,7 @@ from distill_utils.artifacts import InputError, read_json
 from distill_utils.device import device
 from distill_utils.distillation import objectives
 from distill_utils.models.hooks import projections
-from distill_utils.training import checkpoints, loop
+from distill_utils.training import checkpoints, loop, optimizers
 from distill_utils.training.loop import Training, fit
 
 
@@ -337,6 +337,15 @@ def naive_orthogonal(gradient):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x.T if gradient.shape[0] > gradient.shape[1] else x
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (5, 5)])
+def test_newton_schulz_in_float32_is_that_of_float64_and_near_torchs_in_bf16(shape):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    given = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    found = optimizers.newton_schulz(gradient, *given)
+    torch.testing.assert_close(found.double(), naive_orthogonal(gradient), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, optimizers.BF16_PRODUCTS(gradient, *given).float(), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])

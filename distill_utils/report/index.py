@@ -90,7 +90,7 @@ def write_index(reports: Path) -> None:
     page = environment.get_template("reports_index.html.j2").render(
         facets=[facet | {"drawing": dashboard.drawing(facet)} for facet in facets[: dashboard.MAX_FACETS]],
         left_out=[facet["students"][0] for facet in facets[dashboard.MAX_FACETS :]],
-        runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": verdict(e)} for e in entries],
+        runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": plain(verdict(e))} for e in entries],
         claims=dashboard.judged_claims(entries), history=read_history(reports, skipped)[: -SHOWN_CHANGES - 1 : -1],
         skipped=skipped, limits=dashboard, names=names, quote=quote, css=css, script=script,
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
@@ -99,9 +99,12 @@ def write_index(reports: Path) -> None:
 
 
 def verdict(entry: dict) -> str:
-    """Return the first sentence of an entry's headline, without its bold."""
-    first = entry.get("headline", "").replace("**", "").partition("\n\n")[0]
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first)[0]
+    """Return the first sentence of an entry's headline, as Markdown."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", entry.get("headline", "").partition("\n\n")[0])[0]
+
+
+def plain(markdown: str) -> str:
+    return markdown.replace("**", "")
 
 
 def append_history(reports: Path, name: str) -> None:
@@ -174,8 +177,8 @@ def wall_time(entry: dict) -> str:
 def readme_table(reports: Path) -> str:
     """Return the README's results: what the reports that train students found, and what `make reports` takes.
 
-    Each is shown by the start of its headline, and of a notebook's pages the one with most seeds by its `means` over
-    seeds, or its rows; above `README_ROWS` of them by its headline alone.
+    Each is shown by the first sentence of its headline, and of a notebook's pages the one with most seeds by its
+    `means` over seeds, or its rows; above `README_ROWS` of them by that alone.
     """
     blocks, timed, entries = [], [], gather(reports)
     most: dict[str, int] = {}
@@ -194,7 +197,7 @@ def readme_table(reports: Path) -> str:
             origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
             origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
             title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
-            blocks.append(": ".join(filter(None, [title, entry.get("headline", "").partition("\n\n")[0]])))
+            blocks.append(": ".join(filter(None, [title, verdict(entry)])))
             if len(rows) <= README_ROWS and not grid and seeds == most[entry["report"].rpartition("/")[2]]:
                 blocks.append(_markdown_table([_scores(row) for row in rows]))
     if timed:
@@ -203,7 +206,7 @@ def readme_table(reports: Path) -> str:
 
 
 def _seeds(entry: dict) -> int:
-    return max((row.get("seeds", 1) for row in entry.get("means") or []), default=1)
+    return max((row.get("seeds", 1) for row in entry.get("means") or entry["rows"]), default=1)
 
 
 def _scores(row: dict) -> dict[str, str]:
