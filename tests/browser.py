@@ -20,7 +20,7 @@ class Page:
     def __init__(self, address: str):
         import websocket
 
-        self.socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
+        self.socket = websocket.create_connection(address, timeout=180, suppress_origin=True)
         self.number, self.events = 0, []
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.call(f"{domain}.enable")

@@ -312,3 +312,13 @@ def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
     assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(0.0, 0.5), (0.0, 2.0), (2.0, 1.0)]
     assert [text.strip() for text in texts(ax)] == ["3", "0.5", "device"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["weights", "logits"]
+
+
+def test_a_figure_that_fails_is_named_on_the_page_and_leaves_nothing_open(shown, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no <room>")
+
+    monkeypatch.setattr(style, "axis_label", broken)  # after the axes were made
+    before = plt.get_fignums()
+    figures.show(figures.plot_history({"kd": [{"step": 1, "loss": 2.0}]}), "Falls.", "One run.")
+    assert "ValueError" in shown[0] and "no &lt;room&gt;" in shown[0] and plt.get_fignums() == before

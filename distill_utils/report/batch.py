@@ -116,8 +116,8 @@ def _raised(error, stem: str, executed: Path) -> RunFailed:
         return RunFailed(BAD_INPUT, " ".join(error.evalue.split()))
     # Without InputError's courtesy, show where it happened: the last frames, as they stand in the notebook.
     tail = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-12:]
-    lines = [f"{stem}: code cell {_of(executed)} raised {error.ename}", *(f"  {line}" for line in tail)]
-    return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, f"executed so far: {os.path.relpath(executed)}"]))
+    lines = [f"{stem}: code cell {_of(executed)} raised {error.ename}", f"executed so far: {os.path.relpath(executed)}"]
+    return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, *(f"  {line}" for line in tail)]))
 
 
 def _last_words(stem: str, folder: Path) -> str:

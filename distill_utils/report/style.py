@@ -98,9 +98,12 @@ def or_failure(plot: Callable) -> Callable:
 
     @functools.wraps(plot)
     def plotted(*arguments, **options):
+        before = plt.get_fignums()
         try:
             return plot(*arguments, **options)
         except Exception as error:  # drawing and layout raise many kinds
+            for number in set(plt.get_fignums()) - set(before):  # half drawn; a notebook would show it
+                plt.close(number)
             ax = new_axes()
             ax.get_figure().failure = error
             return ax
