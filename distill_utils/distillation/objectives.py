@@ -238,7 +238,10 @@ def encode(
     """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
     Dropout is as the model's modes say: those of `training.loop.train_mode` for a student, `teacher_mode`'s else.
+    A batch with encoder_states (encoder_states.py) has the former already.
     """
+    if "encoder_states" in batch and not layer_ids:
+        return batch["encoder_states"], []
     with layer_outputs(encoder_layers(model), layer_ids, match) as states:
         encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return encoded.last_hidden_state, [states[i] for i in layer_ids]

@@ -22,6 +22,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
 from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
+from distill_utils.distillation.objectives import encode, teacher_mode
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
@@ -57,6 +58,9 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
     batch, passes = typical_batch(run, teacher, tokenizer, train)
     objective, kept = runs.objective_of(run.method), {}
     dtype = amp_dtype(precision=run.training.precision)
+    if run.cache_encoder and cut["shared"]:
+        with teacher_mode(teacher), mixed_precision(student.device, dtype):
+            batch["encoder_states"] = encode(teacher, batch)[0]
 
     def step(watch) -> None:
         with mixed_precision(student.device, dtype), watch:

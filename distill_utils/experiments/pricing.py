@@ -19,8 +19,10 @@ from distill_utils.artifacts import artifact, hashed, processor_name, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
+from distill_utils.distillation.encoder_states import with_states
 from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.experiments import budget, runs
+from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.training.loop import choose_attention, fit
@@ -72,6 +74,10 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
             spent = [_label_seconds(asked, train.select(range(size)), folder / str(size)) for size in (few, more)]
             # The difference, because each begins with a conversion.
             found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
+        depth = len(students.encoder_layers(asked.teacher))
+        if asked.base.cache_encoder and any(runs.parse_shape(shape, asked.teacher)[0] == depth for _, shape in kinds):
+            states = partial(runs.states_of, asked.base, asked.teacher, asked.tokenizer, train)
+            found["encode"] = timed(states) / len(train)
         return found | {"update": {_kind(run): _update_seconds(asked, run, train) for run in kinds.values()}}
 
     return artifact("prices", settings, build)
@@ -90,14 +96,16 @@ def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> flo
     """Return the mean seconds of an update after the first two, of 16 or as many as PRICE_SECONDS allow."""
     batches, seconds = runs.batches_of(run, asked.tokenizer, train), PRICE_SECONDS
     for most in (2, 16):
-        num = int(np.clip(PRICE_SECONDS / seconds, 2, most))
+        num, read = int(np.clip(PRICE_SECONDS / seconds, 2, most)), batches
         student, cut = runs.cut_student(run, asked.teacher)
         choose_attention(student.to(device()), run.max_source_length)
+        if run.cache_encoder and cut["shared"]:
+            read = with_states(batches, runs.states_of(run, asked.teacher, asked.tokenizer, train))
         objective = partial(runs.objective_of(run.method), teacher=asked.teacher, **cut["options"])
         settings = replace(run.training, max_steps=2 + num, log_every=1, schedule="constant", checkpoint_every=0,
                            patience=0)  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, asked.teacher):
-            history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), batches, settings,
+            history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), read, settings,
                           Path(folder), stage=f"price of {run.group}")  # fmt: skip
         seconds = max((history[-1]["seconds"] - history[1]["seconds"]) / num, 1e-4)
     return seconds
@@ -120,7 +128,8 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
     return {
         "candidates": found, "labels": costs["load"] + num["train"] * costs["label"],
         "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
-        "measured": measured["build_seconds"] + costs["build_seconds"] + asked.own_teacher.get("priced_s", 0.0),
+        "measured": measured["build_seconds"] + costs["build_seconds"] + asked.own_teacher.get("priced_s", 0.0)
+        + costs.get("encode", 0.0) * (num["train"] + num["validation"]),
         "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
         "max_rungs": asked.given["max_rungs"],
     }  # fmt: skip

@@ -18,6 +18,7 @@ from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
+from distill_utils.distillation.encoder_states import encoder_states, with_states
 from distill_utils.distillation.pseudo_labels import (
     bounds_of,
     cross_fit_halves,
@@ -29,7 +30,7 @@ from distill_utils.distillation.pseudo_labels import (
 from distill_utils.distillation.targets import with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
-from distill_utils.models.loading import load_model, model_fingerprint, save_model
+from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
 from distill_utils.training.optimizers import MIN_VALIDATION, Training, check_early_stopping, check_training, stop_facts
@@ -77,6 +78,7 @@ class StudentRun:
     decoder_layer_ids: list[int] | None = None
     variant: str = ""  # what sets this run apart from another of its method and shape, in names and tables
     label_smoothing: float = later(0.0)  # share of the target that goes to all tokens alike, as in Pegasus's recipe
+    cache_encoder: bool = later(False)  # read from disk what a shared encoder makes of the documents
 
     @property
     def group(self) -> str:
@@ -120,10 +122,7 @@ def parse_shape(shape: str, teacher) -> tuple[int, int]:
 
 
 def check_runs(runs: list[StudentRun], teacher, num_validation: int = MIN_VALIDATION) -> None:
-    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed.
-
-    `num_validation` is the number of pairs that early stopping would look at.
-    """
+    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
     if not runs:
         raise InputError("there is nothing to train: name at least one method, one student shape and one seed")
     for run in runs:
@@ -164,12 +163,6 @@ def _check_run(run: StudentRun, teacher) -> None:
             f"length {longest} exceeds the teacher's {positions} positions: lower max_source_length or "
             "max_target_length"
         )
-
-
-def check_same_tokenizer(teacher: str, tokenizer, name: str, other) -> None:
-    """Reject a second model whose token ids mean something else."""
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise InputError(f"{name} has another tokenizer than {teacher}: choose two models of one vocabulary")
 
 
 # ------------------------------------------------------------------------------------------------------------- cutting
@@ -316,6 +309,12 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     return artifact("teacher-targets", inputs | kept, build)
 
 
+def states_of(run: StudentRun, teacher, tokenizer, documents: Dataset) -> Path:
+    """Return the folder with what the teacher's encoder makes of the documents, written once for all runs."""
+    dtype = amp_dtype(precision=run.training.precision)
+    return encoder_states(run.teacher, teacher, tokenizer, documents, run.max_source_length, run.prefix, dtype)
+
+
 def kept_targets(run: StudentRun) -> dict:
     """Return which part of the teacher's distributions is kept: the top ids or draws, at which temperature."""
     top_k = 0 if run.target_samples else run.top_k
@@ -349,6 +348,9 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
+        if run.cache_encoder and cut["shared"]:
+            batches = with_states(batches, states_of(run, teacher, tokenizer, train))
+            held_out = with_states(lambda step, own=held_out: own, states_of(run, teacher, tokenizer, validation))(0)
         objective = partial(objective_of(run.method), **cut["options"])
 
         began = time.monotonic()

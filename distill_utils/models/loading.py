@@ -192,3 +192,9 @@ def model_fingerprint(name_or_path: str, model) -> str:
         if isinstance(cached, str):
             return Path(cached).parent.name[:10]
     return config_hash(model.config.to_dict())
+
+
+def check_same_tokenizer(teacher: str, tokenizer, name: str, other) -> None:
+    """Reject a second model whose token ids mean something else."""
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise InputError(f"{name} has another tokenizer than {teacher}: choose two models of one vocabulary")
