@@ -7,7 +7,8 @@
 Others: `published`, the released recipe's form in plain transformers in float32 (both encoders run, all hidden states,
 logits of the whole vocabulary); `expert`, the same under bf16 autocast with fused attention and the teacher in bf16;
 `trainer`, `Seq2SeqTrainer` with that loss in `compute_loss`, its teacher in float32; `textbrewer` and `torchdistill`,
-the packages with equivalent losses (peers.py). Without native bf16 all are float32. The student keeps the frozen
+the packages with equivalent losses (peers.py). `cached` is our step when a comparison of students has written the
+frozen encoder's states to disk before, once for all. Without native bf16 all are float32. The student keeps the frozen
 encoder and half or a quarter of the decoder; weights are random, for nothing is learned here. Equal losses show in
 equal `gradient_norm` of the first step. `ceiling_share` is the arithmetic of our step over its time, over the ceiling.
 """
@@ -17,11 +18,13 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import peers
 import timing
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -33,8 +36,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from distill_utils.device import amp_dtype, device, mixed_precision
+from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.distillation import objectives
+from distill_utils.distillation.encoder_states import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
@@ -99,8 +103,8 @@ def build(case: dict, turns: timing.Turns):
     return student, teacher, decoder_ids, {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def ours(turns: timing.Turns, case: dict) -> None:
-    """Take the steps of `training.loop.fit` with `objectives.kd`."""
+def ours(turns: timing.Turns, case: dict, cached: bool = False) -> None:
+    """Take the steps of `training.loop.fit` with `objectives.kd`; `cached`: the encoder's states are read from disk."""
     on = device()
     student, teacher, decoder_ids, batch = build(case, turns)
     for model in (student, teacher):
@@ -111,7 +115,10 @@ def ours(turns: timing.Turns, case: dict) -> None:
     share_frozen(student, teacher)
     with ExitStack() as stack:
         stack.enter_context(frozen_in(amp_dtype(on), student, teacher))
-        for _ in turns:
+        read = partial(states_on_disk, batch, teacher, stack.enter_context(tempfile.TemporaryDirectory()))
+        batches = read() if cached else lambda step: [batch]
+        for step in turns:
+            batch = to_device(batches(step)[0], on)
             with mixed_precision(on):
                 loss = objectives.kd(
                     student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=decoder_ids, shared_encoder=True,
@@ -123,6 +130,17 @@ def ours(turns: timing.Turns, case: dict) -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             loss.item()
+
+
+def states_on_disk(batch: dict, teacher, folder: str):
+    """Return `batches(step)` that reads what the encoder makes of the batch from a folder, where it is written once."""
+    plain = {name: values.cpu() for name, values in batch.items()} | {"ids": list(range(len(batch["labels"])))}
+    lengths = plain["attention_mask"].sum(1).tolist()
+    sources = [ids[:length].tolist() for ids, length in zip(plain["input_ids"], lengths, strict=True)]
+    rows = Dataset.from_dict({"id": plain["ids"], "input_ids": sources, "labels": plain["labels"].tolist()})
+    states = Path(folder) / "states"
+    write_states(states, teacher, rows, pad_token_id=teacher.config.pad_token_id, dtype=amp_dtype())
+    return with_states(lambda step: [plain], states)
 
 
 def plain_loss(found, theirs, labels: torch.Tensor, decoder_ids: list[int]) -> torch.Tensor:
@@ -216,6 +234,7 @@ def trainer(turns: timing.Turns, case: dict) -> None:
 
 FORMS = {
     "ours": ours,
+    "cached": partial(ours, cached=True),
     "published": partial(plain_transformers, expert=False),
     "expert": partial(plain_transformers, expert=True),
     "trainer": trainer,
@@ -233,17 +252,20 @@ def main() -> None:
         batch={"type": int, "default": 0, "help": "default: the shape's"},
     )  # fmt: skip
     rows = []
+    own = {"ours": "", "cached": ", encoder states read from disk"}
+    own = {name: ending for name, ending in own.items() if name in arguments.forms}
+    others = [name for name in arguments.forms if name not in own]
     for shape in arguments.shapes:
         size = SHAPES[shape]
         case = {"shape": shape, "batch": arguments.batch or size["batch"][on.type == "cpu"]}
         facts = {name: size[name] for name in ("source", "target", "kept")} | case
         goals = {other: both[amp_dtype() is None] for other, both in GOALS.get(shape, {}).items()} | PACKAGES_GOAL
-        for other in [None] if arguments.one_process else arguments.forms:  # two at a time: all of them may not fit
-            if other != "ours":
-                names = ["ours", other] if other else ["ours", *(name for name in arguments.forms if name != "ours")]
-                found = timing.in_turns(__file__, FORMS, names, case, arguments, warm_up=1 + (on.type == "cuda"))
-                label = f"KD step, {shape}, {timing.dtype_name()}"
-                rows += timing.rows_of(label, found, goals=goals, ceiling=timing.ceiling(arguments), **facts)
+        for rivals in [others] if arguments.one_process else [[name] for name in others]:  # all may not fit at a time
+            found = timing.in_turns(__file__, FORMS, [*own, *rivals], case, arguments, warm_up=1 + (on.type == "cuda"))
+            for name, ending in own.items():
+                label = f"KD step, {shape}, {timing.dtype_name()}{ending}"
+                compared = {each: found[each] for each in (name, *rivals)}
+                rows += timing.rows_of(label, compared, name, goals, timing.ceiling(arguments), **facts)
         timing.write(arguments, rows)
 
 

@@ -239,14 +239,16 @@ def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def benchmark_table(results: Path) -> str:
-    """Return what the suites in a folder measured against a goal: a line a case, its others beside one another."""
+    """Return what the suites in a folder measured against a goal: a line a case, all its others beside one another."""
     found = [row for path in sorted(results.glob("*.json")) for row in read_json(path).get("rows", [])]
     cases: dict[str, list[dict]] = {}
     for row in found:
-        if row.get("ratio") and (row.get("goal") or row.get("memory_goal")):
+        if row.get("ratio"):
             cases.setdefault(row["case"], []).append(row)
     lines = []
     for case, rows in cases.items():
+        if not any(row.get("goal") or row.get("memory_goal") for row in rows):
+            continue
         goals = [f" (goal {row['goal']:.3g})" if row.get("goal") else "" for row in rows]
         times = [f"{row['other']} {row['ratio']:.2f}{goal}" for row, goal in zip(rows, goals, strict=True)]
         sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" for row in rows if row.get("other_peak_mb")]
