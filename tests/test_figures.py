@@ -134,6 +134,26 @@ def test_samples_fold_what_repeats_without_end(shown):
     assert found == ["Return the given … (×36) given.", "a b … (×4) c", *texts[2:]]
 
 
+def test_samples_mark_places_and_stay_text(shown, capsys):
+    text = "read <b>3</b> files from Paris again"
+    marks = {"unsupported": [(8, 9), (25, 30)], "differs": [(5, 20), (31, 36)]}
+    row = {"document": text, "kd": text, "pl": "no no no no no 3", "marks": {"kd": marks, "pl": {"differs": [(0, 2)]}}}
+    tables.show_samples([row], ["document", "kd", "pl"])
+    plain, marked, looped = BeautifulSoup(shown[0], "html.parser").find_all("td")
+    assert plain.get_text() == marked.get_text() == text and not plain.find_all(["b", "mark"])
+    assert [mark.get_text() for mark in marked.find_all("mark")] == ["3", "Paris"]
+    assert "".join(part.get_text() for part in marked.find_all("b")) == "<b>3</b> files again"
+    assert looped.get_text() == "no … (×5) 3" and not looped.find_all("b")
+
+    tables.show_samples([row], ["document", "kd"], clip=27)
+    marked = BeautifulSoup(shown[-1], "html.parser").find_all("td")[1]
+    assert marked.get_text() == text[:27] + " …" and marked.find_all("mark")[-1].get_text() == "Pa"
+    before = len(shown)
+    tables.show_samples([row], ["document", "kd"], shown=False)
+    printed = capsys.readouterr().out
+    assert len(shown) == before and "samples=false" in printed and "Paris" not in printed
+
+
 def test_quality_speed_draws_every_row_and_no_labels_overlap():
     ax = figures.plot_quality_speed(ROWS)
     figure = ax.get_figure()

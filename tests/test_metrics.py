@@ -89,6 +89,15 @@ def test_diagnostics_numbers_names_empty_and_repeating():
     assert (found["empty"], found["repeating"]) == (0.25, 0.25)
 
 
+def test_places_to_mark_by_hand():
+    document, teacher = "Return 3 rows of numpy.array.", "Return the rows of an array."
+    text = "Return 3 or 42 rows of an PostgreSQL array."
+    found = metrics.spans_to_mark(document, text, teacher)
+    assert [text[start:end] for start, end in found["unsupported"]] == ["42", "PostgreSQL"]
+    assert [text[start:end] for start, end in found["differs"]] == ["3", "or", "42", "PostgreSQL"]
+    assert metrics.spans_to_mark(document, teacher, teacher)["differs"] == []
+
+
 def test_diagnostics_hold_no_nan():
     for predictions in ([""], ["plain words"]):
         found = metrics.text_diagnostics(["some text"], predictions)

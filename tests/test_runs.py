@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -88,7 +89,13 @@ def test_every_method_from_description_to_row(place, capsys):
     budget = {"num_test": len(test), "whole_test": True, "seeds": 2, "max_steps": 4}
     assert "Smoke run" in comparison.verdict(means, versus, histories, **budget)
     assert comparison.best_students(means, plan)[0] in {run.name for run in plan}
-    assert len(comparison.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
+    assert len(scoring.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
+    drawn = scoring.side_by_side(teacher_test, tested, num=8, seed=0, by_score=True)
+    scores = np.mean([scoring.read_scores(path)["rouge2"] for path in [teacher_test, *tested.values()]], axis=0)
+    assert len({row["document"] for row in drawn}) == 8 and all(set(row["marks"]) >= set(tested) for row in drawn)
+    kinds = [row["drawn"].split(",")[0] for row in drawn]
+    assert kinds == ["hardest"] * 2 + ["easiest"] * 2 + ["random"] * 4
+    assert drawn[0]["drawn"] == f"hardest, {min(scores):.0f}" and drawn[3]["drawn"] == f"easiest, {max(scores):.0f}"
     for name, weight in teacher.named_parameters():  # the teacher stays as it was
         assert torch.equal(weight, before[name])
 

@@ -3,9 +3,11 @@
 Out of scope: intervals and tests (statistics.py), speed (speed.py), how summaries are generated (generation.py).
 """
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -86,14 +88,38 @@ def text_diagnostics(documents: Sequence[str], predictions: Sequence[str]) -> di
         row[f"novel_{n}gram"] = _mean([novel for pair in pairs for novel in _novel(*pair, n)])
     row["coverage"] = _mean([lengths.sum() / written for lengths, written in fragments])
     row["density"] = _mean([(lengths**2).sum() / written for lengths, written in fragments])
-    numbers, names = [], []
-    for document, prediction in zip(documents, predictions, strict=True):
-        known_numbers = set(re.findall(r"\d+(?:[.,]\d+)*", document))
-        known_names = set(re.findall(r"[^\W\d]\w*", document.lower()))
-        # Numbers that are words of their own, with inner points and commas: 3, 0.25, 1,000.
-        numbers += [number in known_numbers for number in re.findall(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)", prediction)]
-        names += [known_names.issuperset(name.lower().split(".")) for name in _names(prediction)]
-    return row | {"numbers_supported": _mean(numbers), "names_supported": _mean(names)}
+    checked = [facts_written(document, prediction) for document, prediction in zip(documents, predictions, strict=True)]
+    for kind in ("numbers", "names"):
+        row[f"{kind}_supported"] = _mean([known for found in checked for _, known in found[kind]])
+    return row
+
+
+def facts_written(document: str, prediction: str) -> dict[str, list[tuple[re.Match, bool]]]:
+    """Return the `numbers` and `names` of a prediction, and of each whether it stands in the document."""
+    known_numbers = set(re.findall(r"\d+(?:[.,]\d+)*", document))
+    known_names = set(re.findall(r"[^\W\d]\w*", document.lower()))
+    # Numbers that are words of their own, with inner points and commas: 3, 0.25, 1,000.
+    numbers = re.finditer(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)", prediction)
+    return {
+        "numbers": [(match, match[0] in known_numbers) for match in numbers],
+        "names": [(match, known_names.issuperset(match[0].lower().split("."))) for match in _names(prediction)],
+    }
+
+
+def spans_to_mark(document: str, prediction: str, other: str) -> dict[str, list[tuple[int, int]]]:
+    """Return the places (start, end) of a prediction that are `unsupported` and that `differs`.
+
+    The former are numbers and names that the document lacks, the latter words outside of what the two texts share in
+    the same order.
+    """
+    written = itertools.chain(*facts_written(document, prediction).values())
+    ours, theirs = (list(re.finditer(r"\S+", text)) for text in (prediction, other))
+    same = SequenceMatcher(None, [word[0] for word in ours], [word[0] for word in theirs], autojunk=False)
+    differing = [part for tag, first, end, *_ in same.get_opcodes() if tag != "equal" for part in ours[first:end]]
+    return {
+        "unsupported": sorted(match.span() for match, known in written if not known),
+        "differs": [word.span() for word in differing],
+    }
 
 
 def fragment_lengths(source: Sequence[str], summary: Sequence[str]) -> list[int]:
@@ -129,7 +155,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def _names(text: str) -> list[str]:
+def _names(text: str) -> list[re.Match]:
     """Identifiers (snake_case, CamelCase, dotted, upper case) anywhere, capitalised words inside a sentence."""
     found = []
     for match in re.finditer(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*", text):
@@ -137,7 +163,7 @@ def _names(text: str) -> list[str]:
         identifier = "_" in token.strip("_") or "." in token or any(letter.isupper() for letter in token[1:])
         starts_sentence = not before or before[-1] in ".!?:\n"
         if identifier or (token[0].isupper() and len(token) > 1 and not starts_sentence):
-            found.append(token)
+            found.append(match)
     return found
 
 

@@ -4,6 +4,7 @@ Out of scope: what the machine could do at best (planning/machine.py).
 """
 
 import json
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import eval_mode, mixed_precision, timed
 from distill_utils.evaluation import tasks
 from distill_utils.evaluation.generation import summarize
-from distill_utils.evaluation.metrics import evaluate_summaries
+from distill_utils.evaluation.metrics import evaluate_summaries, spans_to_mark
 
 
 def evaluate_model(
@@ -93,6 +94,33 @@ def read_predictions(folder: Path) -> list[dict]:
 def read_scores(folder: Path) -> dict[str, np.ndarray]:
     """Return the scores of a test artifact, {metric: one per document}."""
     return {name: np.asarray(values) for name, values in read_json(folder / "scores.json").items()}
+
+
+def side_by_side(
+    teacher_test: Path, tested: Mapping[str, Path], num: int, seed: int, by_score: bool = False
+) -> list[dict]:
+    """Return `num` test documents with the reference and what the teacher and each student wrote.
+
+    They are drawn at random; `by_score`: a quarter are the hardest, by the mean ROUGE-2 of all models, a quarter the
+    easiest, and `drawn` says which. `marks` are the `spans_to_mark` of each student's text, beside the teacher's.
+    """
+    folders = {"teacher": teacher_test, **tested}
+    written = {name: read_predictions(folder) for name, folder in folders.items()}
+    texts, kinds = written["teacher"], {}
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    if by_score:
+        means = np.mean([read_scores(folder)["rouge2"] for folder in folders.values()], axis=0)
+        ranked, few = np.argsort(means, kind="stable").tolist(), min(num, len(texts)) // 4
+        kinds = dict.fromkeys(ranked[:few], "hardest") | dict.fromkeys(ranked[len(ranked) - few :], "easiest")
+        order = [*kinds, *(i for i in order if i not in kinds)]
+    rows = []
+    for i in order[:num]:
+        document, teacher = texts[i]["document"], texts[i]["prediction"]
+        row = {"document": document, "reference": texts[i]["reference"]}
+        row |= {name: found[i]["prediction"] for name, found in written.items()}
+        row["marks"] = {name: spans_to_mark(document, row[name], teacher) for name in written}
+        rows.append(row | ({"drawn": f"{kinds.get(i, 'random')}, {means[i]:.0f}"} if by_score else {}))
+    return rows
 
 
 def interleaved_latency_ms(

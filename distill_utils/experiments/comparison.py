@@ -5,7 +5,6 @@ Out of scope: training students (runs.py) and testing one (evaluation/scoring.py
 
 import csv
 import itertools
-import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -265,18 +264,6 @@ def best_students(means: Sequence[dict], plan: Sequence[runs.StudentRun]) -> lis
         name = next(r.name for r in plan if (r.method, r.shape) == (row["method"], row["student"]))
         best.setdefault(row["student"], name)
     return list(best.values())
-
-
-def side_by_side(teacher_test: Path, tested: Mapping[str, Path], num: int, seed: int) -> list[dict]:
-    """Return `num` random test documents with the reference and what the teacher and each student wrote."""
-    written = {name: scoring.read_predictions(folder) for name, folder in {"teacher": teacher_test, **tested}.items()}
-    texts = written["teacher"]
-    chosen = random.Random(seed).sample(range(len(texts)), min(num, len(texts)))
-    return [
-        {key: texts[i][key] for key in ("document", "reference")}
-        | {name: rows[i]["prediction"] for name, rows in written.items()}
-        for i in chosen
-    ]
 
 
 def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[dict]:

@@ -4,6 +4,7 @@ Out of scope: figures (figures.py). Widgets are for JupyterLab alone: batch runs
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -80,25 +81,52 @@ def _usual_decimals(column: str) -> int:
 
 
 def show_samples(
-    rows: Sequence[Mapping[str, object]], columns: Sequence[str], caption: str = "", clip: int = 400
-) -> None:
+    rows: Sequence[Mapping[str, object]], columns: Sequence[str], caption: str = "", clip: int = 400,
+    shown: bool = True,
+) -> None:  # fmt: skip
     """Display texts side by side, one row a document; escaped, clipped after `clip` characters.
 
     Of up to four words that a broken model repeats without end the first are shown, and how often: "given … (×37)".
+    A row's `marks`, {column: {"unsupported" or "differs": [(start, end)]}}, are set off. `shown=False` leaves all out.
     """
     from IPython.display import HTML, display
+
+    if not shown:
+        print(f"{len(rows)} texts are left out of this page: samples=false.")
+        return
 
     head = "".join(f'<th scope="col">{escape(method_label(str(name)))}</th>' for name in columns)
     body = ""
     for row in rows:
-        texts = [LOOP.sub(_fold, str(row.get(name, ""))) for name in columns]
-        texts = [text if len(text) <= clip else text[:clip].rstrip() + " …" for text in texts]
-        body += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
+        texts = [_marked(str(row.get(name, "")), row.get("marks", {}).get(name, {}), clip) for name in columns]
+        body += "<tr>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>"
+    if any(row.get("marks") for row in rows):
+        caption += " Bold: words that the teacher's text lacks. Marked: numbers and names that the document lacks."
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     # Jupyter right-aligns table cells by default.
     style = "<style>table.samples td, table.samples th { text-align: left !important; vertical-align: top; }</style>"
     table = f'<table class="samples">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     display(HTML(style + table))
+
+
+def _marked(text: str, marks: Mapping[str, Sequence[tuple[int, int]]], clip: int) -> str:
+    """Return a text as HTML: loops folded, clipped, and its marks set off where no loop moved them."""
+    folded = LOOP.sub(_fold, text)
+    ending = " …" if len(folded) > clip else ""
+    folded = folded[:clip].rstrip() if ending else folded
+    if not text.startswith(folded):
+        return escape(folded + ending)
+    kinds = [set() for _ in folded]
+    for kind, spans in marks.items():
+        for start, end in spans:
+            for place in range(start, min(end, len(folded))):
+                kinds[place].add(kind)
+    html = ""
+    for kind, run in itertools.groupby(zip(folded, kinds, strict=True), key=lambda pair: sorted(pair[1])):
+        part = escape("".join(letter for letter, _ in run))
+        part = f"<b>{part}</b>" if "differs" in kind else part
+        html += f"<mark>{part}</mark>" if "unsupported" in kind else part
+    return html + ending
 
 
 def _fold(loop: re.Match) -> str:
