@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
     report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
+    add_told(report)
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
     swept = commands.add_parser(
         "sweep",
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     swept.add_argument("grid", type=Path, metavar="GRID.yaml")
     swept.add_argument("--output", type=Path, metavar="FOLDER", help="of the pages; default: the grid's name")
+    add_told(swept)
     listing = commands.add_parser("list", help="show the trained students: name, score, speed, size, date")
     listing.add_argument("--json", action="store_true", help="as JSON")
     export = commands.add_parser("export", help="write a trained student to a folder that others load, with its card")
@@ -75,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_distill(commands)
     commands.add_parser("teachers", help="train the embedded teachers from nothing")
     return parser
+
+
+def add_told(parser) -> None:
+    """Describe what is printed: all, one line, one object."""
+    told = parser.add_mutually_exclusive_group()
+    words = {"action": "store_const", "dest": "told", "default": "all"}
+    told.add_argument("--quiet", const="quiet", help="print one line in the end, errors aside", **words)
+    told.add_argument("--json", const="json", help="print one JSON object in the end, errors aside", **words)
 
 
 def add_distill(commands) -> None:
@@ -97,6 +107,7 @@ def add_distill(commands) -> None:
     parser.add_argument("--hours", default="1", help="for everything (default 1)")
     parser.add_argument("--metric", default="rouge2", help="what validation documents decide by (default rouge2)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the student")
+    add_told(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what fits and what it costs, train nothing")
     parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
 
@@ -115,7 +126,7 @@ def report(arguments: argparse.Namespace) -> int:
     if not at.is_dir():
         raise InputError(f"--output {arguments.output}: {at.name} is a file, not a folder: name another folder")
     plans = settings.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
-    return batch.run_reports(plans, arguments.output)
+    return batch.run_reports(plans, arguments.output, arguments.told)
 
 
 def use_student(arguments: argparse.Namespace) -> int:
@@ -157,7 +168,7 @@ def distill(arguments: argparse.Namespace) -> int:
     with output_folder(arguments.output.resolve(), plan.values) as output:
         shown = os.path.relpath(output, plan.path.parent)  # the page shows it: no home path
         (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, [*overrides, f"output={shown}"])
-        return batch.run_reports([plan], output / "report")
+        return batch.run_reports([plan], output / "report", arguments.told)
 
 
 @contextlib.contextmanager
@@ -185,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             return distill(arguments)
         if arguments.command == "sweep":
             plans = sweep.read_grid(arguments.grid)
-            return sweep.run_sweep(plans, arguments.output or Path(arguments.grid.stem))
+            return sweep.run_sweep(plans, arguments.output or Path(arguments.grid.stem), arguments.told)
         if arguments.command != "teachers":
             return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher

@@ -14,7 +14,7 @@ import pytest
 from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environment, run_report, write_notebook
 
 from distill_utils.__main__ import main
-from distill_utils.artifacts import InputError
+from distill_utils.artifacts import InputError, write_json
 from distill_utils.report import batch, settings, sweep
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -116,6 +116,30 @@ def test_profile_and_override_are_applied_in_this_order(notebooks):
     assert plan.changed == {"num_train": 10, "learning_rate": 1e-4, "seed": 2}
     assert plan.values["method"] == "kd"
     assert plan.name == "small/03_kd_pl_sft"
+
+
+def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, capsys):
+    plans = settings.make_plans([], "demo", [], notebooks, every=True)
+
+    def made(plan, reports):
+        print("what a person would read")
+        if plan.path.stem == "03_kd_pl_sft":
+            raise batch.RunFailed(4, "the kernel died\nits last words")
+        page = reports / f"{plan.name}.html"
+        write_json(page.with_suffix(".json"), {"headline": f"**Take** {plan.path.stem}"})
+        return page
+
+    monkeypatch.setattr(batch, "make_report", made)
+    (tmp_path / "reports").mkdir()
+    assert batch.run_reports(plans, tmp_path / "reports", "quiet") == 4
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 reports made, 1 failed: 03_kd_pl_sft")
+    assert batch.run_reports(plans, tmp_path / "reports", "json") == 4
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [Path(row["page"]).stem for row in found["made"]] == ["01_setup", "04_other"]
+    assert found["made"][0]["headline"] == "**Take** 01_setup" and found["exit_code"] == 4
+    assert found["failed"] == {"03_kd_pl_sft": "its last words"} and "the kernel died" in told.err
 
 
 def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):

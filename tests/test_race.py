@@ -328,7 +328,7 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
     assert "exists and is not this race's" in capsys.readouterr().err
 
     done = []
-    monkeypatch.setattr(batch, "run_reports", lambda plans, reports: done.append((plans, reports)) or batch.OK)
+    monkeypatch.setattr(batch, "run_reports", lambda *given: done.append(given) or batch.OK)
     command = command_of(given, "--output", str(tmp_path / "student"))
     assert main(command) == 0 and done[0][1] == tmp_path / "student" / "report"
     (plan,) = done[0][0]  # as the notebook sees it, and without a home path
@@ -339,7 +339,7 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
     assert main(command) == 0  # the same race goes on in its own folder, another one does not
     assert main([*command, "--hours", "2"]) == 2
 
-    def second(plans, reports):
+    def second(plans, reports, told):
         assert main(command) == 2  # while the first holds the folder
         return batch.OK
 

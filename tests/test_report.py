@@ -388,9 +388,11 @@ def test_readme_has_the_benchmarks_with_a_goal_a_line_a_case(tmp_path):
     row = {"case": "step", "ours_peak_mb": 10.0, "other_peak_mb": 40.0, "ceiling_share": 0.5}
     rows = [row | {"other": name, "ratio": ratio, "goal": goal} for name, ratio, goal in
             (("plain", 3.125, 2.0), ("expert", 1.5, 1.6), ("unasked", 9.0, None), ("failed", None, 2.0))]  # fmt: skip
+    rows.append(rows[2] | {"case": "no goal"})
     (tmp_path / "suite.json").write_text(json.dumps({"rows": rows}))
     line = index.benchmark_table(tmp_path).splitlines()[2]
-    assert line == "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6) | 0.25, 0.25 | 50 % |"
+    assert line == "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6); unasked 9.00 | 0.25, 0.25, 0.25 | 50 % |"
+    assert "no goal" not in index.benchmark_table(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n{index.SPEED_START}\nold\n{index.SPEED_END}\nb\n")
     index.update_readme(readme, tmp_path / "none", tmp_path)

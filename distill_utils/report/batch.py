@@ -4,6 +4,7 @@ Importing this file is light: papermill, nbconvert and torch load only when some
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -281,21 +282,31 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def run_reports(plans: Sequence[Plan], reports: Path) -> int:
+def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all") -> int:
     """Make every report in order; return the exit code of the first that failed, 0 when none did.
 
-    Of several the failures are listed once more at the end, by the last line of each.
+    `told`: "all" prints as it goes, and of several the failures once more at the end, by the last line of each;
+    "quiet" prints one line in the end, "json" one object instead.
     """
-    code, failed = OK, {}
+    began, code, pages_made, failed = time.monotonic(), OK, {}, {}
     for plan in plans:
         try:
-            make_report(plan, reports)
+            with contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO()):
+                pages_made[plan.name] = os.path.relpath(make_report(plan, reports))
         except (RunFailed, pages.PageError, InputError) as error:
             print(error, file=sys.stderr, flush=True)
             codes = {pages.PageError: PAGE_REJECTED, InputError: BAD_INPUT}
             code = code or codes.get(type(error)) or error.code
             failed[plan.name] = str(error).splitlines()[-1].strip()
-    if len(plans) > 1:
+    seconds = round(time.monotonic() - began, 1)
+    if told == "json":
+        made = [{"page": page, "headline": read_json(Path(page).with_suffix(".json"))["headline"]}
+                for page in pages_made.values()]  # fmt: skip
+        print(json.dumps({"made": made, "failed": failed, "seconds": seconds, "exit_code": code}))
+    elif told == "quiet":
+        names = f": {', '.join(failed)}" if failed else ""
+        print(f"{len(pages_made)} reports made, {len(failed)} failed{names}, in {index.duration(seconds)}")
+    elif len(plans) > 1:
         for name, reason in failed.items():
             print(f"failed: {name}: {reason}", file=sys.stderr, flush=True)
     return code

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -177,14 +178,12 @@ def wall_time(entry: dict) -> str:
 def readme_table(reports: Path) -> str:
     """Return the README's results: what the reports that train students found, and what `make reports` takes.
 
-    Each is shown by the first sentence of its headline, and of a notebook's pages the one with most seeds by its
-    `means` over seeds, or its rows; above `README_ROWS` of them by that alone.
+    Each is shown by the first sentence of its headline, and of a notebook's pages the one with most seeds, of these
+    the last, by its `means` over seeds, or its rows; above `README_ROWS` of them by that alone.
     """
     blocks, timed, entries = [], [], gather(reports)
-    most: dict[str, int] = {}
-    for entry in entries:
-        name = entry["report"].rpartition("/")[2]
-        most[name] = max(most.get(name, 1), _seeds(entry))
+    ranked = sorted(entries, key=lambda entry: (_seeds(entry), entry.get("date") or ""))
+    most = {entry["report"].rpartition("/")[2]: entry["report"] for entry in ranked}
     for entry in entries:
         link, wall = f"reports/{entry['report']}.html", wall_time(entry)
         if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
@@ -198,8 +197,12 @@ def readme_table(reports: Path) -> str:
             origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
             title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
             blocks.append(": ".join(filter(None, [title, verdict(entry)])))
-            if len(rows) <= README_ROWS and not grid and seeds == most[entry["report"].rpartition("/")[2]]:
+            if len(rows) <= README_ROWS and not grid and entry["report"] in most.values():
                 blocks.append(_markdown_table([_scores(row) for row in rows]))
+    judged = Counter(claim["verdict"] for claim in dashboard.judged_claims(entries))
+    if judged.keys() - {"not testable here"}:
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in judged.items())
+        blocks.append(f"Claims of both papers and of published logs, judged from these pages: {counts} (in the index).")
     if timed:
         blocks.append(f"Wall time of `make reports`: {'; '.join(timed)}.")
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"

@@ -54,14 +54,15 @@ def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
     return plans
 
 
-def run_sweep(plans: Sequence[Plan], reports: Path) -> int:
+def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all") -> int:
     """Make the report of every plan that has none yet; return the exit code of the first that failed."""
     left = [plan for plan in plans if not _is_finished(plan, reports)]
-    if finished := len(plans) - len(left):
+    if (finished := len(plans) - len(left)) and told == "all":
         print(f"{finished} of {len(plans)} are finished", flush=True)
-    code = batch.run_reports(left, reports)
+    code = batch.run_reports(left, reports, told)
     made = sum(_is_finished(plan, reports) for plan in plans)
-    print(f"{made} of {len(plans)} finished; compare them in {reports / 'index.html'}")
+    if told == "all":
+        print(f"{made} of {len(plans)} finished; compare them in {reports / 'index.html'}")
     return code
 
 
