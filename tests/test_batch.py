@@ -364,6 +364,7 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text("page")
         page.with_suffix(".json").write_text(json.dumps({"parameters": plan.values}))
+        return page
 
     monkeypatch.setattr(batch, "make_report", make)
     assert sweep.run_sweep(plans, tmp_path / "out") == batch.KERNEL_DIED
