@@ -5,6 +5,7 @@ Out of scope: reading data (loading.py) and corrupting text (denoising.py).
 
 import itertools
 import re
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -116,6 +117,13 @@ def pair_stream(
         return [collate(chosen[i : i + size], pad_token_id) for i in range(0, len(chosen), size)]
 
     return batches
+
+
+def source_facts(batch: dict) -> tuple[list[int], list[int]]:
+    """Return the number of source tokens of each row, and a checksum of their ids, by which caches know a row."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    sources = zip(batch["input_ids"], lengths, strict=True)
+    return lengths, [zlib.crc32(ids[:length].numpy().tobytes()) for ids, length in sources]
 
 
 def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:

@@ -7,7 +7,6 @@ with {id: [first token, checksum of the document's token ids]}; and settings.jso
 """
 
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from distill_utils.artifacts import InputError, artifact, folder_atomic, read_json, report_progress, write_json
-from distill_utils.data.batches import batch_list, document_id, tokenize_pairs
+from distill_utils.data.batches import batch_list, document_id, source_facts, tokenize_pairs
 from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.objectives import encode, teacher_mode
@@ -72,7 +71,7 @@ def write_states(
             encoded, _ = encode(teacher, to_device(batch, teacher.device))
             kept = encoded[batch["attention_mask"].bool().to(encoded.device)].to(kept_dtype).cpu()  # (tokens, dim)
             file.write(kept.view(torch.uint8).numpy().tobytes())
-            for name, length, checksum in zip(batch["ids"], *_row_facts(batch), strict=True):
+            for name, length, checksum in zip(batch["ids"], *source_facts(batch), strict=True):
                 index[str(name)] = [tokens, checksum]
                 tokens += length
             if progress:
@@ -94,7 +93,7 @@ def with_states(batches: Callable[[int], list[dict]], folder: Path) -> Callable[
 
     def attach(batch: dict) -> dict:
         states = torch.zeros(*batch["input_ids"].shape, shape[1], dtype=dtype)
-        for row, (name, length, checksum) in enumerate(zip(batch["ids"], *_row_facts(batch), strict=True)):
+        for row, (name, length, checksum) in enumerate(zip(batch["ids"], *source_facts(batch), strict=True)):
             first, known = index.get(str(name)) or index.get(document_id(str(name)), (0, None))
             if checksum != known:
                 reason = "is not among" if known is None else "has other tokens than"
@@ -103,10 +102,3 @@ def with_states(batches: Callable[[int], list[dict]], folder: Path) -> Callable[
         return batch | {"encoder_states": states}
 
     return lambda step: [attach(batch) for batch in batches(step)]
-
-
-def _row_facts(batch: dict) -> tuple[list[int], list[int]]:
-    """Return the number of source tokens of each row, and a checksum of their ids."""
-    lengths = batch["attention_mask"].sum(1).tolist()
-    sources = zip(batch["input_ids"], lengths, strict=True)
-    return lengths, [zlib.crc32(ids[:length].numpy().tobytes()) for ids, length in sources]

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from distill_utils.artifacts import InputError, folder_atomic, read_json, write_json
-from distill_utils.data.batches import batch_list
+from distill_utils.data.batches import batch_list, source_facts
 from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED
 from distill_utils.distillation.objectives import decode, encode, teacher_mode
@@ -154,13 +154,8 @@ def _id_dtype(vocab_size: int) -> type:
 def _row_facts(batch: dict) -> tuple[list[int], list[int]]:
     """Return the number of target tokens of each row, and a checksum of all its token ids."""
     lengths = (batch["labels"] != IGNORED).sum(1).tolist()
-    sources = batch["attention_mask"].sum(1).tolist()
-    parts = zip(batch["input_ids"], sources, batch["labels"], lengths, strict=True)
-    checksums = [
-        zlib.crc32(labels[:length].numpy().tobytes(), zlib.crc32(ids[:source].numpy().tobytes()))
-        for ids, source, labels, length in parts
-    ]
-    return lengths, checksums
+    rows = zip(batch["labels"], lengths, source_facts(batch)[1], strict=True)
+    return lengths, [zlib.crc32(labels[:length].numpy().tobytes(), source) for labels, length, source in rows]
 
 
 def _check_numbers(rows: Dataset, top_k: int, samples: int, temperature: float, vocab_size: int) -> None:

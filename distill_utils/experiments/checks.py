@@ -58,7 +58,7 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
     batch, passes = typical_batch(run, teacher, tokenizer, train)
     objective, kept = runs.objective_of(run.method), {}
     dtype = amp_dtype(precision=run.training.precision)
-    if run.cache_encoder and cut["shared"]:
+    if cut["cached"]:
         with teacher_mode(teacher), mixed_precision(student.device, dtype):
             batch["encoder_states"] = encode(teacher, batch)[0]
 

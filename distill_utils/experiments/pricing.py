@@ -99,7 +99,7 @@ def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> flo
         num, read = int(np.clip(PRICE_SECONDS / seconds, 2, most)), batches
         student, cut = runs.cut_student(run, asked.teacher)
         choose_attention(student.to(device()), run.max_source_length)
-        if run.cache_encoder and cut["shared"]:
+        if cut["cached"]:
             read = with_states(batches, runs.states_of(run, asked.teacher, asked.tokenizer, train))
         objective = partial(runs.objective_of(run.method), teacher=asked.teacher, **cut["options"])
         settings = replace(run.training, max_steps=2 + num, log_every=1, schedule="constant", checkpoint_every=0,

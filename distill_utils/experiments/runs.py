@@ -192,7 +192,8 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         "on_policy": weights | softened | sampled,
         "kd_cached": weights,
     }.get(run.method, smoothing)
-    return student, {"options": options, "encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
+    facts = {"encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
+    return student, facts | {"options": options, "cached": run.cache_encoder and shared}
 
 
 def _fields(run: StudentRun, *names: str) -> dict:
@@ -348,10 +349,10 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
-        if run.cache_encoder and cut["shared"]:
+        if cut["cached"]:
             batches = with_states(batches, states_of(run, teacher, tokenizer, train))
             held_out = with_states(lambda step, own=held_out: own, states_of(run, teacher, tokenizer, validation))(0)
-        objective = partial(objective_of(run.method), **cut["options"])
+        objective, cools = partial(objective_of(run.method), **cut["options"]), run.training.schedule == "cooldown"
 
         began = time.monotonic()
         arguments = {
@@ -359,7 +360,6 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "settings": run.training, "folder": folder, "stage": run.name,
             "evaluate": partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]),
         }  # fmt: skip
-        cools = run.training.schedule == "cooldown"
         with frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
             history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
         student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
