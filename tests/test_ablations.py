@@ -57,6 +57,19 @@ def test_an_impossible_variant_is_rejected_before_training(text, parts):
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
+def test_shapes_and_methods_get_their_own_learning_rates():
+    plan = runs.grid(BASE, ["sft", "kd"], ["6-3", "6-1"], [0, 1])
+    plan.append(ablations.parse_variant(replace(BASE, shape="6-1"), "kd learning_rate=0.5"))
+    found = ablations.with_learning_rates(plan, ["6-1=0.004", "kd 6-1=0.008", "sft=0.002"])
+    rates = {run.group: run.training.learning_rate for run in found}
+    own = {"sft-6-3": 0.002, "kd-6-3": 1e-3, "sft-6-1": 0.002, "kd-6-1": 0.008, "kd-6-1-learning_rate_0.5": 0.5}
+    assert rates == own and [run.name for run in found] == [run.name for run in plan]
+    assert ablations.with_learning_rates(plan, []) == plan
+    for text in ("6-2=0.1", "kdd=0.1", "kd=fast", "kd 6-1 s0=0.1"):
+        with pytest.raises(InputError, match=text):
+            ablations.with_learning_rates(plan, [text])
+
+
 @pytest.fixture
 def tested(tmp_path):
     """Test artifacts of sft, kd and logits-only KD for two seeds, with planted ROUGE-2 scores."""

@@ -1,7 +1,12 @@
 """Budgets, shapes and the race by hand-computed cases, and whole races of tiny models, killed and resumed."""
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +363,41 @@ def test_the_command_leaves_a_student_and_a_page(given, tmp_path):
     assert (output / "report" / "distill.html").exists()
     results = read_json(output / "report" / "distill.json")
     assert results["rows"][1]["student"] == results["race"]["winner"].split()[1].rstrip(",")
+
+
+@pytest.mark.slow
+def test_the_command_killed_twenty_times_leaves_the_same_student(given, tmp_path):
+    given |= {"student_shapes": ["3-1", "1-1"], "max_rungs": 2, "first_rung": 40}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.perf_counter()
+    assert _start(given, tmp_path / "runs", whole).wait(timeout=600) == 0
+    duration = time.perf_counter() - began
+    for measured in ("prices", "shapes"):  # another measurement may be another race
+        (folder,) = (tmp_path / "runs").glob(f"{measured}-*")
+        shutil.copytree(folder, tmp_path / "again" / folder.name)
+    drawn, kills = random.Random(0), 0
+    while kills < 20:
+        process = _start(given, tmp_path / "again", killed)
+        try:
+            assert process.wait(timeout=drawn.uniform(0.2, 1) * duration) == 0
+            shutil.rmtree(killed)  # it came through: the kills left go to a race that begins again
+            for made in (tmp_path / "again").iterdir():
+                if not made.name.startswith(("prices-", "shapes-")):
+                    shutil.rmtree(made) if made.is_dir() else made.unlink()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the notebook's process too
+            process.wait()
+            kills += 1
+    assert _start(given, tmp_path / "again", killed).wait(timeout=600) == 0
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    one, other = (read_json(folder / "report" / "distill.json")["race"] for folder in (whole, killed))
+    assert one == other
+
+
+def _start(given: dict, runs_folder: Path, output: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "distill_utils", *command_of(given, "--output", str(output), "--quiet")]
+    environment = os.environ | {"DISTILL_RUNS": str(runs_folder)}
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def test_a_full_disk_is_not_taken_for_a_teacher_without_int8(given, monkeypatch):

@@ -5,6 +5,7 @@ object's kind, name, signature and the remaining text are the document. How spli
 """
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -71,7 +72,9 @@ def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, nu
     files = _source_files()
     items, texts = [], []
     # Large chunks: a file takes a millisecond or two, so that passing it alone would cost more than reading it.
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    # Without the garbage collector, which a file's syntax tree wakes again and again, reading takes a fifth less.
+    with ProcessPoolExecutor(num_processes, mp_context=spawn, initializer=gc.disable) as pool:
         for done, (found, raw) in enumerate(pool.map(_read_file, files, chunksize=64), start=1):
             items += found
             texts += raw

@@ -50,6 +50,24 @@ def parse_settings(texts: Sequence[str]) -> dict:
     return found
 
 
+def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str]) -> list[runs.StudentRun]:
+    """Return the runs, those of a shape or method at its own peak: "6-1=0.004", "kd=0.002", "kd 6-1=0.008".
+
+    Of several that fit the last counts; a variant that sets its own learning rate keeps it.
+    """
+    rates = parse_settings(texts)
+    fits = {name: [set(name.split()) <= {run.method, run.shape} for run in plan] for name in rates}
+    for name, rate in rates.items():
+        if not any(fits[name]) or not isinstance(rate, (int, float)):
+            raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
+    changed = list(plan)
+    for i, run in enumerate(plan):
+        own = [float(rate) for name, rate in rates.items() if fits[name][i]]
+        if own and "learning_rate=" not in run.variant:
+            changed[i] = replace(run, training=replace(run.training, learning_rate=own[-1]))
+    return changed
+
+
 def _value(written: str):
     try:
         return ast.literal_eval(written)

@@ -73,6 +73,7 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
     counts = students.count_parameters(student)
     return {
         "student": run.group,
+        "learning rate": f"{run.training.learning_rate:g}",
         "steps": run.training.max_steps,
         "ms/step": 1000 * seconds,
         "predicted_seconds": seconds * run.training.max_steps,

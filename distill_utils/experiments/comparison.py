@@ -127,6 +127,7 @@ def result_row(
         "trainable_m": round(training["parameters"]["trainable"] / 1e6, 3),
         "num_train": training["num_train"],
         "steps": run.training.max_steps,
+        "learning_rate": run.training.learning_rate,
         "train_seconds": training["seconds"],
         "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
         "validation_ce": training["final"]["validation_ce"],
