@@ -31,7 +31,7 @@ FLOORS = {
 }  # fmt: skip
 # Heavy or special packages, and the only files that may import them.
 ONLY_IN = {
-    "ipywidgets": {"tables"},
+    "ipywidgets": {"widgets"},
     "matplotlib": {"figures", "style"},
     "adjustText": {"style"},
     "seaborn": {"figures", "style"},

@@ -4,7 +4,6 @@ import itertools
 import math
 
 import IPython.display
-import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -201,19 +200,6 @@ def test_lengths_state_the_share_left_whole():
     ax = figures.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
     assert [text.get_text() for text in ax.texts] == ["80 (80 % whole)"]
     assert max(ax.lines[0].get_xdata()) == 100
-
-
-def test_widgets_are_labelled_and_work(monkeypatch, shown):
-    made = []
-    monkeypatch.setattr(ipywidgets, "interact", lambda function, **controls: made.append((function, controls)))
-    tables.sample_browser([{"id": "1", "source": "a", "kd": "b"}, {"id": "2", "source": "c", "kd": "<d>"}])
-    tables.metric_picker([{**row, "words": 9.0} for row in ROWS])
-    assert all(control.description for _, controls in made for control in controls.values())
-    made[0][0](index=1)
-    assert "&lt;d&gt;" in shown[-1]
-    assert made[1][1]["x"].value == "ms_per_token" and "rouge2_low" not in made[1][1]["x"].options
-    with pytest.raises(ValueError, match="no rows"):
-        tables.sample_browser([])
 
 
 def marks(ax) -> list:

@@ -198,3 +198,11 @@ def test_verdict_tells_a_win_from_noise():
     text = selection.verdict([0, 1, 5], [win], {**known, "p_value": 0.2}, [], None, 0.9, 240, 1, 2)
     assert "is not shown to rank" in text and "Take none of these" in text and "one seed are a demonstration" in text
     assert "Smoke run" in selection.verdict([0, 1, 5], [win], known, [], None, 0.9, 24, 1, 2)
+
+
+def test_a_row_of_chosen_layers_is_that_of_the_rebuilt_student():
+    teacher, kept = tiny_bart(3, 3), {"encoder": [0, 2], "decoder": [1]}
+    row = selection.untrained_row(teacher, tiny_tokenizer(), BATCHES, ["read the file name"], kept, max_source_length=9)
+    rebuilt, *_ = init_student(teacher, 2, 1, *kept.values())
+    assert row["loss"] == pytest.approx(naive_loss(rebuilt), rel=1e-5) and row["ms_per_token"] > 0
+    assert row["parameters_m"] == pytest.approx(rebuilt.num_parameters() / 1e6)

@@ -105,6 +105,20 @@ def view(teacher: PreTrainedModel, stack: str, layer_ids: Sequence[int]) -> PreT
     return students.init_student(teacher, len(encoder), len(decoder), encoder, decoder, share_weights=True)[0]
 
 
+def untrained_row(
+    teacher: PreTrainedModel, tokenizer, batches: Sequence[dict], documents: Sequence[str], kept: Mapping, **options
+) -> dict:
+    """Return size, speed and loss of the student that the kept layers of each stack make, before any training."""
+    ids = [list(kept[stack]) for stack in STACKS]
+    student = students.init_student(teacher, *map(len, ids), *ids, share_weights=True)[0]
+    speed = scoring.measure_speed(student, tokenizer, documents, repeats=1, **options)
+    return {
+        "parameters_m": students.count_parameters(student)["total"] / 1e6,
+        "ms_per_token": speed["ms_per_token"],
+        "loss": calibration_loss(student, batches),
+    }
+
+
 def drawn_maps(teacher_layers: int, student_layers: int, num: int, seed: int) -> dict[str, list[int]]:
     """Return up to `num` maps drawn at random, {name: ids}, all different."""
     every = list(itertools.combinations(range(teacher_layers), student_layers))

@@ -1,6 +1,6 @@
 """Tables and samples of texts, as pages show them: captions, fixed decimals, everything escaped.
 
-Out of scope: figures (figures.py). Widgets are for JupyterLab alone: batch runs skip the cells that use them.
+Out of scope: figures (figures.py) and controls (widgets.py).
 """
 
 import hashlib
@@ -11,11 +11,9 @@ from html import escape
 
 import pandas as pd
 
-from distill_utils.report import figures
 from distill_utils.report.style import HEADINGS, method_label
 
 DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
-WIDE = {"description_width": "7rem"}
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
 
 
@@ -131,42 +129,3 @@ def _marked(text: str, marks: Mapping[str, Sequence[tuple[int, int]]], clip: int
 
 def _fold(loop: re.Match) -> str:
     return f"{loop[1]} … (×{(len(loop[0]) + 1) // (len(loop[1]) + 1)})"
-
-
-# ------------------------------------------------------------------------------------------------------------- widgets
-
-
-def sample_browser(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
-    """Step through documents with a slider: one row of texts side by side, in full.
-
-    `columns` chooses and orders the texts; without it all string columns of the first row.
-    """
-    from ipywidgets import IntSlider, interact
-
-    if not rows:
-        raise ValueError("no rows to browse: pass at least one sample")
-    names = list(columns or [name for name, value in rows[0].items() if isinstance(value, str) and name != "id"])
-    slider = IntSlider(min=0, max=len(rows) - 1, description="document", continuous_update=False, style=WIDE)
-    interact(lambda index: show_samples([rows[index]], names, clip=5000), index=slider)
-
-
-def metric_picker(results: Sequence[Mapping[str, object]]) -> None:
-    """Choose two quantities of the results rows and see one against the other."""
-    from IPython.display import display
-    from ipywidgets import Dropdown, interact
-
-    columns = pd.DataFrame(list(results)).select_dtypes("number").columns
-    numeric = [name for name in columns if name != "seed" and not name.endswith(("_low", "_high"))]
-    if len(numeric) < 2:
-        raise ValueError(f"results have {len(numeric)} numeric columns, two are needed to draw one against the other")
-
-    def draw(x: str, y: str) -> None:
-        figure = figures.plot_quality_speed(results, x=x, y=y).get_figure()
-        display(figure)
-        figures.plt.close(figure)
-
-    def choice(name: str, wanted: str, other: int) -> Dropdown:
-        value = wanted if wanted in numeric else numeric[other]
-        return Dropdown(options=numeric, value=value, description=name, style=WIDE)
-
-    interact(draw, x=choice("across", "ms_per_token", 0), y=choice("up", "rouge2", 1))
