@@ -622,6 +622,37 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(processes, un
     assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
 
 
+def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(artifacts, "runs_dir", lambda: tmp_path)
+    for step, presses in ((7, 1), (13, 1), (17, 2)):
+        pressed = Pressed(step, presses)
+        with pytest.raises(KeyboardInterrupt):
+            train(str(tmp_path), "", pressed)
+        assert signal.getsignal(signal.SIGINT) is before
+        (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        # the second press does not wait: what is left is the checkpoint before
+        expected = step + 1 if presses == 1 else 15
+        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{expected:06d}"]
+    process = live(processes, tmp_path)
+    process.join()
+    weights, history = finished(tmp_path)
+    assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
+
+
+class Pressed:
+    """Stands in for a pipe that is told every step: presses Ctrl-C when a step begins."""
+
+    def __init__(self, step: int, presses: int):
+        self.step, self.presses = step, presses
+
+    def send(self, step: int) -> None:
+        if step == self.step:
+            for _ in range(self.presses):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_two_processes_never_share_a_run(processes, uninterrupted, tmp_path):
     here, there = processes.Pipe()
     first = live(processes, tmp_path, "hold7", there)

@@ -8,10 +8,13 @@ In several processes that share a run each takes its own rows of every micro-bat
 losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -97,7 +100,8 @@ def fit(
     number of processes. Where several share the run, all call `fit` with the same arguments and batches.
     `until` pauses after that update, with a checkpoint that stays; the schedule does not know of it. With `patience`
     training stops when `stop_metric` no longer falls, and the model ends with its best weights; in a cooldown it never
-    stops early. A pause ends with the weights of its update.
+    stops early. A pause ends with the weights of its update. Ctrl-C or a notebook's stop button takes effect when the
+    update is complete, and leaves a checkpoint; a second one at once.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
     rank, world = rank_and_world_size()
@@ -119,63 +123,68 @@ def fit(
         end = stopped
         restore_checkpoint(state, end)  # a run that went on without patience has passed it
 
-    for step, micro_batches in _prefetched(batches, state.step, end, on):
-        torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
-        counts = [_count_targets(batch) for batch in micro_batches]
-        sums: dict[str, torch.Tensor] = {}
-        for batch in map(local_rows, micro_batches):
-            with mixed_precision(on, dtype):
-                losses = loss_fn(model, to_device(batch, on))
-            share = _count_targets(batch) / max(sum(counts), 1)
-            (losses["loss"] * share).backward()
-            reset_fsdp_state(model)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() * share
-        norm = clip_gradients(parameters.values(), settings.max_grad_norm)
-        totals = sum_over_processes(torch.stack([*sums.values()]))
-        values = dict(zip(sums, totals.tolist(), strict=True))  # CPU-GPU sync point
-        if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
-            ids = [i for batch in micro_batches for i in batch["ids"]]
-            raise InputError(
-                f"{stage}: the loss is {values['loss']} (gradient norm {norm.item()}) at step {step}, examples "
-                f"{', '.join(map(str, ids[:4]))}, ...: lower learning_rate or remove them; the last checkpoint is kept"
-            )
-        for optimizer in optimizers:
-            factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = factor * learning_rate_at(step, settings)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        state.step = step + 1
-        if after_step:
-            after_step(state.step, values)
-        _count(state.window, values, micro_batches, sum(counts))
-        if rank == 0:
-            report_progress(folder, stage, state.step, end, loss=round(values["loss"], 3))
-        last = state.step == settings.max_steps
-        evaluates = evaluate and (last or (settings.eval_every and state.step % settings.eval_every == 0))
-        if state.step % settings.log_every == 0 or evaluates or last:
-            row = _history_row(state, values)
-            if evaluates:
-                model.eval()
-                with torch.no_grad(), mixed_precision(on, dtype):
-                    row |= evaluate(model)
+    with _delayed_interrupt() as interrupted:
+        for step, micro_batches in _prefetched(batches, state.step, end, on):
+            torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
+            counts = [_count_targets(batch) for batch in micro_batches]
+            sums: dict[str, torch.Tensor] = {}
+            for batch in map(local_rows, micro_batches):
+                with mixed_precision(on, dtype):
+                    losses = loss_fn(model, to_device(batch, on))
+                share = _count_targets(batch) / max(sum(counts), 1)
+                (losses["loss"] * share).backward()
                 reset_fsdp_state(model)
-                train_mode(model)
-                if rank == 0:
-                    print(format_row(stage, row, settings.max_steps), flush=True)
-            state.history.append(row)
-            if evaluates and settings.patience:
-                _check_metric(row, settings)
-                if best_row(state.history, settings) is row:
-                    save_best(state)
-            if can_stop and stopped_at(state.history, settings):
-                break
-        if settings.checkpoint_every and state.step % settings.checkpoint_every == 0 and state.step < end:
-            save_checkpoint(state)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().float() * share
+            norm = clip_gradients(parameters.values(), settings.max_grad_norm)
+            totals = sum_over_processes(torch.stack([*sums.values()]))
+            values = dict(zip(sums, totals.tolist(), strict=True))  # CPU-GPU sync point
+            if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
+                ids = [i for batch in micro_batches for i in batch["ids"]]
+                raise InputError(
+                    f"{stage}: the loss is {values['loss']} (gradient norm {norm.item()}) at step {step}, examples "
+                    f"{', '.join(map(str, ids[:4]))}, ...: lower learning_rate or remove them; the last checkpoint is "
+                    "kept"
+                )
+            for optimizer in optimizers:
+                factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * learning_rate_at(step, settings)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            state.step = step + 1
+            if after_step:
+                after_step(state.step, values)
+            _count(state.window, values, micro_batches, sum(counts))
             if rank == 0:
-                write_history(folder, state.history)
+                report_progress(folder, stage, state.step, end, loss=round(values["loss"], 3))
+            last = state.step == settings.max_steps
+            evaluates = evaluate and (last or (settings.eval_every and state.step % settings.eval_every == 0))
+            if state.step % settings.log_every == 0 or evaluates or last:
+                row = _history_row(state, values)
+                if evaluates:
+                    model.eval()
+                    with torch.no_grad(), mixed_precision(on, dtype):
+                        row |= evaluate(model)
+                    reset_fsdp_state(model)
+                    train_mode(model)
+                    if rank == 0:
+                        print(format_row(stage, row, settings.max_steps), flush=True)
+                state.history.append(row)
+                if evaluates and settings.patience:
+                    _check_metric(row, settings)
+                    if best_row(state.history, settings) is row:
+                        save_best(state)
+                if can_stop and stopped_at(state.history, settings):
+                    break
+            due = interrupted or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0)
+            if due and state.step < end:
+                save_checkpoint(state)
+                if rank == 0:
+                    write_history(folder, state.history)
+            if interrupted:
+                raise KeyboardInterrupt
     model.eval()
     if until:
         save_checkpoint(state, keep=True)
@@ -184,6 +193,29 @@ def fit(
     if rank == 0:
         write_history(folder, state.history)
     return state.history
+
+
+@contextlib.contextmanager
+def _delayed_interrupt() -> Iterator[list[int]]:
+    """Yield a list that the first interrupt fills instead of raising; a second one raises where it finds us.
+
+    Processes that share a run would stop at different updates: there, and outside of the main thread, nothing changes.
+    """
+    held: list[int] = []
+    if rank_and_world_size()[1] > 1 or threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold(number: int, _) -> None:
+        held.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fit_from_trunk(
