@@ -91,6 +91,7 @@ def opened(lab, name: str, parameters: dict, profile: Path):
     papermill.iorw.write_ipynb(notebook, str(folder / f"{name}.ipynb"))
     with chromium(profile) as page:
         page.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab runs what has the focus
         page.call("Page.navigate", url=f"{address}/lab/tree/{name}.ipynb")
         ready = f"{WIDGET}?.sessionContext?.session?.kernel?.status === 'idle'"
         wait(lambda: page.run(f"!!(window.jupyterapp && {ready})"), 120, page.complaints)
