@@ -62,10 +62,11 @@ def metric_picker(results: Sequence[Mapping[str, object]]) -> None:
     interact(draw, x=choice("across", "ms_per_token", 0), y=choice("up", "rouge2", 1))
 
 
-def budget_explorer(means: Sequence[Mapping[str, object]], x: str = "ms_per_token", y: str = "rouge2") -> None:
-    """Move a budget of time and see which model is the best within it. Rows are those of `plot_quality_speed`."""
+def budget_explorer(means: Sequence[Mapping[str, object]]) -> None:
+    """Move a budget of time per token and see which model has the best ROUGE-2 (rows of `plot_quality_speed`)."""
     from ipywidgets import FloatSlider, interact
 
+    x, y = "ms_per_token", "rouge2"
     timed = [row for row in means if is_number(row.get(x)) and is_number(row.get(y))]
     if not timed:
         raise ValueError(f"no row has {x} and {y}: nothing can be chosen by a budget")
