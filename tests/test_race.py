@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,24 @@ def _raise(*_):
     raise KeyboardInterrupt
 
 
+def test_tables_of_a_race_whose_teacher_was_there(given):
+    asked = distill.prepare(given | {"methods": ["sft"]})
+    plan = distill.candidates(asked, ["3-1", "1-1"])
+    made = prices(dict.fromkeys(plan, 1.0), first_rung=6, cooldown_share=distill.COOLDOWN, max_rungs=1, end=5.0)
+    found = race.run_race(made, 20.0, partial(distill.trained_and_scored, asked, plan))
+    teacher_test = distill.tested_on(asked, "validation")
+    times = {row["part"]: row for row in distill.time_rows(asked, made, found, [teacher_test])}
+    assert "fine-tuning the teacher" not in times
+    assert times["training and scoring students"]["priced (s)"] == 12 and times["tests and export"]["priced (s)"] == 5
+    fates = distill.fate_rows(plan, found)
+    assert [row["updates"] for row in fates] == [6, 6] and fates[0]["fate"] == "winner"
+    shapes = [{"name": name, "student": shape, "latency_ms": ms}
+              for name, shape, ms in (("teacher", "", 9.0), ("3-1", "3-1", 5.0), ("1-1", "1-1", 4.0))]  # fmt: skip
+    keyed = [row | {"name": row["student"] or "teacher"} for row in shapes]
+    front = distill.front_rows(asked, plan, found, keyed, teacher_test)
+    assert {row["student"]: row["latency_ms"] for row in front} == {"": 9.0, "3-1": 5.0, "1-1": 4.0}
+
+
 @pytest.mark.slow
 def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch):
     whole, folder = run_tiny_race(given)
@@ -295,6 +314,20 @@ def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given
     assert len(distill.candidates(asked, ["3-1", "2-2", "1-1"])) == 6
     with pytest.raises(InputError, match="2 methods of 5 shapes"):
         distill.candidates(asked, budget.candidate_shapes(asked.teacher)[:5])
+
+
+def test_learning_rates_follow_the_cut_the_signal_and_the_width(given):
+    asked = distill.prepare(given | {"learning_rates": [], "methods": ["sft", "kd"]})
+    width, depth = asked.teacher.config.d_model, len(asked.teacher.get_decoder().layers)
+    usual = {(method, kept): 5e-4 * depth / kept * 192 / width * (2 if method == "kd" else 1)
+             for method in ("sft", "kd") for kept in (1, 2)}  # fmt: skip
+    plan = distill.candidates(asked, ["1-1", "1-2"])
+    tried = [(run.method, run.shape, run.training.learning_rate) for run in plan.values()]
+    expected = [(method, f"1-{kept}", factor * usual[method, kept])
+                for factor in (1, 2) for method in ("sft", "kd") for kept in (1, 2)]  # fmt: skip
+    assert [row[:2] for row in tried] == [row[:2] for row in expected]
+    assert [row[2] for row in tried] == pytest.approx([row[2] for row in expected], rel=0.05)  # two digits
+    assert len(distill.candidates(asked, ["1-1"])) == 2 * 3
 
 
 # -------------------------------------------------------------------------------------------------- the command line

@@ -29,6 +29,7 @@ from distill_utils.report.style import HEADINGS, method_label
 from distill_utils.training.loop import Training
 
 MAX_CANDIDATES = 9
+RATE_FACTORS = (1.0, 2.0, 0.5)  # of the usual learning rate, in the order in which they are tried
 DISK_BYTES = 28  # per parameter and rung: the student, a checkpoint of its trunk, one of its cooldown; the moments too
 
 
@@ -96,19 +97,23 @@ def chosen_shapes(asked: Request, rows: Sequence[Mapping]) -> list[str]:
 def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentRun]:
     """Return the candidates by printed name: methods x shapes x as many learning rates as MAX_CANDIDATES allow.
 
-    They are in the order in which the time pays for them where it does not pay for all.
+    They are in the order in which the time pays for them where it does not pay for all. Without learning rates those
+    around `fine_tuning.usual_learning_rate` are tried.
     """
     methods, rates = asked.given["methods"], asked.given["learning_rates"]
     fitting = MAX_CANDIDATES // (len(methods) * len(shapes))
-    if not fitting or not rates:
+    if not fitting:
         raise InputError(f"{len(methods)} methods of {len(shapes)} shapes are not 1 to {MAX_CANDIDATES} candidates: "
-                         "name fewer, and at least one of learning_rates")  # fmt: skip
+                         "name fewer")  # fmt: skip
     found = {}
-    for rate in rates[:fitting]:
-        base = replace(asked.base, training=replace(asked.base.training, learning_rate=rate), variant=f"lr{rate:g}")
+    for number in range(min(fitting, len(rates or RATE_FACTORS))):
         for method in methods:
             for shape in shapes:
-                found[f"{method_label(method, shape)}, {rate:g}"] = replace(base, method=method, shape=shape)
+                usual = fine_tuning.usual_learning_rate(asked.teacher, shape, method)
+                rate = rates[number] if rates else float(f"{RATE_FACTORS[number] * usual:.2g}")
+                training = replace(asked.base.training, learning_rate=rate)
+                run = replace(asked.base, method=method, shape=shape, training=training, variant=f"lr{rate:g}")
+                found[f"{method_label(method, shape)}, {rate:g}"] = run
     runs.check_runs(list(found.values()), asked.teacher)
     return found
 
@@ -253,7 +258,7 @@ def time_rows(asked: Request, prices: Mapping, found: Mapping, tests: Sequence[P
         ("training and scoring students", students_s, sum(results["seconds"] for results, _ in made.values()) + scored),
         ("tests and export", prices["end"], sum(read_json(path / "results.json")["build_seconds"] for path in tests)),
     ]
-    rows = [("fine-tuning the teacher", own["priced_s"], own["measured_s"])] * bool(own) + rows
+    rows = ([("fine-tuning the teacher", own["priced_s"], own["measured_s"])] if own else []) + rows
     return [dict(zip(("part", "priced (s)", "measured (s)"), row, strict=True)) for row in rows]
 
 
