@@ -193,6 +193,15 @@ def test_the_fastest_shape_that_is_not_worse_than_the_teacher_is_taken():
     assert "Take SFT 6-3" in comparison.verdict([MEANS[0], *open_one], [], STOPPED, **BUDGET)
 
 
+def test_what_beats_sft_is_said_of_every_shape():
+    small = [row("SFT 6-1", "sft", 7.0), row("KD 6-1", "kd", 7.8)]
+    won = versus("KD 6-1", 0.8, 0.3, "SFT 6-1", 7.0) | {"student": "6-1"}
+    text = comparison.verdict([*MEANS, *small], [versus("KD 6-3", 0.5, 1.0), won], STOPPED, **BUDGET)
+    assert "Take SFT 6-3" in text and "beat SFT 6-3" in text and text.count("KD 6-1") == 1
+    open_one = won | {"low": -0.1}
+    assert "KD 6-1" not in comparison.verdict([*MEANS, *small], [KD, open_one], STOPPED, **BUDGET)
+
+
 def test_signals():
     initial = [{"student": "6-3", "kl_loss": 1.0, "empty": 0.0}, {"student": "6-1", "kl_loss": 5.0, "empty": 0.9}]
     rows = comparison.signal_rows(0.8, initial, {"rouge2": 28.0}, 22.0)

@@ -358,11 +358,17 @@ def verdict(
     if tests:
         best = max(tests, key=lambda test: test["difference"])
         names = [test["name"] for test in tests if statistics.effect_sign(test) > 0]
-        lines.append(f"Shown to beat SFT: {', '.join(names)}." if names else "No other signal is shown to beat SFT.")
+        none = f"No other signal is shown to beat {tests[0]['versus'] if len(chosen) > 1 else 'SFT'}."
+        lines.append(f"Shown to beat SFT: {', '.join(names)}." if names else none)
         if not names and best["difference"] > 0:
             times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
             more = "test documents and seeds" if seeds > 1 else "test documents"
             lines[-1] = lines[-1][:-1] + f"; about {times:,.1f} times as many {more} would settle {best['name']}."
+
+    others = [method_label("sft", row["student"]) for row in chosen if row["student"] != take["student"]]
+    better = [test["name"] for test in versus if test["versus"] in others and statistics.effect_sign(test) > 0]
+    if better:
+        lines.append(f"Of other shapes shown to beat SFT: {', '.join(better)}.")
 
     losses = [[row["validation_ce"] for row in history if "validation_ce" in row] for history in histories]
     reasons = {
