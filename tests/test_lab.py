@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -153,7 +154,8 @@ def test_an_interrupted_cell_goes_on_where_it_stopped(lab, tmp_path, monkeypatch
         wait(lambda: page.run("window.ran"), 900)
         assert errors(page) == []
         printed = "".join("".join(o["text"]) for o in outputs(page) if o["output_type"] == "stream")
-        assert f"continuing from checkpoint-{stopped:06d}" in printed and stopped < 400
+        # Progress is told now and then: the checkpoint may be a few updates later.
+        assert any(stopped <= int(step) < 400 for step in re.findall(r"continuing from checkpoint-(\d+)", printed))
     shutil.rmtree(tmp_path / "profile", ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ class Controls(list):
     """What `interact` and `interact_manual` were given: (function, controls)."""
 
     def __call__(self, function, **controls):
+        assert function.__name__  # interact asks for it
         self.append((function, controls))
 
     def options(self, **_):

@@ -5,7 +5,6 @@ Batch runs skip the cells that use them: what a control shows at first also stan
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import pandas as pd
 
@@ -122,13 +121,16 @@ def label_filter(table: pd.DataFrame) -> None:
     """Move the threshold of a measure of pseudo-labels and see what it removes (rows of `plot_thresholds`)."""
     from ipywidgets import FloatSlider, interact
 
-    def draw(threshold: float, measure: str) -> None:
-        own = table[table["measure"] == measure].copy()
-        side = "low" if math.isfinite(own["low"].iloc[0]) else "high"
-        own[side] = threshold
-        own["removed"] = ~own["value"].between(own["low"], own["high"])
-        _draw(figures.plot_thresholds(own))
-        print(f"{len(own) - own['removed'].sum()} of {len(own)} labels stay.")
+    def drawn(before: pd.DataFrame) -> Callable[[float], None]:
+        side = "low" if math.isfinite(before["low"].iloc[0]) else "high"
+
+        def draw(threshold: float) -> None:
+            own = before.assign(**{side: threshold})
+            own["removed"] = ~own["value"].between(own["low"], own["high"])
+            _draw(figures.plot_thresholds(own))
+            print(f"{len(own) - own['removed'].sum()} of {len(own)} labels stay.")
+
+        return draw
 
     for measure, own in table.groupby("measure", sort=False):
         values, bounds = own["value"], own[["low", "high"]].iloc[0]
@@ -137,7 +139,7 @@ def label_filter(table: pd.DataFrame) -> None:
             step=(values.max() - values.min()) / 100 or 1e-6, description=measure.replace("_", " "),
             continuous_update=False, style={"description_width": "initial"}, layout=FULL,
         )  # fmt: skip
-        interact(partial(draw, measure=measure), threshold=slider)
+        interact(drawn(own), threshold=slider)
 
 
 def layer_picker(depths: Mapping[str, int], measure: Callable[[dict[str, list[int]]], Mapping[str, object]]) -> None:
