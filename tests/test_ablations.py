@@ -65,7 +65,7 @@ def test_shapes_and_methods_get_their_own_learning_rates():
     own = {"sft-6-3": 0.002, "kd-6-3": 1e-3, "sft-6-1": 0.002, "kd-6-1": 0.008, "kd-6-1-learning_rate_0.5": 0.5}
     assert rates == own and [run.name for run in found] == [run.name for run in plan]
     assert ablations.with_learning_rates(plan, []) == plan
-    for text in ("6-2=0.1", "kdd=0.1", "kd=fast", "kd 6-1 s0=0.1"):
+    for text in ("6-2=0.1", "kdd=0.1", "kd=fast", "kd=True", "kd 6-1 s0=0.1"):
         with pytest.raises(InputError, match=text):
             ablations.with_learning_rates(plan, [text])
 

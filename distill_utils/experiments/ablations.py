@@ -58,7 +58,7 @@ def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str]) -
     rates = parse_settings(texts)
     fits = {name: [set(name.split()) <= {run.method, run.shape} for run in plan] for name in rates}
     for name, rate in rates.items():
-        if not any(fits[name]) or not isinstance(rate, (int, float)):
+        if not any(fits[name]) or type(rate) not in (int, float):
             raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
     changed = list(plan)
     for i, run in enumerate(plan):
