@@ -107,6 +107,9 @@ def test_thresholds_of_labels_move_alone(made, drawn, capsys):
     before = table.copy()
     widgets.label_filter(table)
     assert [controls["threshold"].value for _, controls in made] == [0.95, -2.0]
+    widgets.label_filter(table.assign(high=1.5)[:4])  # beyond all values, and still to be moved both ways
+    slider = made.pop()[1]["threshold"]
+    assert slider.min < 0.1 and slider.value == 1.5 < slider.max
     for (draw, _), threshold, said in zip(made, (0.5, -3.5), ("2 of 4", "2 of 2"), strict=True):
         draw(threshold)
         assert said in capsys.readouterr().out

@@ -133,10 +133,11 @@ def label_filter(table: pd.DataFrame) -> None:
         return draw
 
     for measure, own in table.groupby("measure", sort=False):
-        values, bounds = own["value"], own[["low", "high"]].iloc[0]
+        threshold = next(filter(math.isfinite, own[["low", "high"]].iloc[0]))
+        low, high = min(own["value"].min(), threshold), max(own["value"].max(), threshold)
+        step = (high - low) / 100 or 0.01
         slider = FloatSlider(
-            min=values.min(), max=max(values.max(), values.min() + 1e-6), value=next(filter(math.isfinite, bounds)),
-            step=(values.max() - values.min()) / 100 or 1e-6, description=measure.replace("_", " "),
+            min=low - step, max=high + step, value=threshold, step=step, description=measure.replace("_", " "),
             continuous_update=False, style={"description_width": "initial"}, layout=FULL,
         )  # fmt: skip
         interact(drawn(own), threshold=slider)
