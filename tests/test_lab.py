@@ -27,6 +27,7 @@ pytestmark = [
 ]
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 WIDGET = "window.jupyterapp.shell.currentWidget"
+IDLE = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 # In each of the boxes that `interact` made: turn its first knob that is a slider, a list, a text or a button.
 TURN = """(box) => {
     const [slider, list, button] = ['.noUi-handle', 'select', 'button'].map((kind) => box.querySelector(kind));
@@ -93,8 +94,7 @@ def opened(lab, name: str, parameters: dict, profile: Path):
         page.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
         page.call("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab runs what has the focus
         page.call("Page.navigate", url=f"{address}/lab/tree/{name}.ipynb")
-        ready = f"{WIDGET}?.sessionContext?.session?.kernel?.status === 'idle'"
-        wait(lambda: page.run(f"!!(window.jupyterapp && {ready})"), 120, page.complaints)
+        wait(lambda: page.run(IDLE), 120, page.complaints)
         yield page
         page.run(f"{WIDGET}.sessionContext.shutdown().then(() => 1)")
 
@@ -131,6 +131,8 @@ def test_run_all_shows_no_error_and_every_control_changes_what_it_draws(lab, tmp
         assert page.run(f"{boxes}.length") == controls
         for number in range(controls):
             box = f"{boxes}[{number}]"
+            wait(lambda: page.run(IDLE), 60)
+            time.sleep(2)  # what the last control drew has arrived
             seen = page.run(f"{box}.querySelector('.jp-OutputArea')?.innerHTML || ''")
             turned = page.run(f"({TURN})({box})")
             changed = f"({box}.querySelector('.jp-OutputArea')?.innerHTML || '')"
