@@ -58,6 +58,7 @@ def lab(tmp_path_factory):
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
     own = {f"JUPYTER_{name}_DIR": str(root / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     environment = os.environ | own | {"JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
+    environment.pop("MPLBACKEND", None)  # a user's kernel draws in the notebook
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     with open(root / "log", "w") as log:
         process = subprocess.Popen(
