@@ -7,8 +7,8 @@
 Others: `published`, the released recipe's form in plain transformers in float32 (both encoders run, all hidden states,
 logits of the whole vocabulary); `expert`, the same under bf16 autocast with fused attention and the teacher in bf16;
 `trainer`, `Seq2SeqTrainer` with that loss in `compute_loss`, its teacher in float32; `textbrewer` and `torchdistill`,
-the packages with equivalent losses (peers.py). `cached` is our step when a comparison of students has written the
-frozen encoder's states to disk before, once for all. Without native bf16 all are float32. The student keeps the frozen
+the packages with equivalent losses (peers.py). `cached` is our step when a comparison of students has written
+what the teacher makes of the rows to disk before, once for all. Without native bf16 all are float32. The student keeps the frozen
 encoder and half or a quarter of the decoder; weights are random, for nothing is learned here. Equal losses show in
 equal `gradient_norm` of the first step. `ceiling_share` is the arithmetic of our step over its time, over the ceiling.
 """
@@ -38,7 +38,7 @@ from transformers import (
 
 from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.distillation import objectives
-from distill_utils.distillation.encoder_states import with_states, write_states
+from distill_utils.distillation.teacher_states import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
@@ -115,7 +115,7 @@ def ours(turns: timing.Turns, case: dict, cached: bool = False) -> None:
     share_frozen(student, teacher)
     with ExitStack() as stack:
         stack.enter_context(frozen_in(amp_dtype(on), student, teacher))
-        read = partial(states_on_disk, batch, teacher, stack.enter_context(tempfile.TemporaryDirectory()))
+        read = partial(states_on_disk, batch, teacher, decoder_ids, stack.enter_context(tempfile.TemporaryDirectory()))
         batches = read() if cached else lambda step: [batch]
         for step in turns:
             batch = to_device(batches(step)[0], on)
@@ -132,15 +132,18 @@ def ours(turns: timing.Turns, case: dict, cached: bool = False) -> None:
             loss.item()
 
 
-def states_on_disk(batch: dict, teacher, folder: str):
-    """Return `batches(step)` that reads what the encoder makes of the batch from a folder, where it is written once."""
+def states_on_disk(batch: dict, teacher, decoder_ids: list[int], folder: str):
+    """Return `batches(step)` that reads what the teacher makes of the batch from a folder, where it is written once."""
     plain = {name: values.cpu() for name, values in batch.items()} | {"ids": list(range(len(batch["labels"])))}
     lengths = plain["attention_mask"].sum(1).tolist()
     sources = [ids[:length].tolist() for ids, length in zip(plain["input_ids"], lengths, strict=True)]
-    rows = Dataset.from_dict({"id": plain["ids"], "input_ids": sources, "labels": plain["labels"].tolist()})
-    states = Path(folder) / "states"
-    write_states(states, teacher, rows, pad_token_id=teacher.config.pad_token_id, dtype=amp_dtype())
-    return with_states(lambda step: [plain], states)
+    targets = [[token for token in row if token != IGNORED] for row in plain["labels"].tolist()]
+    rows = Dataset.from_dict({"id": plain["ids"], "input_ids": sources, "labels": targets})
+    options = {"pad_token_id": teacher.config.pad_token_id, "dtype": amp_dtype(), "batch_size": len(rows)}
+    encoder, decoder = Path(folder) / "encoder", Path(folder) / "decoder"
+    write_states(encoder, teacher, rows, **options)
+    write_states(decoder, teacher, rows, layer_ids=decoder_ids, encoder=encoder, **options)
+    return with_states(lambda step: [plain], encoder, decoder)
 
 
 def plain_loss(found, theirs, labels: torch.Tensor, decoder_ids: list[int]) -> torch.Tensor:
@@ -252,7 +255,7 @@ def main() -> None:
         batch={"type": int, "default": 0, "help": "default: the shape's"},
     )  # fmt: skip
     rows = []
-    own = {"ours": "", "cached": ", encoder states read from disk"}
+    own = {"ours": "", "cached": ", teacher states read from disk"}
     own = {name: ending for name, ending in own.items() if name in arguments.forms}
     others = [name for name in arguments.forms if name not in own]
     for shape in arguments.shapes:

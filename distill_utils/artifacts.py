@@ -39,9 +39,12 @@ def config_hash(settings: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def later(default):
-    """Return a dataclass field that came after first results: `hashed` leaves it out where it has its default."""
-    return field(default=default, metadata={"later": True})
+def later(default, before: str = ""):
+    """Return a dataclass field that came after first results: `hashed` leaves it out where it has its default.
+
+    `before` is the name it had in results from before, which they are found by.
+    """
+    return field(default=default, metadata={"later": True, "before": before})
 
 
 def hashed(description) -> dict:
@@ -53,6 +56,8 @@ def hashed(description) -> dict:
             del values[each.name]
         elif is_dataclass(value):
             values[each.name] = hashed(value)
+        elif each.metadata.get("before"):
+            values[each.metadata["before"]] = values.pop(each.name)
     return values
 
 

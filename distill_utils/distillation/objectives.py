@@ -73,7 +73,8 @@ def kd(
     is the input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
     encoder's matched layers plus the mean over the decoder's, so its size does not depend on the depth (published: the
     sum). Empty lists of ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the
-    released code does by accident; a shared encoder never has any.
+    released code does by accident; a shared encoder never has any. A batch with decoder_states (teacher_states.py) has
+    what the teacher's decoder makes of it, and only the teacher's output matrix is used.
     """
     check_options(divergence=divergence, jsd_beta=jsd_beta, match=match)
     labels = batch["labels"]
@@ -83,7 +84,10 @@ def kd(
     encoded, encoder_hidden = encode(student, batch, range(len(encoder_layer_ids)), match)
     decoded, decoder_hidden = decode(student, batch, encoded, range(len(decoder_layer_ids)), match)
     teacher_decoded = None
-    if kl_weight or hidden_weight:
+    if "decoder_states" in batch:  # (batch, target, 1 + layers, dim)
+        teacher_decoded, *teacher_decoder_hidden = batch["decoder_states"].unbind(2)
+        teacher_encoder_hidden = []
+    elif kl_weight or hidden_weight:
         with teacher_mode(teacher, teacher_dropout):
             teacher_encoded, teacher_encoder_hidden = (
                 (encoded, []) if shared_encoder else encode(teacher, batch, encoder_layer_ids, match)
@@ -238,7 +242,7 @@ def encode(
     """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
     Dropout is as the model's modes say: those of `training.loop.train_mode` for a student, `teacher_mode`'s else.
-    A batch with encoder_states (encoder_states.py) has the former already.
+    A batch with encoder_states (teacher_states.py) has the former already.
     """
     if "encoder_states" in batch and not layer_ids:
         return batch["encoder_states"], []

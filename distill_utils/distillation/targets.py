@@ -8,7 +8,6 @@ token, first entry, checksum of the row's token ids]}; and settings.json with th
 """
 
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from distill_utils.artifacts import InputError, folder_atomic, read_json, write_json
-from distill_utils.data.batches import batch_list, source_facts
+from distill_utils.data.batches import batch_list, target_facts
 from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED
 from distill_utils.distillation.objectives import decode, encode, teacher_mode
@@ -75,7 +74,7 @@ def write_targets(
                 probs_file.write(values[used].cpu().numpy().astype(np.float16).tobytes())
             entries_file.write(np.asarray(counts, dtype=np.int32).tobytes())
             start = 0
-            for name, length, checksum in zip(batch["ids"], *_row_facts(batch), strict=True):
+            for name, length, checksum in zip(batch["ids"], *target_facts(batch), strict=True):
                 index[str(name)] = [tokens, entries, checksum]
                 tokens, entries = tokens + length, entries + sum(counts[start : start + length])
                 start += length
@@ -124,7 +123,7 @@ def with_targets(batches: Callable[[int], list[dict]], folder: Path) -> Callable
 
     def attach(batch: dict) -> dict:
         rows = []
-        for name, length, checksum in zip(batch["ids"], *_row_facts(batch), strict=True):
+        for name, length, checksum in zip(batch["ids"], *target_facts(batch), strict=True):
             first_token, first_entry, known = index.get(str(name), (0, 0, None))
             if checksum != known:
                 reason = "is not among" if known is None else "has other tokens than"
@@ -149,13 +148,6 @@ def with_targets(batches: Callable[[int], list[dict]], folder: Path) -> Callable
 
 def _id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.int32
-
-
-def _row_facts(batch: dict) -> tuple[list[int], list[int]]:
-    """Return the number of target tokens of each row, and a checksum of all its token ids."""
-    lengths = (batch["labels"] != IGNORED).sum(1).tolist()
-    rows = zip(batch["labels"], lengths, source_facts(batch)[1], strict=True)
-    return lengths, [zlib.crc32(labels[:length].numpy().tobytes(), source) for labels, length, source in rows]
 
 
 def _check_numbers(rows: Dataset, top_k: int, samples: int, temperature: float, vocab_size: int) -> None:

@@ -22,8 +22,9 @@ from distill_utils.artifacts import InputError
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
 from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
-from distill_utils.distillation.objectives import encode, teacher_mode
+from distill_utils.distillation.objectives import teacher_mode
 from distill_utils.distillation.targets import with_targets, write_targets
+from distill_utils.distillation.teacher_states import states_of
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import runs
@@ -58,9 +59,8 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
     batch, passes = typical_batch(run, teacher, tokenizer, train)
     objective, kept = runs.objective_of(run.method), {}
     dtype = amp_dtype(precision=run.training.precision)
-    if cut["cached"]:
-        with teacher_mode(teacher), mixed_precision(student.device, dtype):
-            batch["encoder_states"] = encode(teacher, batch)[0]
+    with teacher_mode(teacher), mixed_precision(student.device, dtype):
+        batch |= {f"{side}_states": states_of(teacher, batch, side, **own) for side, own in cut["stored"].items()}
 
     def step(watch) -> None:
         with mixed_precision(student.device, dtype), watch:

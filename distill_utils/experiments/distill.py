@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data import loading
 from distill_utils.device import device
-from distill_utils.distillation.encoder_states import fits_cache
+from distill_utils.distillation.teacher_states import fits_disk
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, comparison, fine_tuning, race, runs
@@ -71,8 +71,8 @@ def prepare(given: dict, train: bool = True) -> Request:
     for split in loading.SPLITS:
         rows, wanted = loading.load_pairs(given["dataset"], split, **columns), given[f"num_{split}"]
         splits[split] = rows.select(range(min(wanted or len(rows), len(rows))))
-    cached = fits_cache(teacher, splits["train"], given["max_source_length"], given["encoder_cache_gb"])
-    base = replace(base, cache_encoder=cached)
+    lengths = given["max_source_length"], given["max_target_length"]
+    base = replace(base, cache_states=fits_disk(teacher, splits["train"], *lengths, given["cache_gb"]))
     asked = Request(given, limits, teacher, tokenizer, splits, base, decoding)
     return fine_tuning.with_own_teacher(asked, train) if given["train_teacher"] else asked
 

@@ -19,7 +19,7 @@ from distill_utils.artifacts import artifact, hashed, processor_name, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
-from distill_utils.distillation.encoder_states import with_states
+from distill_utils.distillation.teacher_states import with_states
 from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.experiments import budget, runs
 from distill_utils.models import students
@@ -61,7 +61,7 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
     train = asked.splits["train"].select(range(min(PRICE_ROWS, len(asked.splits["train"]))))
     machine = {"processor": processor_name(), "threads": torch.get_num_threads(), "device": device().type}
     settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **machine}
-    settings["teacher"] = model_fingerprint(asked.given["teacher"], asked.teacher)
+    settings |= {"teacher": model_fingerprint(asked.given["teacher"], asked.teacher), "states": asked.base.cache_states}
 
     def build(folder: Path) -> dict:
         began = time.monotonic()
@@ -74,10 +74,7 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
             spent = [_label_seconds(asked, train.select(range(size)), folder / str(size)) for size in (few, more)]
             # The difference, because each begins with a conversion.
             found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
-        depth = len(students.encoder_layers(asked.teacher))
-        if asked.base.cache_encoder and any(runs.parse_shape(shape, asked.teacher)[0] == depth for _, shape in kinds):
-            states = partial(runs.states_of, asked.base, asked.teacher, asked.tokenizer, train)
-            found["encode"] = timed(states) / len(train)
+        found["states"] = sum(timed(partial(_states, asked, run, train)) for run in kinds.values()) / len(train)
         return found | {"update": {_kind(run): _update_seconds(asked, run, train) for run in kinds.values()}}
 
     return artifact("prices", settings, build)
@@ -85,6 +82,11 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
 
 def _kind(run: runs.StudentRun) -> str:
     return f"{run.method} {run.shape}"
+
+
+def _states(asked: Request, run: runs.StudentRun, train: Dataset) -> list[Path]:
+    stored = runs.cut_student(run, asked.teacher)[1]["stored"]
+    return runs.stored_states(run, stored, asked.teacher, asked.tokenizer, train, train)
 
 
 def _label_seconds(asked: Request, rows: Dataset, folder: Path) -> float:
@@ -95,17 +97,16 @@ def _label_seconds(asked: Request, rows: Dataset, folder: Path) -> float:
 def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> float:
     """Return the mean seconds of an update after the first two, of 16 or as many as PRICE_SECONDS allow."""
     batches, seconds = runs.batches_of(run, asked.tokenizer, train), PRICE_SECONDS
+    batches = with_states(batches, *_states(asked, run, train))
     for most in (2, 16):
-        num, read = int(np.clip(PRICE_SECONDS / seconds, 2, most)), batches
+        num = int(np.clip(PRICE_SECONDS / seconds, 2, most))
         student, cut = runs.cut_student(run, asked.teacher)
         choose_attention(student.to(device()), run.max_source_length)
-        if cut["cached"]:
-            read = with_states(batches, runs.states_of(run, asked.teacher, asked.tokenizer, train))
         objective = partial(runs.objective_of(run.method), teacher=asked.teacher, **cut["options"])
         settings = replace(run.training, max_steps=2 + num, log_every=1, schedule="constant", checkpoint_every=0,
                            patience=0)  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, asked.teacher):
-            history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), read, settings,
+            history = fit(student, lambda model, batch, loss=objective: loss(model, batch=batch), batches, settings,
                           Path(folder), stage=f"price of {run.group}")  # fmt: skip
         seconds = max((history[-1]["seconds"] - history[1]["seconds"]) / num, 1e-4)
     return seconds
@@ -129,7 +130,7 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
         "candidates": found, "labels": costs["load"] + num["train"] * costs["label"],
         "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
         "measured": measured["build_seconds"] + costs["build_seconds"] + asked.own_teacher.get("priced_s", 0.0)
-        + costs.get("encode", 0.0) * (num["train"] + num["validation"]),
+        + costs["states"] * (num["train"] + num["validation"]),
         "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
         "max_rungs": asked.given["max_rungs"],
     }  # fmt: skip

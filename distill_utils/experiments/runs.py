@@ -18,7 +18,6 @@ from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
-from distill_utils.distillation.encoder_states import encoder_states, with_states
 from distill_utils.distillation.pseudo_labels import (
     bounds_of,
     cross_fit_halves,
@@ -28,6 +27,7 @@ from distill_utils.distillation.pseudo_labels import (
     read_labels,
 )
 from distill_utils.distillation.targets import with_targets, write_targets
+from distill_utils.distillation.teacher_states import decoder_states, encoder_states, with_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
@@ -78,7 +78,7 @@ class StudentRun:
     decoder_layer_ids: list[int] | None = None
     variant: str = ""  # what sets this run apart from another of its method and shape, in names and tables
     label_smoothing: float = later(0.0)  # share of the target that goes to all tokens alike, as in Pegasus's recipe
-    cache_encoder: bool = later(False)  # read from disk what a shared encoder makes of the documents
+    cache_states: bool = later(False, "cache_encoder")  # read from disk what the frozen teacher makes of the rows
 
     @property
     def group(self) -> str:
@@ -193,7 +193,16 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         "kd_cached": weights,
     }.get(run.method, smoothing)
     facts = {"encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
-    return student, facts | {"options": options, "cached": run.cache_encoder and shared}
+    return student, facts | {"options": options, "stored": _stored(run, shared, options) if run.cache_states else {}}
+
+
+def _stored(run: StudentRun, shared: bool, options: dict) -> dict[str, dict]:
+    """Return which states of the teacher are read from disk, {side: which of them}."""
+    layers = options.get("decoder_layer_ids", ()) if options.get("hidden_weight") else ()
+    decoder = {"layer_ids": list(layers), "match": run.match if layers else "outputs"}
+    # Hidden states of an encoder that is trained are compared with the teacher's, which then has to run.
+    unread = options.get("teacher_dropout") or (layers and not shared) or run.method not in ("kd", "pl_kl")
+    return ({"encoder": {}} if shared else {}) | ({} if unread else {"decoder": decoder})
 
 
 def _fields(run: StudentRun, *names: str) -> dict:
@@ -310,10 +319,16 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     return artifact("teacher-targets", inputs | kept, build)
 
 
-def states_of(run: StudentRun, teacher, tokenizer, documents: Dataset) -> Path:
-    """Return the folder with what the teacher's encoder makes of the documents, written once for all runs."""
-    dtype = amp_dtype(precision=run.training.precision)
-    return encoder_states(run.teacher, teacher, tokenizer, documents, run.max_source_length, run.prefix, dtype)
+def stored_states(run: StudentRun, stored: dict, teacher, tokenizer, documents: Dataset, rows: Dataset) -> list[Path]:
+    """Return the folders of the states that a student reads (`cut_student`), each written once for all runs.
+
+    `rows` are the documents with the run's own targets.
+    """
+    model, how = (run.teacher, teacher, tokenizer), (run.lengths, amp_dtype(precision=run.training.precision))
+    folders = [encoder_states(*model, documents, *how)] if "encoder" in stored else []
+    if "decoder" in stored:
+        folders.append(decoder_states(*model, rows, *how, *stored["decoder"].values(), *folders))
+    return folders
 
 
 def kept_targets(run: StudentRun) -> dict:
@@ -349,9 +364,11 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
-        if cut["cached"]:
-            batches = with_states(batches, states_of(run, teacher, tokenizer, train))
-            held_out = with_states(lambda step, own=held_out: own, states_of(run, teacher, tokenizer, validation))(0)
+        if cut["stored"]:
+            batches = with_states(batches, *stored_states(run, cut["stored"], teacher, tokenizer, train, rows))
+            judged = cut["stored"] | {"decoder": {"layer_ids": [], "match": "outputs"}}
+            folders = stored_states(run, judged, teacher, tokenizer, validation, validation)
+            held_out = with_states(lambda step, own=held_out: own, *folders)(0)
         objective, cools = partial(objective_of(run.method), **cut["options"]), run.training.schedule == "cooldown"
 
         began = time.monotonic()
