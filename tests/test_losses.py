@@ -193,8 +193,51 @@ def test_a_loss_that_is_not_asked_for_is_not_computed(monkeypatch):
     assert list(chunked_token_losses(student, head, LABELS)) == ["ce_loss"]
     expected = chunked_token_losses(student, head, LABELS, teacher, head)["kl_loss"]
     monkeypatch.setattr("torch.nn.functional.cross_entropy", None)
-    found = chunked_token_losses(student, head, LABELS, teacher, head, with_ce=False)
-    assert list(found) == ["kl_loss"] and torch.equal(found["kl_loss"], expected)
+    found = chunked_token_losses(student, head, LABELS, teacher, head, weights=(0.0, 1.0))
+    assert list(found) == ["loss", "kl_loss"]
+    torch.testing.assert_close(found["kl_loss"], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.2, 0.8)])
+@pytest.mark.parametrize(("temperature", "mix", "label_smoothing"), [(1.0, 1.0, 0.0), (2.0, 0.4, 0.1), (0.5, 1.0, 0.2)])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])
+def test_the_weighted_sum_and_its_gradient_are_those_of_the_terms(
+    chunk_tokens, temperature, mix, label_smoothing, weights
+):
+    torch.manual_seed(3)
+    student, teacher = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 6)
+    heads = [nn.Linear(6, 40).requires_grad_(False) for _ in range(2)]
+    own = (heads[0].double()(student.requires_grad_()))[LABELS != -100]
+    theirs = torch.lerp(own.detach(), heads[1](teacher)[LABELS != -100].double(), mix)
+    target = (1 - label_smoothing) * nn.functional.one_hot(LABELS[LABELS != -100], 40) + label_smoothing / 40
+    p = (theirs / temperature).softmax(-1)
+    expected = {"ce_loss": -(target * own.log_softmax(-1)).sum(-1).mean()}
+    expected["kl_loss"] = (p * (p.log() - (own / temperature).log_softmax(-1))).sum(-1).mean() * temperature**2
+    loss = sum(weight * value for weight, value in zip(weights, expected.values(), strict=True))
+    (gradient,) = torch.autograd.grad(7.0 * loss, student)
+
+    seen, hidden = [], student.detach().float().requires_grad_()
+    heads[0].float().register_forward_hook(lambda *call: seen.append(call[-1].shape[0]))
+    options = {"weights": weights, "mix": mix, "label_smoothing": label_smoothing}
+    theirs = (teacher, heads[1]) if weights[1] else (None, None)
+    found = chunked_token_losses(hidden, heads[0], LABELS, *theirs, temperature, chunk_tokens, **options)
+    assert found.keys() == {"loss"} | {name for name, w in zip(expected, weights, strict=True) if w}
+    assert max(seen) <= chunk_tokens and sum(seen) == 1 + int((LABELS != -100).sum())  # a probe, and each token once
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name in found.keys() - {"loss"}:
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-5) and not found[name].requires_grad
+    (7.0 * found["loss"]).backward()
+    torch.testing.assert_close(hidden.grad, gradient.float(), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        again = chunked_token_losses(hidden, heads[0], LABELS, *theirs, temperature, chunk_tokens, **options)
+    torch.testing.assert_close(again, {name: value.detach() for name, value in found.items()})
+
+
+def test_weighted_losses_without_a_target_are_0_with_a_gradient():
+    hidden, head = torch.randn(1, 2, 6, requires_grad=True), nn.Linear(6, 9).requires_grad_(False)
+    found = chunked_token_losses(hidden, head, torch.full((1, 2), -100), weights=(1.0, 0.0))
+    found["loss"].backward()
+    assert found["loss"].item() == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 def naive_cached(logits, ids, probs, labels, temperature):

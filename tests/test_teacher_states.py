@@ -62,7 +62,8 @@ def test_losses_and_gradients_are_those_of_the_teachers_own_passes(family, match
     folders = tmp_path / "encoder", tmp_path / "decoder"
     write(folders[0], teacher, rows)
     facts = write(folders[1], teacher, rows, layer_ids=layer_ids, match=match, encoder=folders[0])
-    assert facts["tokens"] == sum(map(len, rows["labels"])) and facts["bytes"] == 8 * teacher.config.d_model * facts["tokens"]
+    assert facts["tokens"] == sum(map(len, rows["labels"]))
+    assert facts["bytes"] == 2 * 4 * teacher.config.d_model * facts["tokens"]
     plain = pair_stream(rows, PAD, 4, seed=0, micro_batch_size=3)
     read = teacher_states.with_states(plain, *folders)
     options = {"encoder_layer_ids": [], "decoder_layer_ids": layer_ids, "shared_encoder": True, "match": match}

@@ -19,6 +19,7 @@ IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* paddi
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
 CUDA_RELATION_ELEMENTS = 2**23  # there launching kernels costs more than memory does
+CPU_CHUNK = 256  # tokens whose logits stay near the cache; for fewer, products repack the output matrix too often
 MASKED = -1e30  # swallows every score, yet stays finite: a row without any column has two equal distributions, not NaN
 
 
@@ -55,7 +56,7 @@ def chunked_token_losses(
     chunk_tokens: int = 1024,
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
-    with_ce: bool = True,
+    weights: tuple[float, float] | None = None,
     mix: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
@@ -74,18 +75,37 @@ def chunked_token_losses(
 
     Padding is dropped before the projection; then `chunk_tokens` tokens at a time are projected, and again in the
     backward pass, so the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher has no gradient.
-    Without `with_ce` the cross-entropy is neither computed nor returned; `label_smoothing` gives all tokens a share of
-    its target, and stays a mean over tokens. Without any valid token the losses are 0 and
-    still have a gradient path. Raises ValueError for shapes that do not fit or an unknown divergence.
+    `label_smoothing` gives all tokens a share of the target of the cross-entropy, and stays a mean over tokens. Without
+    any valid token the losses are 0 and still have a gradient path.
+
+    `weights`, those of `ce_loss` and `kl_loss`, add their sum as `loss`, which then should be the only one to be
+    differentiated; a cross-entropy of weight 0 is left out. With forward KL and a projection that is not trained,
+    gradients are taken along with the values: no logits are kept or made again.
+
+    Raises ValueError for shapes that do not fit or an unknown divergence.
 
     Shapes: hidden (batch, target, dim), labels (batch, target) with -100 for padding; the projections map (tokens, dim)
     to (tokens, vocab).
     """
     check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_hidden)
+    if teacher_hidden is not None:
+        _valid_tokens(labels, teacher_hidden)
+        teacher_hidden = teacher_hidden[valid]
+    student_hidden, labels = student_hidden[valid], labels[valid]
+    probe = student_project(student_hidden[:1].detach())
+    if weights and divergence == "forward_kl" and not probe.requires_grad:
+        found = _TokenLosses.apply(
+            student_hidden, labels, student_project, teacher_hidden, teacher_project, weights, temperature,
+            chunk_tokens if probe.is_cuda else min(chunk_tokens, CPU_CHUNK), mix, label_smoothing,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        used = {"loss": True, "ce_loss": weights[0] != 0, "kl_loss": teacher_hidden is not None}
+        return {name: value for (name, wanted), value in zip(used.items(), found, strict=True) if wanted}
 
     def chunk_sums(student_hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None) -> dict[str, Tensor]:
         student_logits = student_project(student_hidden)  # (chunk, vocab)
+        with_ce = not weights or weights[0] != 0
         sums = {"ce_loss": _ce_sum(student_logits, labels, label_smoothing)} if with_ce else {}
         if teacher_hidden is not None:
             with torch.no_grad():
@@ -93,10 +113,11 @@ def chunked_token_losses(
             sums["kl_loss"] = _divergence_sum(student_logits, teacher_logits, temperature, divergence, jsd_beta, mix)
         return sums
 
-    if teacher_hidden is not None:
-        _valid_tokens(labels, teacher_hidden)
-        teacher_hidden = teacher_hidden[valid]
-    return _mean_over_chunks(chunk_sums, (student_hidden[valid], labels[valid], teacher_hidden), chunk_tokens)
+    losses = _mean_over_chunks(chunk_sums, (student_hidden, labels, teacher_hidden), chunk_tokens)
+    if not weights:
+        return losses
+    terms = zip(("ce_loss", "kl_loss"), weights, strict=True)
+    return {"loss": sum(weight * losses[name] for name, weight in terms if name in losses)} | losses
 
 
 def chunked_cached_losses(
@@ -218,6 +239,59 @@ class _RelationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         return (ctx.saved_tensors[0] * d_loss, *[None] * 5)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Weighted sum, cross-entropy and forward KL per token, and the gradient of the sum along with them."""
+
+    @staticmethod
+    def forward(ctx, hidden, labels, project, teacher, project_teacher, weights, temperature, chunk_tokens, mix,
+                label_smoothing, with_grad):  # fmt: skip
+        with_grad = with_grad and hidden.requires_grad
+        num_tokens, (ce_weight, kl_weight) = max(len(hidden), 1), weights
+        ce = kl = torch.zeros((), device=hidden.device)
+        gradient = torch.zeros_like(hidden) if with_grad else None
+        for start in range(0, len(hidden), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            with torch.set_grad_enabled(with_grad):
+                own = hidden[chunk].detach().requires_grad_(with_grad)
+                logits = project(own)  # (chunk, vocab)
+            z, d_logits = logits.detach().float(), None
+            if ce_weight:
+                q, target = z.softmax(-1), labels[chunk, None]
+                log_sum, at_target = _log_sum(z, q), z.gather(-1, target).squeeze(-1)
+                ce = ce + (log_sum - (1 - label_smoothing) * at_target - label_smoothing * z.mean(-1)).sum()
+                if with_grad:
+                    q.sub_(label_smoothing / z.shape[-1])
+                    q.scatter_add_(-1, target, torch.full_like(q[:, :1], label_smoothing - 1))
+                    d_logits = q.mul_(ce_weight)
+            if teacher is not None:
+                u = project_teacher(teacher[chunk]).float()
+                u = torch.lerp(z, u, mix) if mix != 1 else u
+                z, u = z / temperature, u / temperature
+                q, p = z.softmax(-1), u.softmax(-1)
+                log_sums = _log_sum(z, q) - _log_sum(u, p)
+                kl = kl + (torch.linalg.vecdot(p, u.sub_(z)) + log_sums).sum() * temperature**2
+                if with_grad and kl_weight:
+                    q.sub_(p).mul_(kl_weight * temperature)
+                    d_logits = q if d_logits is None else d_logits.add_(q)
+            if d_logits is not None:
+                gradient[chunk] = torch.autograd.grad(logits, own, d_logits.div_(num_tokens).to(logits.dtype))[0]
+        ce, kl = ce / num_tokens, kl / num_tokens
+        loss = ce_weight * ce + kl_weight * kl
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        return (ctx.saved_tensors[0] * d_loss, *[None] * 10)
+
+
+def _log_sum(scores: Tensor, softmax: Tensor) -> Tensor:
+    """Return log(sum(exp(scores))) over the last dimension, from their softmax: what it was divided by."""
+    return scores.amax(-1) - softmax.amax(-1).log()
 
 
 def check_divergence(divergence: str, jsd_beta: float = 0.5) -> None:

@@ -47,8 +47,9 @@ def sft(
     encoded, _ = encode(student, batch)
     decoded, _ = decode(student, batch, encoded)
     project_student = partial(project, student)
-    losses = chunked_token_losses(decoded, project_student, batch["labels"], label_smoothing=label_smoothing)
-    return weighted_loss(losses, ce_loss=1.0)
+    return chunked_token_losses(
+        decoded, project_student, batch["labels"], weights=(1.0, 0.0), label_smoothing=label_smoothing
+    )
 
 
 def kd(
@@ -93,16 +94,19 @@ def kd(
                 (encoded, []) if shared_encoder else encode(teacher, batch, encoder_layer_ids, match)
             )
             teacher_decoded, teacher_decoder_hidden = decode(teacher, batch, teacher_encoded, decoder_layer_ids, match)
-    losses = chunked_token_losses(
-        decoded, partial(project, student), labels, teacher_decoded if kl_weight else None, partial(project, teacher),
-        temperature, divergence=divergence, jsd_beta=jsd_beta, with_ce=ce_weight != 0, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    losses = {}
+    if ce_weight or kl_weight:
+        losses = chunked_token_losses(
+            decoded, partial(project, student), labels, teacher_decoded if kl_weight else None,
+            partial(project, teacher), temperature, divergence=divergence, jsd_beta=jsd_beta,
+            weights=(ce_weight, kl_weight), label_smoothing=label_smoothing,
+        )  # fmt: skip
     if hidden_weight:
         mask = batch["attention_mask"]
         losses["hidden_loss"] = match_layers(encoder_hidden, teacher_encoder_hidden, mask, normalize_hidden)
         mask = labels != IGNORED
         losses["hidden_loss"] += match_layers(decoder_hidden, teacher_decoder_hidden, mask, normalize_hidden)
-    return weighted_loss(losses, ce_loss=ce_weight, kl_loss=kl_weight, hidden_loss=hidden_weight)
+    return weighted_loss(losses, loss=1.0, hidden_loss=hidden_weight)
 
 
 def pl_kl(
@@ -207,11 +211,11 @@ def miniend(
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         losses |= chunked_token_losses(
             states[-1], head(student), labels, teacher_states[-1] if kl_weight else None, head(teacher), temperature,
-            with_ce=ce_weight != 0, mix=mix,
+            weights=(ce_weight, kl_weight), mix=mix,
         )  # fmt: skip
     if hidden_weight:
         losses["hidden_loss"] = sum(map(hidden_loss, states, teacher_states, masks.values()))
-    return weighted_loss(losses, **weights, ce_loss=ce_weight, kl_loss=kl_weight, hidden_loss=hidden_weight)
+    return weighted_loss(losses, loss=1.0, **weights, hidden_loss=hidden_weight)
 
 
 # ------------------------------------------------------------------------------------------------------ their parts
@@ -232,7 +236,7 @@ def weighted_loss(losses: dict[str, Tensor], **weights: float) -> dict[str, Tens
     """Return the terms with their weighted sum as `loss` before them."""
     terms = [weight * losses[name] for name, weight in weights.items() if name in losses]
     if not terms:
-        raise InputError(f"every weight of the objective is 0: make that of {' or '.join(weights)} positive")
+        raise InputError("every weight of the objective is 0: make one of them positive")
     return {"loss": sum(terms)} | losses | {"loss": sum(terms)}  # of those given, one may be called loss itself
 
 

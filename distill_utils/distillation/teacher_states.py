@@ -2,10 +2,9 @@
 
 Out of scope: which runs may read them (`runs.states_of`) and the passes that they replace (`objectives.encode`, `kd`).
 
-Encoder states are those of a document's tokens, which a student with the teacher's encoder reads too. Decoder states are
-those of a row's target tokens: the last one, from which the output matrix makes the teacher's exact distribution, and
-those of the layers that a student imitates. They take the width's numbers a token where distributions take the
-vocabulary's.
+Encoder states are those of a document's tokens, which a student with the teacher's encoder reads too. Decoder states
+are those of a row's target tokens: the last one, from which the output matrix makes the teacher's exact distribution,
+and those of the layers that a student imitates. They take the width's numbers a token, a distribution the vocabulary's.
 
 A folder holds states.bin, the states of one token after the other in the dtype that the teacher computes in; index.json
 with {id: [first token, checksum of the row's token ids]}; and settings.json with side, shape and dtype.
@@ -87,8 +86,8 @@ def write_states(
 ) -> dict[str, int]:  # fmt: skip
     """Write the states of tokenized rows (id, input_ids, labels) and return how many rows, tokens and bytes.
 
-    They are the encoder's, or with `layer_ids` the decoder's. They are kept in `dtype`, to which the next product would
-    round them under autocast. The folder appears whole or not at all. Raises InputError for repeated ids or a full disk.
+    They are the encoder's, or with `layer_ids` the decoder's, and are kept in `dtype`, to which the next product would
+    round them under autocast. The folder appears whole or not at all. Raises InputError for repeated ids or full disk.
     """
     if len(set(map(str, rows["id"]))) < len(rows):
         raise InputError("two rows have the same id, by which teacher states are found: give each its own")
@@ -105,7 +104,8 @@ def write_states(
         for batch in batches:
             moved = to_device(batch, teacher.device)
             valid = moved["attention_mask"].bool() if side == "encoder" else moved["labels"] != IGNORED
-            kept = states_of(teacher, moved, side, layer_ids or (), match)[valid].to(kept_dtype).cpu()  # (tokens, ..., dim)
+            states = states_of(teacher, moved, side, layer_ids or (), match)
+            kept = states[valid].to(kept_dtype).cpu()  # (tokens, ..., dim)
             file.write(kept.view(torch.uint8).numpy().tobytes())
             for name, length, checksum in zip(batch["ids"], *FACTS[side](batch), strict=True):
                 index[str(name)] = [tokens, checksum]
@@ -129,7 +129,7 @@ def states_of(teacher, batch: dict, side: str, layer_ids: Sequence[int] = (), ma
 
 
 def with_states(batches: Callable[[int], list[dict]], *folders: Path) -> Callable[[int], list[dict]]:
-    """Return `batches` with the folders' states in each, padding 0, which objectives take instead of the teacher's pass.
+    """Return `batches` with the folders' states, padding 0, which objectives take instead of the teacher's passes.
 
     These are encoder_states (batch, source, dim) or decoder_states (batch, target, 1 + layers, dim). A row is found by
     its id or its document's. Raises InputError for one that is not there or has other tokens.

@@ -146,7 +146,7 @@ def check_initial_student(
             theirs.logits.to(student.device),
             same,
             chunk_tokens=labels.numel(),
-            with_ce=False,
+            weights=(0.0, 1.0),
         )
         row: dict[str, float | None] = {
             "kl_loss": terms["kl_loss"].item(),

@@ -19,10 +19,9 @@ from distill_utils.artifacts import artifact, hashed, processor_name, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
-from distill_utils.distillation.teacher_states import with_states
 from distill_utils.distillation.pseudo_labels import pseudo_labels
+from distill_utils.distillation.teacher_states import with_states
 from distill_utils.experiments import budget, runs
-from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.training.loop import choose_attention, fit
