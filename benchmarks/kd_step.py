@@ -9,8 +9,9 @@ logits of the whole vocabulary); `expert`, the same under bf16 autocast with fus
 `trainer`, `Seq2SeqTrainer` with that loss in `compute_loss`, its teacher in float32; `textbrewer` and `torchdistill`,
 the packages with equivalent losses (peers.py). `cached` is our step when a comparison of students has written
 what the teacher makes of the rows to disk before, once for all. Without native bf16 all are float32. The student keeps
-the frozen encoder and half or a quarter of the decoder; weights are random, for nothing is learned here. Equal losses show in
-equal `gradient_norm` of the first step. `ceiling_share` is the arithmetic of our step over its time, over the ceiling.
+the frozen encoder and half or a quarter of the decoder; weights are random, for nothing is learned here. Equal losses
+show in equal `gradient_norm` of the first step. `ceiling_share` is the arithmetic of our step over its time, over the
+ceiling.
 """
 
 from __future__ import annotations
