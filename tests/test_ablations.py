@@ -60,14 +60,21 @@ def test_an_impossible_variant_is_rejected_before_training(text, parts):
 def test_shapes_and_methods_get_their_own_learning_rates():
     plan = runs.grid(BASE, ["sft", "kd"], ["6-3", "6-1"], [0, 1])
     plan.append(ablations.parse_variant(replace(BASE, shape="6-1"), "kd learning_rate=0.5"))
-    found = ablations.with_learning_rates(plan, ["6-1=0.004", "kd 6-1=0.008", "sft=0.002"])
+    found = ablations.with_learning_rates(plan, ["6-1=0.004", "kd 6-1=0.008", "sft=0.002"], None)
     rates = {run.group: run.training.learning_rate for run in found}
     own = {"sft-6-3": 0.002, "kd-6-3": 1e-3, "sft-6-1": 0.002, "kd-6-1": 0.008, "kd-6-1-learning_rate_0.5": 0.5}
     assert rates == own and [run.name for run in found] == [run.name for run in plan]
-    assert ablations.with_learning_rates(plan, []) == plan
+    assert ablations.with_learning_rates(plan, [], None) == plan
+    teacher = tiny_bart(2, 4)
+    unset = runs.grid(
+        replace(BASE, training=replace(BASE.training, learning_rate=0.0)), ["sft", "kd"], ["2-1", "2-2"], [0]
+    )
+    usual = [run.training.learning_rate for run in ablations.with_learning_rates(unset, ["kd 2-2=0.5"], teacher)]
+    once = 0.0005 * 192 / teacher.config.d_model  # of the teacher's depth, from references
+    assert usual == pytest.approx([4 * once, 8 * once, 2 * once, 0.5], rel=0.05)
     for text in ("6-2=0.1", "kdd=0.1", "kd=fast", "kd=True", "kd 6-1 s0=0.1"):
         with pytest.raises(InputError, match=text):
-            ablations.with_learning_rates(plan, [text])
+            ablations.with_learning_rates(plan, [text], None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.evaluation.statistics import compare, effect_sign, holm
-from distill_utils.experiments import runs
+from distill_utils.experiments import fine_tuning, runs
 from distill_utils.experiments.comparison import scores_over_seeds
 from distill_utils.models.loading import ASSETS
 
@@ -50,21 +50,22 @@ def parse_settings(texts: Sequence[str]) -> dict:
     return found
 
 
-def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str]) -> list[runs.StudentRun]:
+def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], teacher) -> list[runs.StudentRun]:
     """Return the runs, those of a shape or method at its own peak: "6-1=0.004", "kd=0.002", "kd 6-1=0.008".
 
-    Of several that fit the last counts; a variant that sets its own learning rate keeps it.
+    Of several that fit the last counts; a variant that sets its own learning rate keeps it, and a rate of 0 becomes
+    the usual one of the shape and method.
     """
     rates = parse_settings(texts)
     fits = {name: [set(name.split()) <= {run.method, run.shape} for run in plan] for name in rates}
     for name, rate in rates.items():
         if not any(fits[name]) or type(rate) not in (int, float):
             raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
-    changed = list(plan)
+    changed = [fine_tuning.at_usual_rate(run, teacher) for run in plan]
     for i, run in enumerate(plan):
         own = [float(rate) for name, rate in rates.items() if fits[name][i]]
         if own and "learning_rate=" not in run.variant:
-            changed[i] = replace(run, training=replace(run.training, learning_rate=own[-1]))
+            changed[i] = replace(changed[i], training=replace(run.training, learning_rate=own[-1]))
     return changed
 
 

@@ -61,8 +61,16 @@ def usual_learning_rate(teacher, shape: str, method: str) -> float:
     as found for one, two and three of six layers (LOG.md). In inverse proportion to the width, an assumption; it gives
     0.00038 for BART-large 12-3, where 0.0003 is published.
     """
-    ratio = len(students.decoder_layers(teacher)) / runs.parse_shape(shape, teacher)[1]
+    ratio = len(students.decoder_layers(teacher)) / students.parse_shape(shape, teacher)[1]
     return RATE * ratio * WIDTH / teacher.config.d_model * (1 if method in ("sft", "pl", "pl_gold") else 2)
+
+
+def at_usual_rate(run: runs.StudentRun, teacher) -> runs.StudentRun:
+    """Return the run, at the `usual_learning_rate` of its shape and method where its own is 0."""
+    if run.training.learning_rate:
+        return run
+    rate = float(f"{usual_learning_rate(teacher, run.shape, run.method):.2g}")
+    return replace(run, training=replace(run.training, learning_rate=rate))
 
 
 def train_teacher(run: runs.StudentRun, model, tokenizer, splits: Mapping[str, Dataset]) -> Path:

@@ -26,7 +26,7 @@ from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED, chunked_token_losses
 from distill_utils.distillation.objectives import decode, encode, layer_outputs
 from distill_utils.evaluation import generation, metrics, scoring, statistics
-from distill_utils.experiments import runs
+from distill_utils.experiments import fine_tuning, runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
 
@@ -250,14 +250,18 @@ def gather_evidence(
 def run_of(
     base: runs.StudentRun, teacher: PreTrainedModel, encoder_ids: Sequence[int], decoder_ids: Sequence[int], seed: int
 ) -> runs.StudentRun:
-    """Return `base` for these layers and this seed; its variant names the layers of each stack that is cut."""
+    """Return `base` for these layers and this seed; its variant names the layers of each stack that is cut.
+
+    A learning rate of 0 becomes the usual one of the shape.
+    """
     kept = {"encoder": list(encoder_ids), "decoder": list(decoder_ids)}
     cut = {stack: ids for stack, ids in kept.items() if ids != list(range(len(_layers(teacher, stack))))}
-    return replace(
+    run = replace(
         base, shape="-".join(str(len(ids)) for ids in kept.values()), encoder_layer_ids=cut.get("encoder"),
         decoder_layer_ids=cut.get("decoder"), training=replace(base.training, seed=seed),
         variant=", ".join(f"{stack} {' '.join(map(str, ids))}" for stack, ids in cut.items()),
     )  # fmt: skip
+    return fine_tuning.at_usual_rate(run, teacher)
 
 
 def seed_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> dict[tuple[str, str], np.ndarray]:

@@ -117,12 +117,12 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
 def _without_weights(teacher, shape: str, width: int, like: str = "") -> torch.nn.Module:
     """Return a student that has sizes only."""
     with torch.device("meta"):
-        return students.new_student(teacher, *runs.parse_shape(shape, teacher), width, like)
+        return students.new_student(teacher, *students.parse_shape(shape, teacher), width, like)
 
 
 def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     """Return the untrained student of a run; every path of a seed starts from the same weights."""
-    shape = runs.parse_shape(run.shape, teacher)
+    shape = students.parse_shape(run.shape, teacher)
     if run.init == "copied":
         return students.init_student(teacher, *shape)[0]
     torch.manual_seed(run.training.seed)

@@ -110,17 +110,6 @@ def grid(base: StudentRun, methods: list[str], shapes: list[str], seeds: list[in
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def parse_shape(shape: str, teacher) -> tuple[int, int]:
-    """Return (encoder layers, decoder layers) of a shape like "6-3", checked against the teacher's depths."""
-    try:
-        encoder, decoder = (int(part) for part in shape.split("-"))
-    except ValueError as error:
-        raise InputError(f"student shape {shape!r} is not a shape: write encoder-decoder layers, as in 6-3") from error
-    students.layer_map(len(students.encoder_layers(teacher)), encoder)
-    students.layer_map(len(students.decoder_layers(teacher)), decoder)
-    return encoder, decoder
-
-
 def check_runs(runs: list[StudentRun], teacher, num_validation: int = MIN_VALIDATION) -> None:
     """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
     if not runs:
@@ -148,7 +137,7 @@ def _check_run(run: StudentRun, teacher) -> None:
     if not 1 <= run.top_k <= teacher.config.vocab_size:
         raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
 
-    encoder, decoder = parse_shape(run.shape, teacher)
+    encoder, decoder = students.parse_shape(run.shape, teacher)
     for name, ids, layers, stack in (
         ("encoder_layer_ids", run.encoder_layer_ids, encoder, students.encoder_layers(teacher)),
         ("decoder_layer_ids", run.decoder_layer_ids, decoder, students.decoder_layers(teacher)),
@@ -170,7 +159,7 @@ def _check_run(run: StudentRun, teacher) -> None:
 
 def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     """Return the untrained student of a run, with its frozen parts, and the arguments its objective needs."""
-    shape = parse_shape(run.shape, teacher)
+    shape = students.parse_shape(run.shape, teacher)
     depths = len(students.encoder_layers(teacher)), len(students.decoder_layers(teacher))
     student, *copied = students.init_student(teacher, *shape, run.encoder_layer_ids, run.decoder_layer_ids)
     # A cut encoder has to learn to close its gaps; only a whole one can stay as it is.
@@ -193,16 +182,12 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         "kd_cached": weights,
     }.get(run.method, smoothing)
     facts = {"encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
-    return student, facts | {"options": options, "stored": _stored(run, shared, options) if run.cache_states else {}}
-
-
-def _stored(run: StudentRun, shared: bool, options: dict) -> dict[str, dict]:
-    """Return which states of the teacher are read from disk, {side: which of them}."""
-    layers = options.get("decoder_layer_ids", ()) if options.get("hidden_weight") else ()
-    decoder = {"layer_ids": list(layers), "match": run.match if layers else "outputs"}
+    layers = list(imitated[1]) if run.method == "kd" and run.hidden_weight else []
+    stored = {"encoder": {}} if shared else {}
     # Hidden states of an encoder that is trained are compared with the teacher's, which then has to run.
-    unread = options.get("teacher_dropout") or (layers and not shared) or run.method not in ("kd", "pl_kl")
-    return ({"encoder": {}} if shared else {}) | ({} if unread else {"decoder": decoder})
+    if run.method == "pl_kl" or (run.method == "kd" and not run.teacher_dropout and (shared or not layers)):
+        stored["decoder"] = {"layer_ids": layers, "match": run.match if layers else "outputs"}
+    return student, facts | {"options": options, "stored": stored if run.cache_states else {}}
 
 
 def _fields(run: StudentRun, *names: str) -> dict:
@@ -320,10 +305,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
 
 
 def stored_states(run: StudentRun, stored: dict, teacher, tokenizer, documents: Dataset, rows: Dataset) -> list[Path]:
-    """Return the folders of the states that a student reads (`cut_student`), each written once for all runs.
-
-    `rows` are the documents with the run's own targets.
-    """
+    """Return the folders of states that a student reads (`cut_student`); `rows` are the documents with its targets."""
     model, how = (run.teacher, teacher, tokenizer), (run.lengths, amp_dtype(precision=run.training.precision))
     folders = [encoder_states(*model, documents, *how)] if "encoder" in stored else []
     if "decoder" in stored:

@@ -80,6 +80,17 @@ def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
         raise InputError(f"{name} is {layers!r}: the teacher has {teacher_layers} layers, give 1 to {teacher_layers}")
 
 
+def parse_shape(shape: str, teacher: PreTrainedModel) -> tuple[int, int]:
+    """Return (encoder layers, decoder layers) of a shape like "6-3", checked against the teacher's depths."""
+    try:
+        encoder, decoder = (int(part) for part in shape.split("-"))
+    except ValueError as error:
+        raise InputError(f"student shape {shape!r} is not a shape: write encoder-decoder layers, as in 6-3") from error
+    layer_map(len(encoder_layers(teacher)), encoder)
+    layer_map(len(decoder_layers(teacher)), decoder)
+    return encoder, decoder
+
+
 def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
     """Return the ids; InputError for ids not in the teacher, named twice, or not as many as the student has layers."""
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
