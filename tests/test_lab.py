@@ -118,7 +118,7 @@ def errors(page) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "controls"),
-    [("01_teacher_setup", 3), ("02_layer_selection", 2), ("03_kd_pl_sft", 5), ("04_miniend", 0),
+    [("01_teacher_setup", 3), ("02_layer_selection", 2), ("03_kd_pl_sft", 5), ("04_miniend", 1),
      ("05_scaling_3b", 0), ("distill", 0)],
 )  # fmt: skip
 def test_run_all_shows_no_error_and_every_control_changes_what_it_draws(lab, tmp_path, name, controls):
