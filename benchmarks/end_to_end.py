@@ -5,8 +5,8 @@
 Both cut a 6-3 student of the embedded teacher, freeze the same weights and train it by KD on the same pairs at the same
 batch size, learning rate and schedule. The trainer takes the data as one writes it: `DataCollatorForSeq2Seq`, random
 order, all hidden states, both encoders. After every turn of `every` updates ROUGE-2 is measured on validation
-documents, off the clock, which holds all else: tokenizing, cutting, training. Compared is when each first reaches what
-both reach; `curves` hold (seconds, ROUGE-2) of both.
+documents, off the clock, which holds all else: tokenizing, cutting, teacher states, training. Compared is when each
+first reaches what both reach; `curves` hold (seconds, ROUGE-2) of both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distill_utils.data.batches import pair_stream, tokenize_pairs
 from distill_utils.data.loading import load_pairs
 from distill_utils.device import amp_dtype, device, seed_everything
 from distill_utils.distillation import objectives
+from distill_utils.distillation.teacher_states import with_states, write_states
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.models import students
@@ -59,9 +60,8 @@ def ours(turns: timing.Turns, case: dict) -> None:
         max_steps=case["updates"], batch_size=case["batch"], learning_rate=3e-4, warmup_steps=0, schedule="linear",
         eval_every=case["every"], checkpoint_every=0,
     )  # fmt: skip
-    stream = pair_stream(
-        tokenize_pairs(train, tokenizer, SOURCE, TARGET), tokenizer.pad_token_id, settings.batch_size, settings.seed
-    )
+    rows, pad = tokenize_pairs(train, tokenizer, SOURCE, TARGET), tokenizer.pad_token_id
+    stream = pair_stream(rows, pad, settings.batch_size, settings.seed)
     student, decoder_ids = cut(teacher)
     teacher.to(device()).requires_grad_(False)
     choose_attention(student.to(device()), SOURCE)
@@ -81,7 +81,12 @@ def ours(turns: timing.Turns, case: dict) -> None:
         return {}
 
     with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, teacher):
-        fit(student, lambda model, batch: loss(model, batch=batch), stream, settings, Path(folder), evaluate)
+        encoder, decoder = Path(folder) / "encoder", Path(folder) / "decoder"
+        options = {"pad_token_id": pad, "dtype": amp_dtype()}
+        write_states(encoder, teacher, rows, **options)
+        write_states(decoder, teacher, rows, layer_ids=decoder_ids, encoder=encoder, **options)
+        stream = with_states(stream, encoder, decoder)
+        fit(student, lambda model, batch: loss(model, batch=batch), stream, settings, Path(folder) / "run", evaluate)
 
 
 class Scored(InTurns):
