@@ -182,7 +182,7 @@ GIVEN = {
     "num_validation": 24, "num_test": 16, "max_source_length": 24, "max_target_length": 10, "student_shapes": [],
     "methods": ["sft", "pl_kl"], "learning_rates": [0.003], "label_beams": 1, "decoding": ["num_beams=1"],
     "first_rung": 6, "batch_size": 8, "warmup_steps": 1, "seed": 0, "num_timed": 1, "max_rungs": 0,
-    "encoder_cache_gb": 1.0,
+    "encoder_cache_gb": 1.0, "workers": 1, "slurm": "",
 }  # fmt: skip
 
 

@@ -1,0 +1,168 @@
+"""Work shared out to processes by submitit: `--workers N` on this machine, `--slurm PARTITION` on a cluster.
+
+What is shared out must be safe to repeat, as building an artifact is: a process that dies is replaced, and its
+successor goes on from the last checkpoint. Out of scope: what is computed.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+from distill_utils.artifacts import REPOSITORY, InputError, report_progress, runs_dir
+
+TRIES = 3  # processes that one piece of work may lose
+LOG_LINES = 3  # shown of one that died
+MAX_JOBS = 64  # in a cluster's queue at once
+POLL_SECONDS, SLURM_SECONDS = 0.2, 5.0  # between looks at what runs here, and at the cluster's queue
+LATE_SECONDS = 20.0  # a file from another machine may become visible so much later
+ENDING_SECONDS = 5.0  # that a stopped process has to end
+
+
+def check_workers(workers: int, slurm: str = "") -> None:
+    """Reject what cannot start here, before anything is computed."""
+    if workers < 1:
+        raise InputError(f"workers {workers} is too small: give at least 1")
+    if slurm and workers > 1:
+        raise InputError(f"workers {workers} and slurm {slurm!r} exclude each other: leave one out")
+    if (slurm or workers > 1) and not importlib.util.find_spec("submitit"):
+        raise InputError("workers and slurm need submitit: install it by `pip install submitit`")
+    if slurm and not shutil.which("sbatch"):
+        raise InputError(f"slurm {slurm!r}: no sbatch here: start from a machine of the cluster, or use workers")
+
+
+def share_out(
+    function: Callable, items: Mapping[str, tuple], workers: int = 1, slurm: str = "", threads: int = 0
+) -> dict:  # fmt: skip
+    """Return {name: function(*arguments)} of the items, in their order, each computed by a process of its own.
+
+    At most `workers` run at once, each with its share of the `threads` (0: of the processors), or with one of the GPUs
+    in turn; with `slurm`, the name of a partition, jobs wait in its queue. A process that was killed is replaced, TRIES
+    in all. Raises InputError as the first process that does, and for work whose processes all died; RuntimeError with
+    the trace for any other exception. Processes that still run are stopped then.
+    """
+    check_workers(workers, slurm)
+    import submitit
+
+    (runs_dir() / "workers").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=runs_dir() / "workers", prefix=time.strftime("%m%d-%H%M%S-")))
+    executor = submitit.SlurmExecutor(folder) if slurm else submitit.LocalExecutor(folder)
+    # What sbatch should know beyond the partition is in its environment, as SBATCH_TIMELIMIT or SBATCH_GPUS.
+    places = {"partition": slurm, "job_name": "distill", "time": None} if slurm else {"timeout_min": 60 * 24 * 365}
+    executor.update_parameters(**places)
+    threads = max(1, (threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)) // workers)
+    gpus = [] if slurm else _gpus()
+    waiting, running, results, lost = list(items), {}, {}, Counter()
+    free = list(range(MAX_JOBS if slurm else workers))
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, slot = waiting.pop(0), free.pop(0)
+                if gpus:  # not by update_parameters, which knows no names of GPUs
+                    executor.parameters |= {"gpus_per_node": 1, "visible_gpus": [gpus[slot % len(gpus)]]}
+                with _environment({} if slurm else {"OMP_NUM_THREADS": str(threads)}):
+                    work = partial(_work, function, items[name], 0 if slurm else os.getpid())
+                    running[name] = slot, executor.submit(work)
+            time.sleep(SLURM_SECONDS if slurm else POLL_SECONDS)
+            for name in _ended({name: job for name, (_, job) in running.items()}, bool(slurm)):
+                slot, job = running.pop(name)
+                free.append(slot)
+                if job.paths.result_pickle.exists():
+                    results[name] = _result(name, job)
+                    print(f"{name}: done, {len(results)} of {len(items)}", flush=True)
+                    continue
+                lost[name] += 1
+                if lost[name] == TRIES:
+                    raise InputError(f"{name}: its process was killed {TRIES} times, most often because memory ran "
+                                     f"out: use fewer workers; the end of its log: {_log_end(job)}")  # fmt: skip
+                print(f"{name}: its process was killed and is replaced", flush=True)
+                waiting.insert(0, name)
+            report_progress(folder, "shared work", len(results), len(items), "parts")
+    finally:
+        _stop([job for _, job in running.values()], bool(slurm))
+    shutil.rmtree(folder)
+    return {name: results[name] for name in items}
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]):
+    """Make this the environment of processes that are started inside the block."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "DISTILL_WAIT": "1"} | changes):
+        os.environ.pop("DISTILL_NOTEBOOK_RUN", None)  # several at once would overwrite one another's progress
+        yield
+
+
+def _work(function: Callable, arguments: tuple, caller: int) -> tuple[object, str]:
+    """Return what the function does and ""; or None and the line of its InputError. In the new process."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning: until it kills there is time to train
+    if caller:
+        threading.Thread(target=end_with, args=(caller,), daemon=True).start()
+    try:
+        return function(*arguments), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def end_with(pid: int) -> None:
+    """End this process when the one that wanted its work is gone: nobody would take over what it makes."""
+    with contextlib.suppress(OSError):
+        while True:
+            os.kill(pid, 0)
+            time.sleep(1.0)
+    os._exit(1)
+
+
+def _ended(jobs: dict, slurm: bool) -> list[str]:
+    """Return the names of the jobs that left a result or are gone; by squeue, as sacct is not everywhere."""
+    done = [name for name, job in jobs.items() if (job.paths.result_pickle.exists() if slurm else job.done())]
+    if not slurm or len(done) == len(jobs):
+        return done
+    listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%A"], capture_output=True, text=True)
+    gone = [name for name, job in jobs.items() if name not in done and job.job_id not in listed.stdout.split()]
+    if listed.returncode or not gone:
+        return done
+    time.sleep(LATE_SECONDS)
+    return done + gone
+
+
+def _result(name: str, job) -> object:
+    from submitit.core.utils import FailedJobError
+
+    try:
+        value, refused = job.result()
+    except FailedJobError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    if refused:
+        raise InputError(refused)
+    return value
+
+
+def _log_end(job) -> str:
+    lines = [line.strip() for line in (job.stderr() or job.stdout() or "").splitlines() if line.strip()]
+    return " | ".join(lines[-LOG_LINES:]) or "(empty)"
+
+
+def _stop(jobs: list, slurm: bool) -> None:
+    for job in jobs:
+        job.cancel(check=False)
+    until = time.monotonic() + ENDING_SECONDS
+    while not slurm and not all(job.done() for job in jobs) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
