@@ -46,10 +46,11 @@ def share_out(
 ) -> dict:  # fmt: skip
     """Return {name: function(*arguments)} of the items, in their order, each computed by a process of its own.
 
-    At most `workers` run at once, each with its share of the `threads` (0: of the processors), or with one of the GPUs
-    in turn; with `slurm`, the name of a partition, jobs wait in its queue. A process that was killed is replaced, TRIES
-    in all. Raises InputError as the first process that does, and for work whose processes all died; RuntimeError with
-    the trace for any other exception. Processes that still run are stopped then.
+    At most `workers` run at once, each with its share of the `threads` (0: OMP_NUM_THREADS, or the processors) and one
+    of the GPUs in turn. With `slurm`, a partition, jobs with as many threads wait in its queue; what else sbatch should
+    know is in its environment, as SBATCH_TIMELIMIT and SBATCH_GPUS; runs/ must be on a disk that all machines share.
+    A process that was killed is replaced, TRIES in all. Raises InputError as the first process that does, and for work
+    whose processes all died; RuntimeError with the trace of any other exception. What still runs is stopped then.
     """
     check_workers(workers, slurm)
     import submitit
@@ -57,10 +58,10 @@ def share_out(
     (runs_dir() / "workers").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=runs_dir() / "workers", prefix=time.strftime("%m%d-%H%M%S-")))
     executor = submitit.SlurmExecutor(folder) if slurm else submitit.LocalExecutor(folder)
-    # What sbatch should know beyond the partition is in its environment, as SBATCH_TIMELIMIT or SBATCH_GPUS.
-    places = {"partition": slurm, "job_name": "distill", "time": None} if slurm else {"timeout_min": 60 * 24 * 365}
-    executor.update_parameters(**places)
     threads = max(1, (threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)) // workers)
+    # Without srun, which would give its step one processor; the time limit is the partition's.
+    cluster = {"partition": slurm, "cpus_per_task": threads, "time": None, "job_name": "distill", "use_srun": False}
+    executor.update_parameters(**cluster if slurm else {"timeout_min": 60 * 24 * 365})
     gpus = [] if slurm else _gpus()
     waiting, running, results, lost = list(items), {}, {}, Counter()
     free = list(range(MAX_JOBS if slurm else workers))
@@ -70,9 +71,9 @@ def share_out(
                 name, slot = waiting.pop(0), free.pop(0)
                 if gpus:  # not by update_parameters, which knows no names of GPUs
                     executor.parameters |= {"gpus_per_node": 1, "visible_gpus": [gpus[slot % len(gpus)]]}
-                with _environment({} if slurm else {"OMP_NUM_THREADS": str(threads)}):
+                with _environment({"OMP_NUM_THREADS": str(threads)}):
                     work = partial(_work, function, items[name], 0 if slurm else os.getpid())
-                    running[name] = slot, executor.submit(work)
+                    running[name] = slot, _submit(executor, work)
             time.sleep(SLURM_SECONDS if slurm else POLL_SECONDS)
             for name in _ended({name: job for name, (_, job) in running.items()}, bool(slurm)):
                 slot, job = running.pop(name)
@@ -92,6 +93,15 @@ def share_out(
         _stop([job for _, job in running.values()], bool(slurm))
     shutil.rmtree(folder)
     return {name: results[name] for name in items}
+
+
+def _submit(executor, work: Callable):
+    from submitit.core.utils import FailedJobError
+
+    try:
+        return executor.submit(work)
+    except FailedJobError as error:
+        raise InputError(f"sbatch takes no job: {' '.join(str(error).split())}") from error
 
 
 def _gpus() -> list[str]:
