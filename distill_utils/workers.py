@@ -6,6 +6,7 @@ successor goes on from the last checkpoint. Out of scope: what is computed.
 
 import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -21,12 +22,10 @@ from unittest import mock
 
 from distill_utils.artifacts import REPOSITORY, InputError, report_progress, runs_dir
 
-TRIES = 3  # processes that one piece of work may lose
-LOG_LINES = 3  # shown of one that died
+TRIES, LOG_LINES = 3, 3  # processes that one piece of work may lose, and lines shown of the last one's log
 MAX_JOBS = 64  # in a cluster's queue at once
 POLL_SECONDS, SLURM_SECONDS = 0.2, 5.0  # between looks at what runs here, and at the cluster's queue
 LATE_SECONDS = 20.0  # a file from another machine may become visible so much later
-ENDING_SECONDS = 5.0  # that a stopped process has to end
 
 
 def check_workers(workers: int, slurm: str = "") -> None:
@@ -41,67 +40,65 @@ def check_workers(workers: int, slurm: str = "") -> None:
         raise InputError(f"slurm {slurm!r}: no sbatch here: start from a machine of the cluster, or use workers")
 
 
-def share_out(
-    function: Callable, items: Mapping[str, tuple], workers: int = 1, slurm: str = "", threads: int = 0
-) -> dict:  # fmt: skip
+def share_out(function: Callable, items: Mapping[str, tuple], workers: int = 1, slurm: str = "") -> dict:
     """Return {name: function(*arguments)} of the items, in their order, each computed by a process of its own.
 
-    At most `workers` run at once, each with its share of the `threads` (0: OMP_NUM_THREADS, or the processors) and one
-    of the GPUs in turn. With `slurm`, a partition, jobs with as many threads wait in its queue; what else sbatch should
+    At most `workers` run at once, each with its share of the threads (OMP_NUM_THREADS, else the processors) and one of
+    the GPUs in turn. With `slurm`, a partition, jobs with all these threads wait in its queue; what else sbatch should
     know is in its environment, as SBATCH_TIMELIMIT and SBATCH_GPUS; runs/ must be on a disk that all machines share.
     A process that was killed is replaced, TRIES in all. Raises InputError as the first process that does, and for work
     whose processes all died; RuntimeError with the trace of any other exception. What still runs is stopped then.
     """
     check_workers(workers, slurm)
     import submitit
+    from submitit.core.utils import FailedJobError
 
     (runs_dir() / "workers").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=runs_dir() / "workers", prefix=time.strftime("%m%d-%H%M%S-")))
     executor = submitit.SlurmExecutor(folder) if slurm else submitit.LocalExecutor(folder)
-    threads = max(1, (threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)) // workers)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // workers)
     # Without srun, which would give its step one processor; the time limit is the partition's.
     cluster = {"partition": slurm, "cpus_per_task": threads, "time": None, "job_name": "distill", "use_srun": False}
     executor.update_parameters(**cluster if slurm else {"timeout_min": 60 * 24 * 365})
-    gpus = [] if slurm else _gpus()
+    gpus, free = ([], list(range(MAX_JOBS))) if slurm else (_gpus(), list(range(workers)))
     waiting, running, results, lost = list(items), {}, {}, Counter()
-    free = list(range(MAX_JOBS if slurm else workers))
     try:
         while waiting or running:
             while waiting and free:
                 name, slot = waiting.pop(0), free.pop(0)
-                if gpus:  # not by update_parameters, which knows no names of GPUs
+                if gpus:  # not by update_parameters, which takes numbers alone
                     executor.parameters |= {"gpus_per_node": 1, "visible_gpus": [gpus[slot % len(gpus)]]}
-                with _environment({"OMP_NUM_THREADS": str(threads)}):
-                    work = partial(_work, function, items[name], 0 if slurm else os.getpid())
-                    running[name] = slot, _submit(executor, work)
+                work = partial(_work, function, items[name], 0 if slurm else os.getpid())
+                try:
+                    running[name] = slot, _submit(executor, work, threads)
+                except FailedJobError as error:
+                    raise InputError(f"sbatch takes no job: {' '.join(str(error).split())}") from error
             time.sleep(SLURM_SECONDS if slurm else POLL_SECONDS)
             for name in _ended({name: job for name, (_, job) in running.items()}, bool(slurm)):
                 slot, job = running.pop(name)
                 free.append(slot)
                 if job.paths.result_pickle.exists():
-                    results[name] = _result(name, job)
+                    try:
+                        results[name], refused = job.result()
+                    except FailedJobError as error:
+                        raise RuntimeError(f"{name}: {error}") from error
+                    if refused:
+                        raise InputError(refused)
                     print(f"{name}: done, {len(results)} of {len(items)}", flush=True)
                     continue
                 lost[name] += 1
                 if lost[name] == TRIES:
+                    log = " | ".join((job.stderr() or "(empty)").strip().splitlines()[-LOG_LINES:])
                     raise InputError(f"{name}: its process was killed {TRIES} times, most often because memory ran "
-                                     f"out: use fewer workers; the end of its log: {_log_end(job)}")  # fmt: skip
+                                     f"out: use fewer workers; the end of its log: {log}")  # fmt: skip
                 print(f"{name}: its process was killed and is replaced", flush=True)
                 waiting.insert(0, name)
             report_progress(folder, "shared work", len(results), len(items), "parts")
     finally:
-        _stop([job for _, job in running.values()], bool(slurm))
+        for _, job in running.values():
+            job.cancel(check=False)
     shutil.rmtree(folder)
     return {name: results[name] for name in items}
-
-
-def _submit(executor, work: Callable):
-    from submitit.core.utils import FailedJobError
-
-    try:
-        return executor.submit(work)
-    except FailedJobError as error:
-        raise InputError(f"sbatch takes no job: {' '.join(str(error).split())}") from error
 
 
 def _gpus() -> list[str]:
@@ -111,13 +108,13 @@ def _gpus() -> list[str]:
     return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
 
 
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]):
-    """Make this the environment of processes that are started inside the block."""
+def _submit(executor, work: Callable, threads: int):
+    """Start a process, or queue it, with the environment of a worker."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "DISTILL_WAIT": "1"} | changes):
+    changes = {"PYTHONPATH": path, "DISTILL_WAIT": "1", "OMP_NUM_THREADS": str(threads)}
+    with mock.patch.dict(os.environ, changes), contextlib.redirect_stderr(io.StringIO()):  # errors repeat what is there
         os.environ.pop("DISTILL_NOTEBOOK_RUN", None)  # several at once would overwrite one another's progress
-        yield
+        return executor.submit(work)
 
 
 def _work(function: Callable, arguments: tuple, caller: int) -> tuple[object, str]:
@@ -151,28 +148,3 @@ def _ended(jobs: dict, slurm: bool) -> list[str]:
         return done
     time.sleep(LATE_SECONDS)
     return done + gone
-
-
-def _result(name: str, job) -> object:
-    from submitit.core.utils import FailedJobError
-
-    try:
-        value, refused = job.result()
-    except FailedJobError as error:
-        raise RuntimeError(f"{name}: {error}") from error
-    if refused:
-        raise InputError(refused)
-    return value
-
-
-def _log_end(job) -> str:
-    lines = [line.strip() for line in (job.stderr() or job.stdout() or "").splitlines() if line.strip()]
-    return " | ".join(lines[-LOG_LINES:]) or "(empty)"
-
-
-def _stop(jobs: list, slurm: bool) -> None:
-    for job in jobs:
-        job.cancel(check=False)
-    until = time.monotonic() + ENDING_SECONDS
-    while not slurm and not all(job.done() for job in jobs) and time.monotonic() < until:
-        time.sleep(POLL_SECONDS)

@@ -261,8 +261,7 @@ def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, mo
 
 @pytest.mark.slow
 def test_two_workers_end_with_the_winner_and_weights_of_one(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # shared by two: one for each, as here
-    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", str(2 * torch.get_num_threads()))  # shared by two: as many as here
     whole, folder = run_tiny_race(given)
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "shared"))
     capsys.readouterr()

@@ -22,15 +22,17 @@ def runs(tmp_path, monkeypatch):
 def test_results_come_in_order_by_processes_that_share_the_threads(runs, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs))
+    monkeypatch.setattr(workers, "_gpus", lambda: ["2"])
 
     def task(seconds: float) -> tuple:  # a closure travels whole: this file is not importable there
         time.sleep(seconds)
-        return seconds, os.getpid(), os.environ["OMP_NUM_THREADS"], os.environ.get("DISTILL_NOTEBOOK_RUN")
+        found = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "DISTILL_NOTEBOOK_RUN")]
+        return seconds, os.getpid(), *found
 
     found = share_out(task, {"late": (1.5,), "soon": (0.0,), "then": (0.1,)}, workers=2)
     assert list(found) == ["late", "soon", "then"] and [value[0] for value in found.values()] == [1.5, 0.0, 0.1]
     assert len({value[1] for value in found.values()} | {os.getpid()}) == 4
-    assert {value[2:] for value in found.values()} == {("2", None)}
+    assert {value[2:] for value in found.values()} == {("2", "2", None)}
     assert not list((runs / "workers").iterdir())  # what worked leaves nothing
 
 
@@ -59,6 +61,17 @@ def test_one_that_always_dies_is_named_with_the_end_of_its_log(tmp_path):
         share_out(task, {"bad": (tmp_path / "tries",), "long": ("",)}, workers=2)
     assert "\n" not in str(error.value) and (tmp_path / "tries").read_text().split() == ["tried"] * workers.TRIES
     assert time.monotonic() - began < 60  # the other was stopped
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d0b")
+    assert workers._gpus() == ["3", "GPU-5d0b"]
+
+    def task() -> str:
+        time.sleep(1)
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    assert set(share_out(task, {"a": (), "b": ()}, workers=2).values()) == {"3", "GPU-5d0b"}
 
 
 def test_errors_of_a_process_reach_the_caller():

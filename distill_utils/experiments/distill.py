@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from distill_utils.artifacts import InputError, read_json
@@ -187,7 +186,7 @@ def train_ahead(asked: Request, plan: Mapping[str, runs.StudentRun], wanted: Seq
     given = asked.given | {"train_teacher": False, "output": "", "workers": 1, "slurm": ""}
     found = {f"{each[0]}, {each[1]} updates, seed {each[2]}": student_run(asked, plan, *each) for each in wanted}
     items = {name: (given, run) for name, run in found.items()}
-    share_out(_train_alone, items, workers, slurm, torch.get_num_threads())
+    share_out(_train_alone, items, workers, slurm)
 
 
 def _train_alone(given: dict, run: runs.StudentRun) -> None:
