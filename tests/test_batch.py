@@ -224,7 +224,7 @@ def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
     write_notebook(folder, "02_works", [code(check), code(SAVE)])
     done = run_report(tmp_path, "01", "02", "-p", "num_train=7", "-p", "learning_rate=1e-3")
     assert done.returncode == 1
-    assert "01_raises: code cell 2 of 3 raised ZeroDivisionError" in done.stderr
+    assert "01_raises: code cell 3 of 4 raised ZeroDivisionError" in done.stderr
     assert done.stderr.rstrip().splitlines()[-2].strip() == "ZeroDivisionError: division by zero"
     assert {path.stem for path in (tmp_path / "reports").iterdir()} == {"02_works", "history", "index", "results"}
     changed = json.loads((tmp_path / "reports/02_works.json").read_text())["changed"]
