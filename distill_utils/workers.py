@@ -50,6 +50,8 @@ def share_out(function: Callable, items: Mapping[str, tuple], workers: int = 1, 
     whose processes all died; RuntimeError with the trace of any other exception. What still runs is stopped then.
     """
     check_workers(workers, slurm)
+    # Setting up its logs would close those of others; rouge-score's absl then closes the stderr that it first saw.
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
     import submitit
     from submitit.core.utils import FailedJobError
 
