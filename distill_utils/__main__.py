@@ -54,13 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
     swept = commands.add_parser(
         "sweep",
         help="run a notebook for every combination of parameter values",
-        description="Run a notebook for every combination of a grid, one after another; the same command goes on with "
-        "what is not finished.",
+        description="Run a notebook for every combination of a grid; the same command goes on with what is not "
+        "finished.",
         epilog=SWEEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     swept.add_argument("grid", type=Path, metavar="GRID.yaml")
     swept.add_argument("--output", type=Path, metavar="FOLDER", help="of the pages; default: the grid's name")
+    swept.add_argument("--workers", type=int, default=1, metavar="N", help="combinations at once here (default 1)")
+    swept.add_argument("--slurm", default="", metavar="PARTITION", help="or each as a Slurm job of this partition")
     add_told(swept)
     listing = commands.add_parser("list", help="show the trained students: name, score, speed, size, date")
     listing.add_argument("--json", action="store_true", help="as JSON")
@@ -106,6 +108,8 @@ def add_distill(commands) -> None:
     parser.add_argument("--int8", action="store_true", help="the budget is about the student in int8, on a CPU")
     parser.add_argument("--hours", default="1", help="for everything (default 1)")
     parser.add_argument("--metric", default="rouge2", help="what validation documents decide by (default rouge2)")
+    parser.add_argument("--workers", default="1", metavar="N", help="processes that share a rung here (default 1)")
+    parser.add_argument("--slurm", default="", metavar="PARTITION", help="or each student as a Slurm job")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the student")
     add_told(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what fits and what it costs, train nothing")
@@ -149,7 +153,7 @@ def use_student(arguments: argparse.Namespace) -> int:
 
 def distill(arguments: argparse.Namespace) -> int:
     """Check what was asked, then print the plan of a race or run it as its notebook."""
-    names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric")
+    names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric", "workers", "slurm")
     flags = {name: str(getattr(arguments, name)).lower() for name in ("int8", "train_teacher")}
     given = {name: getattr(arguments, name) for name in names} | flags
     for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
@@ -175,8 +179,9 @@ def distill(arguments: argparse.Namespace) -> int:
 def output_folder(output: Path, asked: dict):
     """Hold the folder that a student goes to; InputError when another race does, or when it has other contents.
 
-    What was asked for is kept in runs/, so that the same command finds its own folder again.
+    What was asked for is kept in runs/, so that the same command finds its own folder again, by whichever workers.
     """
+    asked = {name: value for name, value in asked.items() if name not in ("workers", "slurm")}
     kept = runs_dir() / f"distill-{config_hash(str(output))}"
     with lock(kept):
         mine = (kept / "config.json").exists() and read_json(kept / "config.json") == asked
@@ -196,7 +201,8 @@ def main(argv: list[str] | None = None) -> int:
             return distill(arguments)
         if arguments.command == "sweep":
             plans = sweep.read_grid(arguments.grid)
-            return sweep.run_sweep(plans, arguments.output or Path(arguments.grid.stem), arguments.told)
+            output = arguments.output or Path(arguments.grid.stem)
+            return sweep.run_sweep(plans, output, arguments.told, arguments.workers, arguments.slurm)
         if arguments.command != "teachers":
             return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher

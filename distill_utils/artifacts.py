@@ -133,13 +133,16 @@ def folder_atomic(folder: Path | str):
 
 
 @contextlib.contextmanager
-def lock(folder: Path | str):
-    """Hold a run folder; InputError when a live process holds it, while the lock of a dead one is free at once."""
-    folder = Path(folder)
+def lock(folder: Path | str, wait: bool = False):
+    """Hold a run folder; InputError when a live process holds it, while the lock of a dead one is free at once.
+
+    With `wait`, or where DISTILL_WAIT is set (workers.py), it waits instead: workers need the same labels, say.
+    """
+    folder, wait = Path(folder), wait or bool(os.environ.get("DISTILL_WAIT"))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"

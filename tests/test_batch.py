@@ -373,6 +373,21 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
     broken.clear()
     ran.clear()
     assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
+    with pytest.raises(InputError, match="workers 0 is too small"):
+        sweep.run_sweep(plans, tmp_path / "out", workers=0)
     (tmp_path / "out" / f"{plans[2].name}.json").write_text('{"parameters": {}}')  # of a notebook from before
     ran.clear()
     assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]
+
+
+def test_workers_of_a_sweep_make_its_pages_and_one_index(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    cells = [code("assert seed != 1"), code(SAVE)]
+    write_notebook(tmp_path / "notebooks", "01_first", cells)
+    plans = sweep.read_grid(write_grid(tmp_path, "notebook: 1\ngrid: {seed: [0, 1, 2]}"), tmp_path / "notebooks")
+    assert sweep.run_sweep(plans, tmp_path / "out", workers=3) == batch.NOTEBOOK_RAISED
+    said = capsys.readouterr()
+    assert "3 of 3" in said.out and "01_first: code cell 2 of 3 raised AssertionError" in said.err
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert [f"seed%3D{seed}/01_first.html" in index for seed in range(3)] == [True, False, True]
+    assert len((tmp_path / "out" / "history.csv").read_text().splitlines()) == 1 + 2

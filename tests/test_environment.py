@@ -39,6 +39,7 @@ ONLY_IN = {
     "nbconvert": {"pages"},
     "nbformat": {"batch", "settings"},
     "nbclient": {"batch"},
+    "submitit": {"workers"},
 }
 
 
@@ -244,7 +245,9 @@ def test_special_packages_stay_in_their_files(path):
 
 def test_imported_packages_are_declared():
     """Nothing works only because another package happens to bring it."""
-    declared = {canonicalize_name(Requirement(line).name) for line in project()["project"]["dependencies"]}
+    table = project()["project"]
+    lines = [*table["dependencies"], *table["optional-dependencies"]["slurm"]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
     providers = importlib.metadata.packages_distributions()
     for path in package_files():
         for root in {name.partition(".")[0] for name in imports(path)}:

@@ -144,14 +144,16 @@ def test_hours_below_one_rung_name_what_is_needed():
 
 def test_worse_candidates_and_those_without_time_are_told_apart():
     means = {"a": 20.0, "b": 20.1, "c": 19.9, "d": 10.0}
-    score = Scores(means)
-    found = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 400.0 + 220 + 400, score)
+    score, ahead = Scores(means), []
+    found = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 400.0 + 220 + 400, score, ahead.append)
     assert found["fates"] == {
         "a": "not separated from the winner", "b": "winner", "c": "dropped for time before 200 updates",
         "d": "worse after 100 updates",
     }  # fmt: skip
     assert found["finalists"] == {"a": 2, "b": 2} or found["finalists"] == {"b": 2, "a": 2}
     assert score.asked[4:] == [("b", 200, 0), ("a", 200, 0), ("b", 200, 1), ("a", 200, 1)]
+    # what workers share: a rung, a rung, the finalists' second seeds
+    assert ahead == [score.asked[:4], score.asked[4:6], score.asked[6:]]
     assert found["seconds"] == 1020.0 and "used up" in found["ended"]
     again = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 1020.0, Scores(means))
     assert again["winner"] == found["winner"] and again["rows"] == found["rows"]
@@ -182,7 +184,7 @@ GIVEN = {
     "num_validation": 24, "num_test": 16, "max_source_length": 24, "max_target_length": 10, "student_shapes": [],
     "methods": ["sft", "pl_kl"], "learning_rates": [0.003], "label_beams": 1, "decoding": ["num_beams=1"],
     "first_rung": 6, "batch_size": 8, "warmup_steps": 1, "seed": 0, "num_timed": 1, "max_rungs": 0,
-    "cache_gb": 1.0,
+    "cache_gb": 1.0, "workers": 1, "slurm": "",
 }  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def run_tiny_race(given: dict, rungs: int = 2, killed_at: int | None = None) -> 
             raise KeyboardInterrupt
         return distill.trained_and_scored(asked, plan, name, updates, seed)
 
-    found = race.run_race(made, seconds, score)
+    found = race.run_race(made, seconds, score, partial(distill.train_ahead, asked, plan))
     return found, asked.made[found["winner"], found["updates"], found["seed"]][0]
 
 
@@ -257,9 +259,26 @@ def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, mo
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
+def test_two_workers_end_with_the_winner_and_weights_of_one(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(2 * torch.get_num_threads()))  # shared by two: as many as here
+    whole, folder = run_tiny_race(given)
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "shared"))
+    capsys.readouterr()
+    shared, same = run_tiny_race(given | {"workers": 2})
+    assert shared == whole and same != folder and same.name == folder.name
+    one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    out = capsys.readouterr().out
+    assert "4 of 4" in out and "building runs/sft" not in out and "building runs/pl_kl" not in out
+    assert not list((tmp_path / "shared" / "workers").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"workers": 0}, "workers 0 is too small"),
+        ({"workers": 2, "slurm": "long"}, "exclude each other"),
         ({"parameters": ""}, "no budget: give latency"),
         ({"hours": 0.0}, "hours 0 is not positive"),
         ({"metric": "bleu"}, "metric 'bleu' is unknown"),
@@ -375,6 +394,7 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "config.json").touch()
     assert main(command) == 0  # the same race goes on in its own folder, another one does not
+    assert main([*command, "--workers", "2"]) == 0  # by more workers it is the same race
     assert main([*command, "--hours", "2"]) == 2
 
     def second(plans, reports, told):

@@ -27,6 +27,7 @@ from distill_utils.experiments.pricing import COOLDOWN, UNPRICED, Request, measu
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.report.style import HEADINGS, method_label
 from distill_utils.training.loop import Training
+from distill_utils.workers import check_workers, share_out
 
 MAX_CANDIDATES = 9
 RATE_FACTORS = (1.0, 2.0, 0.5)  # of the usual learning rate, in the order in which they are tried
@@ -38,6 +39,7 @@ def prepare(given: dict, train: bool = True) -> Request:
 
     With `train_teacher` the teacher is fine-tuned here, unless `train` is False, which only prices it.
     """
+    check_workers(given["workers"], given["slurm"])
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
     if not given["student_shapes"] and not any(asdict(limits).values()):
         raise InputError("no budget: give latency, speedup, parameters or memory, or fix student_shapes")
@@ -164,11 +166,31 @@ def trained_and_scored(
     asked: Request, plan: Mapping[str, runs.StudentRun], name: str, updates: int, seed: int
 ) -> np.ndarray:
     """Train one student as a branch of its candidate's trunk and return its scores, one per validation document."""
-    run = student_run(asked, plan, name, updates, seed)
+    made = asked.made[name, updates, seed] = _train_and_test(asked, student_run(asked, plan, name, updates, seed))
+    return scoring.read_scores(made[1])[asked.given["metric"]]
+
+
+def _train_and_test(asked: Request, run: runs.StudentRun) -> tuple[Path, Path]:
     trained = runs.train_student(run, asked.teacher, asked.tokenizer, asked.splits["train"], asked.splits["validation"])
-    tested = tested_on(asked, "validation", f"{run.name}-{updates}", trained)
-    asked.made[name, updates, seed] = trained, tested
-    return scoring.read_scores(tested)[asked.given["metric"]]
+    return trained, tested_on(asked, "validation", f"{run.name}-{run.training.max_steps}", trained)
+
+
+def train_ahead(asked: Request, plan: Mapping[str, runs.StudentRun], wanted: Sequence[tuple[str, int, int]]) -> None:
+    """Train and score students by several workers where these are asked for; `trained_and_scored` reuses them then.
+
+    Weights are those of one worker with as many threads: another number of threads adds numbers in another order.
+    """
+    workers, slurm = asked.given["workers"], asked.given["slurm"]
+    if workers == 1 and not slurm:
+        return
+    given = asked.given | {"train_teacher": False, "output": "", "workers": 1, "slurm": ""}
+    found = {f"{each[0]}, {each[1]} updates, seed {each[2]}": student_run(asked, plan, *each) for each in wanted}
+    items = {name: (given, run) for name, run in found.items()}
+    share_out(_train_alone, items, workers, slurm)
+
+
+def _train_alone(given: dict, run: runs.StudentRun) -> None:
+    _train_and_test(prepare(given), run)
 
 
 def student_run(

@@ -48,6 +48,7 @@ from distill_utils.models.loading import load_model, save_model
 from distill_utils.training import loop
 from distill_utils.training.distributed import gather, rank_and_world_size
 from distill_utils.training.loop import Training
+from distill_utils.workers import end_with
 
 WHOLE_BYTES = 2e9  # of weights; a smaller model is held whole by each process: its passes then wait for no other
 STOP_SECONDS = 45  # torchrun gives its processes 30 to end by themselves
@@ -293,20 +294,11 @@ def _failure(place: Path) -> Exception:
 # ------------------------------------------------------------------------------------------------- started by torchrun
 
 
-def _end_with(pid: int) -> None:
-    """End this process when the one that wanted the run is gone: nobody would take over what it makes."""
-    with contextlib.suppress(OSError):
-        while True:
-            os.kill(pid, 0)
-            time.sleep(1.0)
-    os._exit(1)
-
-
 def main() -> None:
     """Do one process's part, and leave word of an error where the launching process looks for it."""
     folder = Path(sys.argv[1])
     if "DISTILL_LAUNCHER" in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ["DISTILL_LAUNCHER"]),), daemon=True).start()
+        threading.Thread(target=end_with, args=(int(os.environ["DISTILL_LAUNCHER"]),), daemon=True).start()
     try:
         work(folder)
     except BaseException as error:

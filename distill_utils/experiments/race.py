@@ -90,13 +90,17 @@ def check_hours(prices: Mapping, seconds: float) -> None:
     )
 
 
-def run_race(prices: Mapping, seconds: float, score: Callable[[str, int, int], np.ndarray]) -> dict:
+def run_race(
+    prices: Mapping, seconds: float, score: Callable[[str, int, int], np.ndarray],
+    ahead: Callable[[list[tuple[str, int, int]]], None] = lambda students: None,
+) -> dict:  # fmt: skip
     """Race the candidates and return the winner, how it won, and what happened to all others.
 
     `score(name, updates, seed)` trains one student and returns its scores, one per validation document; seed 0 is the
-    race's, 1 the finalists' second. Only what a 95 % interval separates from the best of its rung is "worse"; what the
-    time does not pay for is "dropped for time". The race ends when the time does, or when nobody gained from twice the
-    updates. A candidate stands for its best rung.
+    race's, 1 the finalists' second. `ahead` gets all that is scored next, before that. Only what a 95 %
+    interval separates from the best of its rung is "worse"; what the time does not pay for is "dropped for time". The
+    race ends when the time does, or when nobody gained from twice the updates. A candidate stands for its best rung.
+    The time is that of one worker: with several a race makes the same choices and is over sooner.
     """
     check_hours(prices, seconds)
     scores: dict[str, dict[int, np.ndarray]] = {name: {} for name in prices["candidates"]}
@@ -105,6 +109,7 @@ def run_race(prices: Mapping, seconds: float, score: Callable[[str, int, int], n
     while kept := next_rung(prices, ranked, rung, spent, seconds):
         updates = updates_at(prices, rung)
         fates |= {name: f"dropped for time before {updates} updates" for name in ranked if name not in kept}
+        ahead([(name, updates, 0) for name in kept])
         for name in kept:
             scores[name][updates] = score(name, updates, 0)
         spent += paid(prices, kept, rung)
@@ -127,6 +132,7 @@ def run_race(prices: Mapping, seconds: float, score: Callable[[str, int, int], n
     again = sum(seed_seconds(prices, name, best[name]) for name in finalists)
     if len(finalists) > 1 and spent + again + prices["end"] <= seconds:
         spent += again
+        ahead([(name, best[name], 1) for name in finalists])
         for name in finalists:
             found[name].append(score(name, best[name], 1))
     winner = max(finalists, key=lambda name: np.mean(found[name]))

@@ -22,6 +22,7 @@ from unittest import mock
 from distill_utils.artifacts import REPOSITORY, InputError, config_hash, lock, read_json, runs_dir
 from distill_utils.report import index, pages
 from distill_utils.report.settings import Plan, as_text
+from distill_utils.workers import share_out
 
 REPORTS = REPOSITORY / "reports"
 OK, NOTEBOOK_RAISED, BAD_INPUT, NO_RESULTS, KERNEL_DIED, PAGE_REJECTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -222,7 +223,8 @@ def make_report(plan: Plan, reports: Path) -> Path:
     print(f"{plan.path.stem}  profile {plan.profile}{f' ({changed})' if changed else ''}", flush=True)
     with lock(folder):
         seconds = execute(plan, folder)
-        page, warnings = publish(plan, folder, seconds, reports)
+        with lock(runs_dir() / "publishing", wait=True):  # workers of a sweep write one index
+            page, warnings = publish(plan, folder, seconds, reports)
     for warning in warnings:
         print(f"{plan.path.stem}  note: {warning}")
     size = page.stat().st_size / 1000
@@ -282,22 +284,32 @@ def page_facts(entry: dict) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all") -> int:
-    """Make every report in order; return the exit code of the first that failed, 0 when none did.
+def attempt(plan: Plan, reports: Path) -> tuple[Path | None, int, str]:
+    """Make one report; return its page, or None with the exit code and the lines for stderr."""
+    try:
+        return make_report(plan, reports), OK, ""
+    except (RunFailed, pages.PageError, InputError) as error:
+        codes = {pages.PageError: PAGE_REJECTED, InputError: BAD_INPUT}
+        return None, codes.get(type(error)) or error.code, str(error)
+
+
+def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
+    """Make every report in order, or shared out to workers (workers.py); return the exit code of the first that failed.
 
     `told`: "all" prints as it goes, and of several the failures once more at the end, by the last line of each;
     "quiet" prints one line in the end, "json" one object instead.
     """
-    began, code, pages_made, failed = time.monotonic(), OK, {}, {}
+    began, code, pages_made, failed, made = time.monotonic(), OK, {}, {}, {}
     for plan in plans:
-        try:
-            with contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO()):
-                pages_made[plan.name] = os.path.relpath(make_report(plan, reports))
-        except (RunFailed, pages.PageError, InputError) as error:
-            print(error, file=sys.stderr, flush=True)
-            codes = {pages.PageError: PAGE_REJECTED, InputError: BAD_INPUT}
-            code = code or codes.get(type(error)) or error.code
-            failed[plan.name] = str(error).splitlines()[-1].strip()
+        with contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO()):
+            if not made and (workers > 1 or slurm):
+                made = share_out(attempt, {each.name: (each, reports) for each in plans}, workers, slurm)
+            page, failure, message = made.get(plan.name) or attempt(plan, reports)
+        if page:
+            pages_made[plan.name] = os.path.relpath(page)
+        else:
+            print(message, file=sys.stderr, flush=True)
+            code, failed[plan.name] = code or failure, message.splitlines()[-1].strip()
     seconds = round(time.monotonic() - began, 1)
     if told == "json":
         made = [{"page": page, "headline": read_json(Path(page).with_suffix(".json"))["headline"]}

@@ -13,6 +13,7 @@ from pathlib import Path
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.report import batch
 from distill_utils.report.settings import DEFAULT_PROFILE, NOTEBOOKS, Plan, as_text, make_plans
+from distill_utils.workers import check_workers
 
 KEYS = ("notebook", "profile", "fixed", "grid")
 MAX_RUNS = 1000  # more is a mistake in the grid
@@ -54,12 +55,13 @@ def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
     return plans
 
 
-def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all") -> int:
+def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
     """Make the report of every plan that has none yet; return the exit code of the first that failed."""
+    check_workers(workers, slurm)
     left = [plan for plan in plans if not _is_finished(plan, reports)]
     if (finished := len(plans) - len(left)) and told == "all":
         print(f"{finished} of {len(plans)} are finished", flush=True)
-    code = batch.run_reports(left, reports, told)
+    code = batch.run_reports(left, reports, told, workers, slurm)
     made = sum(_is_finished(plan, reports) for plan in plans)
     if told == "all":
         print(f"{made} of {len(plans)} finished; compare them in {reports / 'index.html'}")
