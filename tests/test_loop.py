@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -651,8 +650,7 @@ class Pressed:
     def send(self, step: int) -> None:
         if step == self.step:
             for _ in range(self.presses):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)  # two that come at once are one to the interpreter
+                signal.raise_signal(signal.SIGINT)  # to this thread, at once: two in another are one to the interpreter
 
 
 def test_two_processes_never_share_a_run(processes, uninterrupted, tmp_path):

@@ -222,7 +222,7 @@ def test_the_weighted_sum_and_its_gradient_are_those_of_the_terms(
     theirs = (teacher, heads[1]) if weights[1] else (None, None)
     found = chunked_token_losses(hidden, heads[0], LABELS, *theirs, temperature, chunk_tokens, **options)
     assert found.keys() == {"loss"} | {name for name, w in zip(expected, weights, strict=True) if w}
-    assert max(seen) <= chunk_tokens and sum(seen) == 1 + int((LABELS != -100).sum())  # a probe, and each token once
+    assert max(seen) <= chunk_tokens and sum(seen) == int((LABELS != -100).sum())  # each token once
     assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for name in found.keys() - {"loss"}:
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-5) and not found[name].requires_grad

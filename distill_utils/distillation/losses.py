@@ -93,7 +93,7 @@ def chunked_token_losses(
         _valid_tokens(labels, teacher_hidden)
         teacher_hidden = teacher_hidden[valid]
     student_hidden, labels = student_hidden[valid], labels[valid]
-    probe = student_project(student_hidden[:1].detach())
+    probe = student_project(student_hidden[:0].detach())
     if weights and divergence == "forward_kl" and not probe.requires_grad:
         found = _TokenLosses.apply(
             student_hidden, labels, student_project, teacher_hidden, teacher_project, weights, temperature,
