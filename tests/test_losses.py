@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill_utils.distillation import losses
 from distill_utils.distillation.losses import (
@@ -220,6 +221,11 @@ def test_the_weighted_sum_and_its_gradient_are_those_of_the_terms(
     heads[0].float().register_forward_hook(lambda *call: seen.append(call[-1].shape[0]))
     options = {"weights": weights, "mix": mix, "label_smoothing": label_smoothing}
     theirs = (teacher, heads[1]) if weights[1] else (None, None)
+    with FlopCounterMode(display=False) as counter:  # its hooks take part in a backward pass
+        chunked_token_losses(hidden, heads[0], LABELS, *theirs, temperature, chunk_tokens, **options)
+    passes = 2 + bool(weights[1])  # the student's logits, their gradient, the teacher's logits
+    assert counter.get_total_flops() == passes * 2 * 6 * 40 * int((LABELS != -100).sum())
+    seen.clear()
     found = chunked_token_losses(hidden, heads[0], LABELS, *theirs, temperature, chunk_tokens, **options)
     assert found.keys() == {"loss"} | {name for name, w in zip(expected, weights, strict=True) if w}
     assert max(seen) <= chunk_tokens and sum(seen) == int((LABELS != -100).sum())  # each token once

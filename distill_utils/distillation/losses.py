@@ -276,7 +276,8 @@ class _TokenLosses(torch.autograd.Function):
                     q.sub_(p).mul_(kl_weight * temperature)
                     d_logits = q if d_logits is None else d_logits.add_(q)
             if d_logits is not None:
-                gradient[chunk] = torch.autograd.grad(logits, own, d_logits.div_(num_tokens).to(logits.dtype))[0]
+                logits.backward(d_logits.div_(num_tokens).to(logits.dtype))
+                gradient[chunk] = own.grad
         ce, kl = ce / num_tokens, kl / num_tokens
         loss = ce_weight * ce + kl_weight * kl
         ctx.save_for_backward(gradient)

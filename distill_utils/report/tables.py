@@ -93,11 +93,12 @@ def show_samples(
         print(f"{len(rows)} texts are left out of this page: samples=false.")
         return
 
-    head = "".join(f'<th scope="col">{escape(method_label(str(name)))}</th>' for name in columns)
-    body = ""
+    labels = [escape(method_label(str(name)), quote=True) for name in columns]
+    head, body = "".join(f'<th scope="col">{label}</th>' for label in labels), ""
     for row in rows:
         texts = [_marked(str(row.get(name, "")), row.get("marks", {}).get(name, {}), clip) for name in columns]
-        body += "<tr>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>"
+        cells = zip(labels, texts, strict=True)  # a phone shows them one below the other, each with its label
+        body += "<tr>" + "".join(f'<td data-label="{label}">{text}</td>' for label, text in cells) + "</tr>"
     if any(row.get("marks") for row in rows):
         caption += " Bold: words that the teacher's text lacks. Marked: numbers and names that the document lacks."
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
