@@ -88,7 +88,9 @@ def test_every_method_from_description_to_row(place, capsys):
     histories = [read_history(trained[run.name]) for run in plan]
     budget = {"num_test": len(test), "whole_test": True, "seeds": 2, "max_steps": 4}
     assert "Smoke run" in comparison.verdict(means, versus, histories, **budget)
-    assert comparison.best_students(means, plan)[0] in {run.name for run in plan}
+    taken = comparison.recommended(means, versus)[0]
+    exported = comparison.best_students(means, versus, plan)[0]
+    assert exported == f"{taken['method']}-{taken['student']}-s{plan[0].training.seed}"
     assert len(scoring.side_by_side(teacher_test, tested, num=3, seed=0)) == 3
     drawn = scoring.side_by_side(teacher_test, tested, num=8, seed=0, by_score=True)
     scores = np.mean([scoring.read_scores(path)["rouge2"] for path in [teacher_test, *tested.values()]], axis=0)

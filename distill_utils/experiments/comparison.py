@@ -257,14 +257,22 @@ def cost_table(
     return rows
 
 
-def best_students(means: Sequence[dict], plan: Sequence[runs.StudentRun]) -> list[str]:
-    """Return the run name of the best student of each shape by ROUGE-2 (first seed), the best of all first."""
+def recommended(means: Sequence[dict], versus: Sequence[Mapping]) -> list[dict]:
+    """Return the row of the student to take, then those of the best student of every other shape (`choose_student`).
+
+    Taken is the fastest of those shown to keep at least 95 % of the teacher's ROUGE-2, and the best where none is.
+    """
     ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
-    best: dict[str, str] = {}
-    for row in ranked:
-        name = next(r.name for r in plan if (r.method, r.shape) == (row["method"], row["student"]))
-        best.setdefault(row["student"], name)
-    return list(best.values())
+    chosen = [choose_student(means, versus, shape) for shape in dict.fromkeys(row["student"] for row in ranked)]
+    equal = [row for row in chosen if row["not_worse_5_percent"]]
+    take = max(equal, key=lambda row: row["speedup"]) if equal else chosen[0]
+    return [take, *(row for row in chosen if row is not take)]
+
+
+def best_students(means: Sequence[dict], versus: Sequence[Mapping], plan: Sequence[runs.StudentRun]) -> list[str]:
+    """Return the run names (first seed) of the `recommended` students."""
+    first = {(run.method, run.shape): run.name for run in reversed(plan)}
+    return [first[row["method"], row["student"]] for row in recommended(means, versus)]
 
 
 def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[dict]:
@@ -342,10 +350,7 @@ def verdict(
     """
     if num_test < FEW_DOCUMENTS:
         return smoke_note(num_test)
-    ranked = sorted((row for row in means if row["method"] in runs.METHODS), key=lambda row: -row["rouge2"])
-    chosen = [choose_student(means, versus, shape) for shape in dict.fromkeys(row["student"] for row in ranked)]
-    equal = [row for row in chosen if row["not_worse_5_percent"]]
-    take = max(equal, key=lambda row: row["speedup"]) if equal else chosen[0]
+    take, *others = recommended(means, versus)
     share, _, interval = statistics.format_share(take)[0].partition(" (")
     says = f"{share} of the teacher's ROUGE-2; {statistics.how_sure(take)}"
     says += f", and so is that it keeps at least 95 % ({interval}" if take["not_worse_5_percent"] else ""
@@ -358,14 +363,14 @@ def verdict(
     if tests:
         best = max(tests, key=lambda test: test["difference"])
         names = [test["name"] for test in tests if statistics.effect_sign(test) > 0]
-        none = f"No other signal is shown to beat {tests[0]['versus'] if len(chosen) > 1 else 'SFT'}."
+        none = f"No other signal is shown to beat {tests[0]['versus'] if others else 'SFT'}."
         lines.append(f"Shown to beat SFT: {', '.join(names)}." if names else none)
         if not names and best["difference"] > 0:
             times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
             more = "test documents and seeds" if seeds > 1 else "test documents"
             lines[-1] = lines[-1][:-1] + f"; about {times:,.1f} times as many {more} would settle {best['name']}."
 
-    others = [method_label("sft", row["student"]) for row in chosen if row["student"] != take["student"]]
+    others = [method_label("sft", row["student"]) for row in others]
     better = [test["name"] for test in versus if test["versus"] in others and statistics.effect_sign(test) > 0]
     if better:
         lines.append(f"Of other shapes shown to beat SFT: {', '.join(better)}.")
