@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -622,9 +623,10 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(processes, un
     assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
 
 
-def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterrupted, tmp_path, monkeypatch):
+def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterrupted, tmp_path, monkeypatch, request):
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, before)))
     monkeypatch.setattr(artifacts, "runs_dir", lambda: tmp_path)
     for step, presses in ((7, 1), (13, 1), (17, 2)):
         pressed = Pressed(step, presses)
@@ -639,6 +641,15 @@ def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterr
     process.join()
     weights, history = finished(tmp_path)
     assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
+
+
+def test_a_run_in_the_background_goes_on_ignoring_interrupts(uninterrupted, tmp_path, monkeypatch, request):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(artifacts, "runs_dir", lambda: tmp_path)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)))
+    train(str(tmp_path), "", Pressed(7, 2))
+    weights, _ = finished(tmp_path)
+    assert equal(weights, uninterrupted[0])
 
 
 class Pressed:

@@ -201,11 +201,12 @@ def _delayed_interrupt() -> Iterator[list[int]]:
 
     Processes that share a run would stop at different updates: there, and outside of the main thread, nothing changes.
     """
-    held: list[int] = []
-    if rank_and_world_size()[1] > 1 or threading.current_thread() is not threading.main_thread():
+    held, before = [], signal.getsignal(signal.SIGINT)
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    # What a shell puts in the background ignores interrupts, and shall go on to.
+    if rank_and_world_size()[1] > 1 or not on_main_thread or before is signal.SIG_IGN:
         yield held
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def hold(number: int, _) -> None:
         held.append(number)
