@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 
 import timing
-from kd_step import WEIGHTS, DistillationTrainer, InTurns, training_arguments
+from kd_step import WEIGHTS, DistillationTrainer, InTurns, training_arguments, write_both
 from transformers import DataCollatorForSeq2Seq
 
 from distill_utils.data.batches import pair_stream, tokenize_pairs
 from distill_utils.data.loading import load_pairs
 from distill_utils.device import amp_dtype, device, seed_everything
 from distill_utils.distillation import objectives
-from distill_utils.distillation.teacher_states import with_states, write_states
+from distill_utils.distillation.teacher_states import with_states
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.models import students
@@ -60,8 +60,8 @@ def ours(turns: timing.Turns, case: dict) -> None:
         max_steps=case["updates"], batch_size=case["batch"], learning_rate=3e-4, warmup_steps=0, schedule="linear",
         eval_every=case["every"], checkpoint_every=0,
     )  # fmt: skip
-    rows, pad = tokenize_pairs(train, tokenizer, SOURCE, TARGET), tokenizer.pad_token_id
-    stream = pair_stream(rows, pad, settings.batch_size, settings.seed)
+    rows = tokenize_pairs(train, tokenizer, SOURCE, TARGET)
+    stream = pair_stream(rows, tokenizer.pad_token_id, settings.batch_size, settings.seed)
     student, decoder_ids = cut(teacher)
     teacher.to(device()).requires_grad_(False)
     choose_attention(student.to(device()), SOURCE)
@@ -81,11 +81,7 @@ def ours(turns: timing.Turns, case: dict) -> None:
         return {}
 
     with tempfile.TemporaryDirectory() as folder, frozen_in(amp_dtype(), student, teacher):
-        encoder, decoder = Path(folder) / "encoder", Path(folder) / "decoder"
-        options = {"pad_token_id": pad, "dtype": amp_dtype()}
-        write_states(encoder, teacher, rows, **options)
-        write_states(decoder, teacher, rows, layer_ids=decoder_ids, encoder=encoder, **options)
-        stream = with_states(stream, encoder, decoder)
+        stream = with_states(stream, *write_both(Path(folder), teacher, rows, decoder_ids))
         fit(student, lambda model, batch: loss(model, batch=batch), stream, settings, Path(folder) / "run", evaluate)
 
 

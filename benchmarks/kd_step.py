@@ -140,11 +140,16 @@ def states_on_disk(batch: dict, teacher, decoder_ids: list[int], folder: str):
     sources = [ids[:length].tolist() for ids, length in zip(plain["input_ids"], lengths, strict=True)]
     targets = [[token for token in row if token != IGNORED] for row in plain["labels"].tolist()]
     rows = Dataset.from_dict({"id": plain["ids"], "input_ids": sources, "labels": targets})
-    options = {"pad_token_id": teacher.config.pad_token_id, "dtype": amp_dtype(), "batch_size": len(rows)}
-    encoder, decoder = Path(folder) / "encoder", Path(folder) / "decoder"
+    return with_states(lambda step: [plain], *write_both(Path(folder), teacher, rows, decoder_ids))
+
+
+def write_both(folder: Path, teacher, rows: Dataset, decoder_ids: list[int]) -> tuple[Path, Path]:
+    """Write what the teacher's encoder and decoder make of tokenized rows and return the two folders."""
+    encoder, decoder = folder / "encoder", folder / "decoder"
+    options = {"pad_token_id": teacher.config.pad_token_id, "dtype": amp_dtype()}
     write_states(encoder, teacher, rows, **options)
     write_states(decoder, teacher, rows, layer_ids=decoder_ids, encoder=encoder, **options)
-    return with_states(lambda step: [plain], encoder, decoder)
+    return encoder, decoder
 
 
 def plain_loss(found, theirs, labels: torch.Tensor, decoder_ids: list[int]) -> torch.Tensor:

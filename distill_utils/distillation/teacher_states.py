@@ -1,6 +1,6 @@
 """Teacher states on disk: what a frozen teacher makes of each row, so that it runs once for all students and epochs.
 
-Out of scope: which runs may read them (`runs.states_of`) and the passes that they replace (`objectives.encode`, `kd`).
+Out of scope: which runs may read them (`runs.cut_student`) and the passes they replace (`objectives.encode`, `kd`).
 
 Encoder states are those of a document's tokens, which a student with the teacher's encoder reads too. Decoder states
 are those of a row's target tokens: the last one, from which the output matrix makes the teacher's exact distribution,
@@ -39,44 +39,33 @@ def fits_disk(teacher, rows: Dataset, max_source_length: int, max_target_length:
     return 4 * len(rows) * states * teacher.config.d_model <= 1e9 * gigabytes
 
 
-def encoder_states(
-    name: str, teacher, tokenizer, documents: Dataset, lengths: tuple[int, int, str], dtype: torch.dtype | None
-) -> Path:
-    """Return the folder of the encoder states of all documents, of the artifact that `write_states` builds.
+def teacher_states(
+    side: str, name: str, teacher, tokenizer, rows: Dataset, lengths: tuple[int, int, str], dtype: torch.dtype | None,
+    encoder: Path | None = None, **which,
+) -> Path:  # fmt: skip
+    """Return the folder of the states of all rows, of the artifact that `write_states` builds; `side` names the stack.
 
-    `name` is the teacher's; `lengths` are those of `tokenize_pairs`; `dtype` is that of autocast, None without.
+    `name` is the teacher's; `lengths` are those of `tokenize_pairs`; `dtype` is that of autocast, None without. Decoder
+    states depend on the targets, and on `which`: layer_ids and match. `encoder` is the folder of the encoder states of
+    their documents, where there is one.
     """
     source, _, prefix = lengths
     inputs = {"max_source_length": source, "prefix": prefix}
-    return _artifact("encoder states", inputs, name, teacher, tokenizer, documents, (source, 1, prefix), dtype)
-
-
-def decoder_states(
-    name: str, teacher, tokenizer, rows: Dataset, lengths: tuple[int, int, str], dtype: torch.dtype | None,
-    layer_ids: Sequence[int], match: str, encoder: Path | None = None,
-) -> Path:  # fmt: skip
-    """Return the folder of the decoder states of all rows: the last, and what the given layers return (or get).
-
-    `encoder` is the folder of the encoder states of their documents, where there is one.
-    """
-    inputs, layers = {"lengths": list(lengths)}, {"layer_ids": list(layer_ids), "match": match}
-    return _artifact(
-        "decoder states", inputs | layers, name, teacher, tokenizer, rows, lengths, dtype, encoder=encoder, **layers
-    )
-
-
-def _artifact(kind, inputs, name, teacher, tokenizer, rows, lengths, dtype, **options) -> Path:
-    made_of = {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(rows), "dtype": str(dtype)}
+    if side == "decoder":
+        inputs = {"lengths": list(lengths)} | which
+    else:
+        lengths = source, 1, prefix
+    inputs |= {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(rows), "dtype": str(dtype)}
 
     def build(folder: Path) -> dict:
         began, tokenized = time.monotonic(), tokenize_pairs(rows, tokenizer, *lengths)
         facts = write_states(
-            folder / "states", teacher, tokenized, pad_token_id=tokenizer.pad_token_id, dtype=dtype,
-            progress=lambda done, total: report_progress(folder, kind, done, total, "documents"), **options,
+            folder / "states", teacher, tokenized, pad_token_id=tokenizer.pad_token_id, dtype=dtype, encoder=encoder,
+            progress=lambda done, total: report_progress(folder, f"{side} states", done, total, "documents"), **which,
         )  # fmt: skip
         return facts | {"seconds": round(time.monotonic() - began, 2)}
 
-    return artifact(kind.replace(" ", "-"), made_of | inputs, build) / "states"
+    return artifact(f"{side}-states", inputs, build) / "states"
 
 
 def write_states(

@@ -27,7 +27,7 @@ from distill_utils.distillation.pseudo_labels import (
     read_labels,
 )
 from distill_utils.distillation.targets import with_targets, write_targets
-from distill_utils.distillation.teacher_states import decoder_states, encoder_states, with_states
+from distill_utils.distillation.teacher_states import teacher_states, with_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
@@ -306,10 +306,11 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
 
 def stored_states(run: StudentRun, stored: dict, teacher, tokenizer, documents: Dataset, rows: Dataset) -> list[Path]:
     """Return the folders of states that a student reads (`cut_student`); `rows` are the documents with its targets."""
-    model, how = (run.teacher, teacher, tokenizer), (run.lengths, amp_dtype(precision=run.training.precision))
-    folders = [encoder_states(*model, documents, *how)] if "encoder" in stored else []
-    if "decoder" in stored:
-        folders.append(decoder_states(*model, rows, *how, *stored["decoder"].values(), *folders))
+    dtype, folders = amp_dtype(precision=run.training.precision), []
+    for side, which in stored.items():  # the encoder's first, which the decoder's are made from
+        made_of = documents if side == "encoder" else rows
+        given = side, run.teacher, teacher, tokenizer, made_of, run.lengths, dtype, *folders
+        folders.append(teacher_states(*given, **which))
     return folders
 
 
