@@ -300,10 +300,12 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
     "quiet" prints one line in the end, "json" one object instead.
     """
     began, code, pages_made, failed, made = time.monotonic(), OK, {}, {}, {}
+    silent = contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO())
+    if plans and (workers > 1 or slurm):
+        with silent:
+            made = share_out(attempt, {plan.name: (plan, reports) for plan in plans}, workers, slurm)
     for plan in plans:
-        with contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO()):
-            if not made and (workers > 1 or slurm):
-                made = share_out(attempt, {each.name: (each, reports) for each in plans}, workers, slurm)
+        with silent:
             page, failure, message = made.get(plan.name) or attempt(plan, reports)
         if page:
             pages_made[plan.name] = os.path.relpath(page)
