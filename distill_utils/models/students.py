@@ -76,7 +76,7 @@ def supervision_map(teacher_layers: int, student_layers: int) -> list[int]:
 
 
 def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= teacher_layers:
+    if type(layers) is not int or not 1 <= layers <= teacher_layers:  # True is an int, too
         raise InputError(f"{name} is {layers!r}: the teacher has {teacher_layers} layers, give 1 to {teacher_layers}")
 
 
@@ -93,8 +93,8 @@ def parse_shape(shape: str, teacher: PreTrainedModel) -> tuple[int, int]:
 
 def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
     """Return the ids; InputError for ids not in the teacher, named twice, or not as many as the student has layers."""
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    if not whole or len(set(ids)) != len(ids) or not all(0 <= i < teacher_layers for i in ids) or len(ids) != layers:
+    known = all(type(i) is int and 0 <= i < teacher_layers for i in ids)
+    if not known or len(set(ids)) != len(ids) or len(ids) != layers:
         raise InputError(f"{name} is {list(ids)}: give {layers} different ids from 0 to {teacher_layers - 1}")
     return list(ids)
 
