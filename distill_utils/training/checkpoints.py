@@ -84,6 +84,7 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     does with a constant learning rate. Raises InputError when a file is missing, when settings, data or model are
     others, or when processes see different folders.
     """
+    state.folder.mkdir(parents=True, exist_ok=True)
     step = max((step for step in checkpoint_steps(state.folder) if step <= at_most), default=0)
     rank, world = rank_and_world_size()
     if world > 1:
