@@ -255,13 +255,17 @@ def test_a_trunk_goes_on_and_every_cooldown_is_a_branch_of_it(tmp_path):
         alone = end_of(run, tmp_path / f"{name}-alone")  # the same schedule without any trunk
         assert equal(branch[0], alone[0]) and branch[1] == alone[1]
     assert equal(end_of(constant, tmp_path / "trunk", 11)[0], weights)  # no branch has changed it
-    for made, run, message in (
-        (lambda step: batches(step + 1), constant, "other data"),
-        (batches, replace(constant, learning_rate=2e-3), "learning_rate 0.001.* 0.002"),
-        (batches, replace(constant, schedule="linear"), "schedule constant"),  # another learning rate all along
+    for depth, made, run, message in (
+        (1, lambda step: batches(step + 1), constant, "other data"),
+        (1, batches, replace(constant, learning_rate=2e-3), "learning_rate 0.001.* 0.002"),
+        (1, batches, replace(constant, schedule="linear"), "schedule constant"),  # another learning rate all along
+        (2, batches, constant, "another model, model.encoder.layers.1"),
     ):
         with pytest.raises(InputError, match=message):
-            fit(tiny_bart(1, 1), loss_fn, made, run, tmp_path / "trunk", until=13)
+            fit(tiny_bart(depth, 1), loss_fn, made, run, tmp_path / "trunk", until=13)
+    (tmp_path / "trunk" / "checkpoint-000011" / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match="checkpoint-000011 lacks optimizer.safetensors"):
+        fit(tiny_bart(1, 1), loss_fn, batches, constant, tmp_path / "trunk", until=13)
 
 
 def scripted(values):
