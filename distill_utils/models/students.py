@@ -332,8 +332,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the weights outside of the layers: tables of tokens and positions, and the head; tied ones come once."""
-    found = [*_embeddings(model), *model.get_output_embeddings().parameters()]
-    return list({id(weight): weight for weight in found}.values())
+    return list(dict.fromkeys([*_embeddings(model), *model.get_output_embeddings().parameters()]))
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -2,10 +2,8 @@
 
 Out of scope: losses (objectives.py), data order (data/batches.py), how models are sharded and processes started
 (distributed.py, experiments/launch.py). Everything random in a step is a function of the seed and the step, so a run
-that was killed and started again ends with the weights of one that was not.
-
-In several processes each takes its own rows of every micro-batch; gradients, losses and the gradient's norm are added
-up. Only rank 0 writes and prints.
+that was killed and started again ends with the weights of one that was not. In several processes each takes its own
+rows of every micro-batch; gradients, losses and the gradient's norm are added up, and only rank 0 writes and prints.
 """
 
 import contextlib
@@ -69,7 +67,8 @@ def fit(
     if not parameters:
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
     dtype = amp_dtype(on, settings.precision)
-    made, memory = make_optimizers(model, parameters, settings), {} if memory is None else memory
+    memory = {} if memory is None else memory
+    made = make_optimizers(model, parameters, settings)
     state = TrainingState(folder, settings, model, parameters, made, memory, _data_hash(batches(0)))
     end = min(until or settings.max_steps, settings.max_steps)
     checkpoints.restore_checkpoint(state, end)
