@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
 
-from distill_utils.artifacts import InputError, read_json
-from distill_utils.data.batches import pair_stream, tokenize_pairs
+from distill_utils.artifacts import read_json
 from distill_utils.distillation import objectives
-from distill_utils.evaluation import generation, scoring
+from distill_utils.evaluation import scoring
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
@@ -80,36 +79,15 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
         assert torch.equal(weight, before[name]), f"the teacher's {name} changed"
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_saved_student_writes_what_it_wrote_before(family, tmp_path):
-    teacher, tokenizer = MODELS[family](2, 2), tiny_tokenizer()
-    student, _, _ = students.init_student(teacher, 1, 1)
-    rows = tokenize_pairs(pairs(8), tokenizer, 16, 8)
-    batches = pair_stream(rows, tokenizer.pad_token_id, 4, seed=0)
-    options = {"encoder_layer_ids": [1], "decoder_layer_ids": [1]}  # a cut encoder, all of it trained
-
-    def loss_fn(model, batch):
-        return objectives.kd(model, teacher, batch, **options)
-
-    loop.fit(student, loss_fn, batches, TRAINING, tmp_path / "run")
-    documents = list(pairs(4, seed=1)["document"])
-    written = generation.summarize(student, tokenizer, documents, max_source_length=16)
-    save_model(student, tokenizer, tmp_path / "student")
-    again, again_tokenizer = load_model(tmp_path / "student")
-    assert any(written)
-    assert generation.summarize(again, again_tokenizer, documents, max_source_length=16) == written
-    assert again.generation_config.num_beams == teacher.generation_config.num_beams == 3
-
-
 # -------------------------------------------------------------------------------------------------------------- Pegasus
 
 
-def huge_pegasus(factor: float = 1e6, **changes):
+def huge_pegasus():
     """A Pegasus whose layers return states far beyond float16, as trained ones do: pre-norm streams are not bounded."""
-    model = tiny_pegasus(2, 2, **changes)
+    model = tiny_pegasus(2, 2)
     with torch.no_grad():
         for layer in [*students.encoder_layers(model), *students.decoder_layers(model)]:
-            layer.fc2.weight *= factor
+            layer.fc2.weight *= 1e6
     return model
 
 
@@ -127,12 +105,8 @@ def test_normalised_hidden_loss_is_finite_with_huge_states(dtype):
     assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_float16_is_never_used(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="precision 'float16' is unknown: use auto or float32"):
-        loop.check_training(replace(TRAINING, precision="float16"))
-    save_model(tiny_pegasus(1, 1).half(), tiny_tokenizer(), tmp_path / "half")
-    model, _ = load_model(tmp_path / "half")
-    assert model.dtype == torch.float32  # what a checkpoint is stored in does not decide
+def test_weights_stay_float32_where_passes_are_in_bf16(tmp_path, monkeypatch):
+    model = tiny_pegasus(1, 1)
     batch, seen = tiny_batch() | {"ids": ["a", "b", "c"]}, set()
     monkeypatch.setattr(loop, "amp_dtype", lambda *_: torch.bfloat16)
 
@@ -141,4 +115,4 @@ def test_float16_is_never_used(tmp_path, monkeypatch):
         return objectives.sft(student, None, batch)
 
     loop.fit(model, loss_fn, lambda step: [batch], replace(TRAINING, batch_size=3), tmp_path / "run")
-    assert seen == {torch.bfloat16} and model.dtype == torch.float32  # weights stay float32
+    assert seen == {torch.bfloat16} and model.dtype == torch.float32

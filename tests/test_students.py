@@ -39,6 +39,18 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+def storages(*models):
+    return {weight.data_ptr() for model in models for weight in model.state_dict(keep_vars=True).values()}
+
+
+def copied(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 # ----------------------------------------------------------------------------------------------------------- layer maps
 
 
@@ -96,8 +108,7 @@ def test_student_equals_teacher_with_sliced_layers(family, encoder_ids, decoder_
     assert torch.allclose(logits(student, batch), logits(teacher, batch), atol=0.1) == is_whole and not student.training
     view, *_ = init_student(teacher, len(encoder_ids), len(decoder_ids), encoder_ids, decoder_ids, share_weights=True)
     assert torch.equal(logits(view, batch), logits(student, batch))
-    pointers = {weight.data_ptr() for weight in teacher.state_dict().values()}
-    assert all(weight.data_ptr() in pointers and not weight.requires_grad for weight in view.parameters())
+    assert storages(view) <= storages(teacher) and not any(weight.requires_grad for weight in view.parameters())
     assert any(weight.requires_grad for weight in teacher.parameters())
 
 
@@ -118,33 +129,16 @@ def test_cached_generation_equals_uncached(family, encoder, decoder):
 
 
 @each_family
-def test_teacher_is_neither_changed_nor_shared(family):
-    teacher = FAMILIES[family](3, 3)
-    before = copy.deepcopy(teacher)
-    freeze(teacher)  # a frozen teacher must not make a frozen student
-    student, _, _ = init_student(teacher, 2, 2)
-    pointers = {weight.data_ptr() for weight in teacher.state_dict().values()}
-    assert not any(weight.data_ptr() in pointers for weight in student.state_dict().values())
-    with torch.no_grad():
-        for weight in student.parameters():
-            weight.add_(1.0)
-    student.generation_config.num_beams = 9
-    student.config.dropout_rate = student.config.dropout = 0.77
-    for name, weight in before.state_dict().items():
-        assert torch.equal(weight, teacher.state_dict()[name])
-    assert teacher.config.to_dict() == before.config.to_dict()
-    assert teacher.generation_config.to_dict() == before.generation_config.to_dict()
-    is_trainable = {name: weight.requires_grad for name, weight in before.named_parameters()}
-    assert all(weight.requires_grad == is_trainable[name] for name, weight in student.named_parameters())
-
-
-@each_family
-def test_settings_dtype_and_ties_are_kept(family):
+def test_teacher_is_neither_changed_nor_shared_and_the_student_has_its_settings_dtype_and_ties(family):
     teacher = FAMILIES[family](3, 3).to(torch.bfloat16)
     teacher.generation_config.forced_bos_token_id = 7
+    before, config, generation = copied(teacher), teacher.config.to_dict(), teacher.generation_config.to_dict()
+    is_trainable = {name: weight.requires_grad for name, weight in teacher.named_parameters()}
+    freeze(teacher)  # a frozen teacher must not make a frozen student
     student, _, _ = init_student(teacher, 3, 1)
-    assert student.generation_config.to_dict() == teacher.generation_config.to_dict()
+    assert not storages(student) & storages(teacher)
     assert {weight.dtype for weight in student.parameters()} == {torch.bfloat16}
+    assert student.generation_config.to_dict() == generation
     for model in (teacher, student):
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         assert (embedding is head) == (family != "t5_v1_1")
@@ -152,14 +146,23 @@ def test_settings_dtype_and_ties_are_kept(family):
         assert torch.equal(head, teacher.get_output_embeddings().weight)
     assert student.config.student_init["decoder_layer_ids"] == [0]
     assert student.config.student_init["teacher_decoder_layers"] == 3
+    assert all(weight.requires_grad == is_trainable[name] for name, weight in student.named_parameters())
+
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(1.0)
+    student.generation_config.num_beams = 9
+    student.config.dropout_rate = student.config.dropout = 0.77
+    assert unchanged(teacher, before)
+    assert teacher.config.to_dict() == config and teacher.generation_config.to_dict() == generation
 
 
 @pytest.mark.parametrize(
     ("encoder", "decoder", "encoder_ids", "decoder_ids", "message"),
     [
-        (3, 0, None, None, "decoder_layers is 0: the teacher has 3 layers, give 1 to 3"),
-        (4, 1, None, None, "encoder_layers is 4: the teacher has 3 layers"),
-        (2, 2, [0, 0], None, r"encoder_layer_ids is \[0, 0\]: give 2 different ids from 0 to 2"),
+        (3, 0, None, None, "decoder_layers is 0.*give 1 to 3"),
+        (4, 1, None, None, "encoder_layers is 4"),
+        (2, 2, [0, 0], None, r"encoder_layer_ids is \[0, 0\]"),
         (3, 2, None, [0, 3], r"decoder_layer_ids is \[0, 3\]"),
         (3, 2, None, [-1, 0], r"decoder_layer_ids is \[-1, 0\]"),
         (3, 2, None, [0], "give 2 different ids"),
@@ -173,14 +176,12 @@ def test_bad_depths_and_ids_are_rejected(encoder, decoder, encoder_ids, decoder_
 
 
 def test_missing_and_foreign_weights_are_rejected():
-    teacher = tiny_bart()
-    del teacher.model.decoder.layernorm_embedding.weight
-    with pytest.raises(InputError, match="lacks the weight model.decoder.layernorm_embedding.weight"):
-        init_student(teacher, 1, 1)
-    teacher = tiny_bart()
-    teacher.model.adapter = nn.Linear(2, 2)
-    with pytest.raises(InputError, match="model.adapter.weight"):
-        init_student(teacher, 1, 1)
+    lacking, foreign = tiny_bart(), tiny_bart()
+    del lacking.model.decoder.layernorm_embedding.weight
+    foreign.model.adapter = nn.Linear(2, 2)
+    for teacher, name in ((lacking, "model.decoder.layernorm_embedding.weight"), (foreign, "model.adapter.weight")):
+        with pytest.raises(InputError, match=name):
+            init_student(teacher, 1, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- save and load
@@ -214,28 +215,13 @@ def test_round_trip_keeps_logits_generation_and_origin(family, tmp_path):
 
 
 def test_saving_again_replaces_the_folder_and_loading_takes_the_dtype_asked_for(tmp_path):
-    save_model(tiny_bart(1, 1).to(torch.bfloat16), tiny_tokenizer(), tmp_path / "m")
-    assert load_model(tmp_path / "m")[0].dtype == torch.float32
-    assert load_model(tmp_path / "m", torch.bfloat16)[0].dtype == torch.bfloat16
-    (tmp_path / "m" / "stale.txt").write_text("")
-    save_model(tiny_bart(1, 1, seed=5), tiny_tokenizer(), tmp_path / "m")
-    assert not (tmp_path / "m" / "stale.txt").exists()
-    assert torch.equal(load_model(tmp_path / "m")[0].lm_head.weight, tiny_bart(1, 1, seed=5).lm_head.weight)
-
-
-def test_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
-    model, tokenizer = tiny_bart(1, 1), tiny_tokenizer()
-    save_model(model, tokenizer, tmp_path / "m")
-    before = (tmp_path / "m" / "model.safetensors").read_bytes()
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
-    with pytest.raises(InputError, match="no space left"):
-        save_model(tiny_bart(1, 1, seed=5), tokenizer, tmp_path / "m")
-    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    for seed in (0, 5):
+        save_model(tiny_bart(1, 1, seed=seed).to(torch.bfloat16), tiny_tokenizer(), tmp_path)
+        assert not (tmp_path / "stale.txt").exists()
+        (tmp_path / "stale.txt").write_text("")
+    model = load_model(tmp_path)[0]
+    assert model.dtype == torch.float32 and load_model(tmp_path, torch.bfloat16)[0].dtype == torch.bfloat16
+    assert torch.equal(model.lm_head.weight, tiny_bart(1, 1, seed=5).lm_head.weight.bfloat16().float())
 
 
 @pytest.fixture
@@ -289,24 +275,27 @@ def test_tokenizer_must_fit_the_vocabulary(folder):
     assert "has no tokenizer" in refusal(folder)
 
 
-def test_other_architectures_and_unknown_names_are_rejected(folder, monkeypatch):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    assert "is a bert model: give one of bart, mbart" in refusal(folder)
-    assert "no model folder ./nowhere" in refusal("./nowhere")
-    assert "no model folder" in refusal(folder / "nowhere")
-    assert "is a file" in refusal(folder / "config.json")
+def test_other_architectures_and_unknown_names_are_rejected_and_shipped_models_found(folder, monkeypatch):
+    assert load_config("pydocs-t5").d_model == 192
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(loading, "ASSETS", folder.parent)
-    message = refusal("pydocs-brat")
-    assert "no config of pydocs-brat" in message and "shipped model (model)" in message
-
-
-def test_shipped_models_are_found_by_name(folder, monkeypatch):
-    monkeypatch.setattr(loading, "ASSETS", folder.parent)
     assert shipped_models() == ["model"]
     assert load_model("model")[0].config.decoder_layers == 2
+    for function in (load_model, load_config):
+        message = test_loading.refusal(function, "pydocs-brat")
+        assert "pydocs-brat" in message and "shipped model (model)" in message
+    assert "no model folder ./nowhere" in refusal("./nowhere")
+    assert "no model folder" in refusal(folder / "nowhere")
+    assert "is a file" in refusal(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    assert "is a bert model: give one of bart, mbart" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    tiny_bart().config.save_pretrained(folder)
+    assert load_config(folder).decoder_layers == 3  # weights need not be there
+    with pytest.raises(InputError, match="is a bart model"):
+        students.new_student(tiny_t5(), 1, 1, like=str(folder))
 
 
 # ---------------------------------------------------------------------------------------------------- parts of a model
@@ -340,7 +329,7 @@ def test_counts_add_up_and_freezing_shows(family):
     assert all(weight.grad is not None for weight in decoder_layers(model).parameters())
 
 
-def test_freezing_the_encoder_alone_leaves_shared_embeddings_trainable():
+def test_freezing_one_part_leaves_the_other_trainable():
     model = tiny_t5()
     freeze(model, embeddings=False)
     assert model.shared.weight.requires_grad
@@ -372,20 +361,20 @@ def test_teacher_encoder_is_recognized(family):
 @each_family
 def test_new_student_has_the_asked_sizes_and_writes(family):
     teacher = FAMILIES[family]()
-    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
-    torch.manual_seed(3)
+    before = copied(teacher)
     student = students.new_student(teacher, 2, 1, teacher.config.d_model // 2)
     config = student.config
     assert (len(encoder_layers(student)), len(decoder_layers(student))) == (2, 1)
     assert student.get_input_embeddings().weight.shape == (teacher.config.vocab_size, teacher.config.d_model // 2)
-    inner = [layer for name, layer in student.named_modules() if name.endswith(("q_proj", ".q"))]
-    whole = [layer for name, layer in teacher.named_modules() if name.endswith(("q_proj", ".q"))]
-    assert {layer.out_features * 2 for layer in inner} == {layer.out_features for layer in whole}
+    inner, whole = (
+        {layer.out_features for name, layer in model.named_modules() if name.endswith(("q_proj", ".q"))}
+        for model in (student, teacher)
+    )
+    assert {2 * width for width in inner} == whole and teacher.config.d_model == 2 * config.d_model
     assert config.num_attention_heads * 2 == teacher.config.num_attention_heads
     assert student.generation_config.to_dict() == teacher.generation_config.to_dict()
-    written = student.generate(**{name: tiny_batch()[name] for name in ("input_ids", "attention_mask")})
-    assert written.shape[0] == 3 and teacher.config.d_model == 2 * config.d_model
-    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+    assert len(student.generate(tiny_batch()["input_ids"])) == 3
+    assert unchanged(teacher, before)
 
 
 def test_new_student_of_the_teachers_width_shares_nothing_with_it_and_heads_stay_whole():
@@ -401,29 +390,15 @@ def test_new_student_of_the_teachers_width_shares_nothing_with_it_and_heads_stay
 
 
 def test_student_like_another_model_has_its_sizes_and_the_teachers_tokens(tmp_path):
-    other = tiny_t5(4, 4, d_model=24, d_kv=6, num_heads=4, d_ff=20, vocab_size=50)
-    other.save_pretrained(tmp_path / "other")
-    students_of = {
-        depth: students.new_student(tiny_t5(depth, depth), 2, 1, 12, like=str(tmp_path / "other")) for depth in (2, 3)
-    }
-    for student in students_of.values():
+    tiny_t5(4, 4, d_model=24, d_kv=6, num_heads=4, d_ff=20, vocab_size=50).config.save_pretrained(tmp_path)
+    made = [students.new_student(tiny_t5(depth, depth), 2, 1, 12, like=str(tmp_path)) for depth in (2, 3)]
+    for student in made:
         assert (student.config.d_kv, student.config.num_heads, student.config.d_ff) == (6, 2, 10)
         assert student.config.vocab_size == VOCAB_SIZE and student.config.d_model == 12
         assert student.config.decoder_start_token_id == tiny_t5().config.decoder_start_token_id
         assert len(students.encoder_layers(student)) == 2 and len(students.decoder_layers(student)) == 1
-    shapes = [{name: w.shape for name, w in student.named_parameters()} for student in students_of.values()]
+    shapes = [{name: weight.shape for name, weight in student.named_parameters()} for student in made]
     assert shapes[0] == shapes[1]  # one student for teachers of any size
-
-
-def test_config_is_loaded_without_weights_and_a_wrong_name_or_family_is_rejected(tmp_path):
-    tiny_t5().config.save_pretrained(tmp_path / "t5")
-    assert load_config(tmp_path / "t5").model_type == "t5"
-    assert load_config("pydocs-t5").d_model == 192
-    with pytest.raises(InputError, match="no config of no-such-model-anywhere"):
-        load_config("no-such-model-anywhere")
-    tiny_bart().config.save_pretrained(tmp_path / "bart")
-    with pytest.raises(InputError, match="is a bart model"):
-        students.new_student(tiny_t5(), 1, 1, like=str(tmp_path / "bart"))
 
 
 def test_narrowed_embeddings_keep_as_much_of_the_products_as_any_could():
@@ -459,17 +434,13 @@ def test_embeddings_of_another_tokenizer_or_of_too_few_dimensions_are_rejected(t
     teacher, alike, other = (str(tmp_path / name) for name in ("teacher", "alike", "other"))
     for source in (teacher, alike):
         students.check_embeddings(source, teacher, 16)
-        with pytest.raises(InputError, match="of width 16 cannot start a student of width 24"):
+        with pytest.raises(InputError, match="width 16 .*width 24"):
             students.check_embeddings(source, teacher, 24)
-    with pytest.raises(InputError, match=f"a student of {teacher} cannot start from embeddings of {other}"):
+    with pytest.raises(InputError, match=f"{other} has another tokenizer than {teacher}"):
         students.check_embeddings(other, teacher, 16)
 
 
 # ------------------------------------------------------------------------------------------------- frozen means frozen
-
-
-def storages(*models):
-    return {weight.data_ptr() for model in models for weight in model.parameters()}
 
 
 @each_family
@@ -489,8 +460,7 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embedding
         return found | {"loss": losses["loss"].detach()}
 
     expected = gradients()
-    before = [{name: weight for name, weight in model.named_parameters()} for model in (student, teacher)]
-    values = [{name: weight.clone() for name, weight in weights.items()} for weights in before]
+    before = [(model, dict(model.named_parameters()), copied(model)) for model in (student, teacher)]
     with frozen_in(torch.bfloat16, student, teacher):
         linear = [module for model in (student, teacher) for module in model.modules() if isinstance(module, nn.Linear)]
         dtypes = {module.weight.dtype for module in linear if not any(module.weight is w for w in trained.values())}
@@ -499,29 +469,25 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_a_mixed_step(family, embedding
         found = gradients()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    for model, weights, value in zip((student, teacher), before, values, strict=True):
+    for model, weights, values in before:
         after = dict(model.named_parameters())
         assert after.keys() == weights.keys() and all(after[name] is weight for name, weight in weights.items())
-        assert all(torch.equal(after[name], value[name]) for name in after)
+        assert unchanged(model, values)
 
 
 def test_models_are_as_they_were_when_the_copies_fail(monkeypatch):
-    teacher = FAMILIES["bart"](2, 2)
+    teacher = tiny_bart(2, 2)
     student, *_ = init_student(teacher, 2, 1)
+    freeze(student)
     before = [dict(model.named_parameters()) for model in (student, teacher)]
-    made, to = [], torch.Tensor.to
-
-    def fail(self, *arguments, **named):
-        made.append(arguments)
-        if arguments == (torch.bfloat16,) and len(made) > 5:
-            raise torch.OutOfMemoryError("no memory left")
-        return to(self, *arguments, **named)
-
-    monkeypatch.setattr(torch.Tensor, "to", fail)
-    with pytest.raises(torch.OutOfMemoryError), frozen_in(torch.bfloat16, student, teacher):
+    made = iter([nn.Parameter] * 5)
+    monkeypatch.setattr(nn, "Parameter", lambda *given, **more: next(made)(*given, **more))
+    with pytest.raises(RuntimeError), frozen_in(torch.bfloat16, student, teacher):
         pass
     for model, weights in zip((student, teacher), before, strict=True):
-        assert all(weight is weights[name] for name, weight in model.named_parameters())
+        assert all(
+            weight is weights[name] and weight.dtype == torch.float32 for name, weight in model.named_parameters()
+        )
 
 
 @each_family
@@ -532,15 +498,15 @@ def test_what_is_frozen_and_equal_is_held_once(family, tmp_path):
             weight.mul_(0.0 if name.endswith("bias") else 1.0)  # as of a new model: many equal ones
     student, *_ = init_student(teacher, 3, 2)
     freeze(student, encoder=True, embeddings=True)
-    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    before = copied(student)
     share_frozen(student, teacher)
+    assert unchanged(student, before)
     for name, weight in student.named_parameters():
-        assert torch.equal(weight, before[name])
         assert (weight.data_ptr() in storages(teacher)) != weight.requires_grad, name
     with frozen_in(torch.bfloat16, student, teacher):
         shared = storages(student) & storages(teacher)
         assert len(shared) >= len(list(student.get_encoder().parameters()))
     assert {weight.data_ptr() for weight in student.parameters() if not weight.requires_grad} <= storages(teacher)
-    assert len(storages(student)) == len(list(student.parameters()))
+    assert len({weight.data_ptr() for weight in student.parameters()}) == len(list(student.parameters()))
     save_model(student, tiny_tokenizer(), tmp_path)
-    assert all(torch.equal(weight, before[name]) for name, weight in load_model(tmp_path)[0].named_parameters())
+    assert unchanged(load_model(tmp_path)[0], before)

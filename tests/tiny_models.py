@@ -1,16 +1,12 @@
 """Tiny random models of every supported family, a tiny tokenizer and batches, all built offline in milliseconds."""
 
+from functools import partial
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    MBartConfig,
-    MBartForConditionalGeneration,
-    PegasusConfig,
-    PegasusForConditionalGeneration,
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -24,30 +20,34 @@ WORDS = "the a of to in is for read write file list number string text object va
 GENERATION = {"num_beams": 3, "max_length": 14, "min_length": 3, "length_penalty": 0.7, "no_repeat_ngram_size": 3}
 
 
-def _settings(encoder_layers: int, decoder_layers: int, changes: dict) -> dict:
-    return {
-        "vocab_size": VOCAB_SIZE,
-        "d_model": 16,
-        "encoder_layers": encoder_layers,
-        "decoder_layers": decoder_layers,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 24,
-        "max_position_embeddings": 64,
-        "dropout": 0.1,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "decoder_start_token_id": EOS,
-        "forced_eos_token_id": None,
-        # Fields of old checkpoints that CTranslate2 reads; a config written from nothing lacks them.
-        "normalize_before": False,
-        "normalize_embedding": True,
-        "add_final_layer_norm": False,
-    } | changes
+BART = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": None,
+    # Fields of old checkpoints that CTranslate2 reads; a config written from nothing lacks them.
+    "normalize_before": False,
+    "normalize_embedding": True,
+    "add_final_layer_norm": False,
+}
+PRE_NORM = {"normalize_before": True, "add_final_layer_norm": True, "scale_embedding": True}
+LIKE_BART = {
+    "bart": BART,
+    "mbart": BART | PRE_NORM,
+    "pegasus": BART | PRE_NORM | {"decoder_start_token_id": PAD, "normalize_embedding": False},
+    "marian": BART | {"decoder_start_token_id": PAD, "decoder_vocab_size": VOCAB_SIZE, "scale_embedding": True},
+}
 
 
 def _finish(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -65,32 +65,13 @@ def _finish(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def tiny_bart(encoder_layers=3, decoder_layers=3, seed=0, **changes) -> BartForConditionalGeneration:
-    return _finish(BartForConditionalGeneration(BartConfig(**_settings(encoder_layers, decoder_layers, changes))), seed)
+def _tiny_like_bart(family, encoder_layers=3, decoder_layers=3, seed=0, **changes):
+    depths = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    config = AutoConfig.for_model(family, **(LIKE_BART[family] | depths | changes))
+    return _finish(AutoModelForSeq2SeqLM.from_config(config), seed)
 
 
-def tiny_mbart(encoder_layers=3, decoder_layers=3, seed=0, **changes) -> MBartForConditionalGeneration:
-    changes = {"normalize_before": True, "add_final_layer_norm": True, "scale_embedding": True} | changes
-    return _finish(
-        MBartForConditionalGeneration(MBartConfig(**_settings(encoder_layers, decoder_layers, changes))), seed
-    )
-
-
-def tiny_pegasus(encoder_layers=3, decoder_layers=3, seed=0, **changes) -> PegasusForConditionalGeneration:
-    changes = {
-        "decoder_start_token_id": PAD,
-        "normalize_before": True,
-        "normalize_embedding": False,
-        "add_final_layer_norm": True,
-        "scale_embedding": True,
-    } | changes
-    config = PegasusConfig(**_settings(encoder_layers, decoder_layers, changes))
-    return _finish(PegasusForConditionalGeneration(config), seed)
-
-
-def tiny_marian(encoder_layers=3, decoder_layers=3, seed=0, **changes) -> MarianMTModel:
-    changes = {"decoder_start_token_id": PAD, "decoder_vocab_size": VOCAB_SIZE, "scale_embedding": True} | changes
-    return _finish(MarianMTModel(MarianConfig(**_settings(encoder_layers, decoder_layers, changes))), seed)
+tiny_bart, tiny_mbart, tiny_pegasus, tiny_marian = (partial(_tiny_like_bart, family) for family in LIKE_BART)
 
 
 def _t5_config(encoder_layers: int, decoder_layers: int, changes: dict) -> T5Config:
@@ -141,13 +122,7 @@ def tiny_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words[:vocab_size])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
-    special = {
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
+    special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token", "mask_token"), words, strict=False))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
 
 

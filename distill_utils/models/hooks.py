@@ -1,7 +1,7 @@
 """Queries, keys and values of chosen attention layers, taken by hooks, so that fused attention stays on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 from torch import Tensor, nn
@@ -52,17 +52,11 @@ def capture(
         if stop and all(len(vectors) == 3 for vectors in captured.values()):
             raise _Seen
 
-    hooks = []
-    try:
+    with suppress(_Seen), ExitStack() as hooks:
         for site in captured:
             for name, projection in zip("qkv", projections(model, *site), strict=True):
-                hooks.append(projection.register_forward_hook(partial(keep, site, name)))
+                hooks.enter_context(projection.register_forward_hook(partial(keep, site, name)))
         yield captured
-    except _Seen:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     for (site, layer_id), vectors in captured.items():
         if len(vectors) < 3 or not all(vector.numel() for vector in vectors.values()):
             raise InputError(f"layer {layer_id} of {site} was not run: run that stack, on some tokens, to capture it")

@@ -44,12 +44,9 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     """
     folder = model_folder(name_or_path)
     local = (folder / "config.json").exists()
-    source = folder if local else name_or_path
-    try:
+    with _loading_errors(name_or_path, local):
+        source = folder if local else name_or_path
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"no config of {name_or_path}: give {_choices()} ({reason})") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"{name_or_path} is a {config.model_type} model: give one of {', '.join(FAMILIES)}")
     return config
@@ -99,7 +96,7 @@ def _loading_errors(name_or_path: str | Path, local: bool) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         cause = "its files are damaged, incomplete or of another version"
         if not local:
-            cause = f"no safetensors weights on the hub or in its cache; give {_choices()}"
+            cause = f"no config, tokenizer or safetensors weights on the hub or in its cache; give {_choices()}"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {name_or_path}: {cause} ({type(error).__name__}: {reason})") from error
 

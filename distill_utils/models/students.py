@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
-from distill_utils.models.loading import FAMILIES, load_config, load_tokenizer, size_t5_cache
+from distill_utils.models.loading import FAMILIES, check_same_tokenizer, load_config, load_tokenizer, size_t5_cache
 
 # Layers to copy, {teacher depth: {student depth: ids}}: Shleifer & Rush (2020), the tables of their released code.
 LAYERS_TO_COPY = {
@@ -76,7 +76,7 @@ def supervision_map(teacher_layers: int, student_layers: int) -> list[int]:
 
 
 def _check_depth(name: str, layers: int, teacher_layers: int) -> None:
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= teacher_layers:
+    if type(layers) is not int or not 1 <= layers <= teacher_layers:  # True is an int, too
         raise InputError(f"{name} is {layers!r}: the teacher has {teacher_layers} layers, give 1 to {teacher_layers}")
 
 
@@ -93,8 +93,8 @@ def parse_shape(shape: str, teacher: PreTrainedModel) -> tuple[int, int]:
 
 def check_layer_ids(name: str, ids: Sequence[int], layers: int, teacher_layers: int) -> list[int]:
     """Return the ids; InputError for ids not in the teacher, named twice, or not as many as the student has layers."""
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    if not whole or len(set(ids)) != len(ids) or not all(0 <= i < teacher_layers for i in ids) or len(ids) != layers:
+    known = all(type(i) is int and 0 <= i < teacher_layers for i in ids)
+    if not known or len(set(ids)) != len(ids) or len(ids) != layers:
         raise InputError(f"{name} is {list(ids)}: give {layers} different ids from 0 to {teacher_layers - 1}")
     return list(ids)
 
@@ -127,45 +127,63 @@ def init_student(
     """Return a student made of some of the teacher's layers, and the encoder and decoder layer ids it kept.
 
     All but the dropped layers is copied: embeddings, norms, head, weights' dtypes and device, generation settings.
-    The student is in eval mode, all of it trainable, and shares no memory with the teacher, which stays as it was. The
-    ids are kept in `config.student_init`. Shleifer & Rush (2020), "shrink and fine-tune".
-
-    With `share_weights` it is a frozen view on the teacher's own tensors, made in milliseconds.
+    The student is in eval mode, all of it trainable, and shares no memory with the teacher; with `share_weights` it is
+    a frozen view on the teacher's own tensors, made in milliseconds. The ids are kept in `config.student_init`.
+    Shleifer & Rush (2020), "shrink and fine-tune".
 
     Raises InputError for another family, impossible depths or ids, or when weights are missing or left over.
     """
     if teacher.config.model_type not in FAMILIES:
         raise InputError(f"teacher is a {teacher.config.model_type} model: give one of {', '.join(FAMILIES)}")
-    stacks = {"encoder": (encoder_layers, encoder_layer_ids), "decoder": (decoder_layers, decoder_layer_ids)}
-    teacher_stacks, kept, config = _stacks(teacher), {}, copy.deepcopy(teacher.config)
-    for stack, (layers, ids) in stacks.items():
-        _, teacher_layers = teacher_stacks[stack]
-        _check_depth(f"{stack}_layers", layers, teacher_layers)
-        ids = layer_map(teacher_layers, layers) if ids is None else ids
-        kept[stack] = check_layer_ids(f"{stack}_layer_ids", ids, layers, teacher_layers)
+    kept, config = {}, copy.deepcopy(teacher.config)
+    config.student_init = {}
+    names = {module: name for name, module in teacher.named_modules()}
+    for stack, module, layers, ids in (
+        ("encoder", teacher.get_encoder(), encoder_layers, encoder_layer_ids),
+        ("decoder", teacher.get_decoder(), decoder_layers, decoder_layer_ids),
+    ):
+        depth = len(_layers(module))  # whatever the config says
+        _check_depth(f"{stack}_layers", layers, depth)
+        ids = check_layer_ids(f"{stack}_layer_ids", layer_map(depth, layers) if ids is None else ids, layers, depth)
+        kept[names[_layers(module)]] = ids
+        config.student_init |= {f"{stack}_layer_ids": ids, f"teacher_{stack}_layers": depth}
     set_depths(config, encoder_layers, decoder_layers)
-    config.student_init = {
-        "encoder_layer_ids": kept["encoder"],
-        "decoder_layer_ids": kept["decoder"],
-        "teacher_encoder_layers": teacher_stacks["encoder"][1],
-        "teacher_decoder_layers": teacher_stacks["decoder"][1],
-    }
     config._name_or_path = ""  # the student is not its teacher, and the teacher's may be a home path
 
     # A fresh model numbers its layers anew for the attention cache; slicing the teacher's lists would keep old numbers.
     # On the meta device it costs no memory and no initialization.
     with torch.device("meta"):
         student = type(teacher)(config)
-    _copy_weights(student, teacher, {teacher_stacks[stack][0]: ids for stack, ids in kept.items()}, share_weights)
+    _copy_weights(student, teacher, kept, share_weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.eval(), kept["encoder"], kept["decoder"]
+    return student.eval(), *kept.values()
 
 
-def _stacks(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
-    """Return {"encoder": (name of its layer list, depth), "decoder": ...} of the module, whatever its config says."""
-    names = {id(module): name for name, module in model.named_modules()}
-    lists = {"encoder": encoder_layers(model), "decoder": decoder_layers(model)}
-    return {stack: (names[id(layers)], len(layers)) for stack, layers in lists.items()}
+def _copy_weights(
+    student: PreTrainedModel, teacher: PreTrainedModel, kept: dict[str, list[int]], share_weights: bool
+) -> None:
+    """Fill a student on the meta device; `kept` maps the name of a layer list to the teacher's layers it takes."""
+    copies, state = {}, {}
+    for name, weight in teacher.state_dict(keep_vars=True).items():
+        stack = next((stack for stack in kept if name.startswith(f"{stack}.")), None)
+        if stack and "relative_attention_bias" not in name:  # which T5 keeps in block 0 for all layers of a stack
+            index, rest = name.removeprefix(f"{stack}.").split(".", 1)
+            if int(index) not in kept[stack]:
+                continue
+            name = f"{stack}.{kept[stack].index(int(index))}.{rest}"
+        if id(weight) not in copies:  # weights tied in the teacher, and only those, are one object in the student too:
+            own = weight.detach()  # T5 v1.1 says "tied" in its config while its head is not
+            own = own if share_weights else own.clone()
+            copies[id(weight)] = nn.Parameter(own) if isinstance(weight, nn.Parameter) else own
+        state[name] = copies[id(weight)]
+    missing, left = student.load_state_dict(state, strict=False, assign=True)  # keeps who is trainable
+    if missing or left:
+        raise InputError(
+            f"teacher and {student.config.model_type} student differ in weights, such as {[*missing, *left][0]}: "
+            "load the teacher again from complete files of its family"
+        )
+    if share_weights:
+        student.requires_grad_(False)  # training a view would train its teacher
 
 
 def new_student(
@@ -205,11 +223,10 @@ def check_embeddings(source: str, teacher: str, width: int) -> None:
 
     A row belongs to a token id, so the tokenizer must be the teacher's, token by token. No weights are loaded.
     """
-    given = load_config(source).d_model
-    fix = f'name a model at least as wide with the tokenizer of {teacher}, or "" for random embeddings'
-    if source != teacher and load_tokenizer(source).get_vocab() != load_tokenizer(teacher).get_vocab():
-        raise InputError(f"a student of {teacher} cannot start from embeddings of {source}, another tokenizer: {fix}")
-    if width > given:
+    if source != teacher:
+        check_same_tokenizer(teacher, load_tokenizer(teacher), source, load_tokenizer(source))
+    if width > (given := load_config(source).d_model):
+        fix = 'name a model at least as wide, or "" for random embeddings'
         raise InputError(f"embeddings of {source} of width {given} cannot start a student of width {width}: {fix}")
 
 
@@ -255,41 +272,6 @@ def set_depths(config: PreTrainedConfig, encoder_layers: int, decoder_layers: in
         config.encoder_layers, config.decoder_layers = encoder_layers, decoder_layers
         # LayerDrop may skip a whole one-layer decoder, and hidden states of skipped layers cannot be matched.
         config.encoder_layerdrop = config.decoder_layerdrop = 0.0
-
-
-def _copy_weights(
-    student: PreTrainedModel, teacher: PreTrainedModel, kept: dict[str, list[int]], share_weights: bool
-) -> None:
-    """Fill a student on the meta device; `kept` maps the name of a layer list to the teacher's layers it takes."""
-    weights, copies, state, used = teacher.state_dict(keep_vars=True), {}, {}, set()
-    trainable = {name: weight.requires_grad for name, weight in student.state_dict(keep_vars=True).items()}
-    for name in trainable:
-        source = _source_name(name, kept)
-        if source not in weights:
-            raise InputError(f"teacher lacks the weight {source}: load it again from complete files")
-        weight = weights[source]
-        if id(weight) not in copies:  # weights tied in the teacher, and only those, are one object in the student too:
-            own = weight.detach()  # T5 v1.1 says "tied" in its config while its head is not
-            own = own if share_weights else own.clone()
-            is_parameter = isinstance(weight, nn.Parameter)
-            copies[id(weight)] = nn.Parameter(own, requires_grad=trainable[name]) if is_parameter else own
-        state[name] = copies[id(weight)]
-        used.add(source)
-    left = [name for name in weights if name not in used and not name.startswith(tuple(f"{stack}." for stack in kept))]
-    if left:
-        raise InputError(f"teacher has a weight {left[0]} that a {student.config.model_type} student has no place for")
-    student.load_state_dict(state, strict=True, assign=True)
-    if share_weights:
-        student.requires_grad_(False)  # training a view would train its teacher
-
-
-def _source_name(name: str, kept: dict[str, list[int]]) -> str:
-    for stack, ids in kept.items():
-        if name.startswith(f"{stack}."):
-            index, rest = name.removeprefix(f"{stack}.").split(".", 1)
-            # T5 keeps the position bias of all layers in block 0; the student's block 0 needs it wherever it came from.
-            return f"{stack}.{0 if 'relative_attention_bias' in rest else ids[int(index)]}.{rest}"
-    return name
 
 
 # ------------------------------------------------------------------------------------------------- parts of a model
@@ -350,8 +332,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the weights outside of the layers: tables of tokens and positions, and the head; tied ones come once."""
-    found = [*_embeddings(model), *model.get_output_embeddings().parameters()]
-    return list({id(weight): weight for weight in found}.values())
+    return list(dict.fromkeys([*_embeddings(model), *model.get_output_embeddings().parameters()]))
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:

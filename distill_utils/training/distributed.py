@@ -1,6 +1,6 @@
 """What a training run that several processes share adds up, splits and gathers; in one process all of it does nothing.
 
-Not here: how models are sharded and processes started (distributed.py), and the loop itself (training.py).
+Out of scope: how models are sharded and processes started (experiments/launch.py).
 """
 
 from collections.abc import Iterable

@@ -2,10 +2,8 @@
 
 Out of scope: losses (objectives.py), data order (data/batches.py), how models are sharded and processes started
 (distributed.py, experiments/launch.py). Everything random in a step is a function of the seed and the step, so a run
-that was killed and started again ends with the weights of one that was not.
-
-In several processes that share a run each takes its own rows of every micro-batch, and what they add up, gradients,
-losses and the gradient's norm, is that of the whole. Only rank 0 writes and prints.
+that was killed and started again ends with the weights of one that was not. In several processes each takes its own
+rows of every micro-batch; gradients, losses and the gradient's norm are added up, and only rank 0 writes and prints.
 """
 
 import contextlib
@@ -15,66 +13,22 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from distill_utils.artifacts import InputError, folder_atomic, lock, report_progress
-from distill_utils.device import amp_dtype, device, mixed_precision, to_device
-from distill_utils.training.checkpoints import (
-    load_best,
-    read_history,
-    restore_checkpoint,
-    save_best,
-    save_checkpoint,
-    write_history,
-)
-from distill_utils.training.distributed import (
-    clip_gradients,
-    local_rows,
-    rank_and_world_size,
-    reset_fsdp_state,
-    sum_over_processes,
-)
-from distill_utils.training.optimizers import (
-    MUON_RATE,
-    Training,
-    best_row,
-    check_training,
-    cooldown_steps,
-    learning_rate_at,
-    make_optimizers,
-    stopped_at,
-)
+from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, to_device
+from distill_utils.training import checkpoints, distributed, optimizers
+from distill_utils.training.checkpoints import TrainingState, read_history, save_checkpoint
+from distill_utils.training.optimizers import Training, check_training, make_optimizers, stopped_at
 
 __all__ = ["Training", "check_training", "fit", "fit_from_trunk", "read_history"]
 MAX_WORKERS = 4  # processes that prepare batches for a GPU
 EAGER_LENGTH = 256  # tokens; up to here plain attention trains faster than the fused kernel on CPU (LOG.md)
-
-
-@dataclass
-class TrainingState:
-    """One training run under way: what is trained, by what, and how far it has come; a checkpoint holds all of it."""
-
-    folder: Path
-    settings: Training
-    model: torch.nn.Module
-    parameters: dict[str, torch.nn.Parameter]  # the trainable ones
-    optimizers: list
-    memory: dict  # what `after_step` keeps, plain JSON
-    data: str  # hash of the first update's examples, which tells other data
-    step: int = 0  # updates done
-    history: list[dict] = field(default_factory=list)
-    window: dict = field(default_factory=dict)  # sums since the last history row
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
 
 
 def fit(
@@ -95,16 +49,16 @@ def fit(
     tokens; micro-batches are weighted by their tokens, so that accumulation does not change the loss. `batches(step)`
     returns the micro-batches of a step. `evaluate(model)` returns numbers for the history row at every `eval_every`.
     `after_step(done, losses)` sees the losses of every update; what it keeps for the next ones belongs in `memory`,
-    plain JSON, which is saved in checkpoints and restored from them.
+    plain JSON, which checkpoints hold.
     The folder receives checkpoint-NNNNNN/, history.csv and progress.json; a checkpoint found there is continued, by any
-    number of processes. Where several share the run, all call `fit` with the same arguments and batches.
-    `until` pauses after that update, with a checkpoint that stays; the schedule does not know of it. With `patience`
-    training stops when `stop_metric` no longer falls, and the model ends with its best weights; in a cooldown it never
-    stops early. A pause ends with the weights of its update. Ctrl-C or a notebook's stop button takes effect when the
-    update is complete, and leaves a checkpoint; a second one at once.
+    number of processes, which all call `fit` with the same arguments and batches.
+    `until` pauses after that update, with its weights and a checkpoint that stays; the schedule does not know of it.
+    With `patience` training stops when `stop_metric` no longer falls, and the model ends with its best weights; in a
+    cooldown it never stops early. Ctrl-C or a notebook's stop button takes effect when the update is complete, and
+    leaves a checkpoint; a second one at once.
     Raises InputError when the loss is not finite: names the step and the examples, keeps the last checkpoint.
     """
-    rank, world = rank_and_world_size()
+    rank, world = distributed.rank_and_world_size()
     check_training(settings, world)
     on = device()
     model.to(on)
@@ -112,32 +66,32 @@ def fit(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise InputError("every parameter of the student is frozen: unfreeze the decoder or the encoder")
-    optimizers = make_optimizers(model, parameters, settings)
     dtype = amp_dtype(on, settings.precision)
     memory = {} if memory is None else memory
-    state = TrainingState(folder, settings, model, parameters, optimizers, memory, _data_hash(batches(0)))
+    made = make_optimizers(model, parameters, settings)
+    state = TrainingState(folder, settings, model, parameters, made, memory, _data_hash(batches(0)))
     end = min(until or settings.max_steps, settings.max_steps)
-    restore_checkpoint(state, end)
+    checkpoints.restore_checkpoint(state, end)
     can_stop = settings.patience and settings.schedule != "cooldown"
     if can_stop and (stopped := stopped_at(state.history, settings)):
         end = stopped
-        restore_checkpoint(state, end)  # a run that went on without patience has passed it
+        checkpoints.restore_checkpoint(state, end)  # a run that went on without patience has passed it
 
     with _delayed_interrupt() as interrupted:
         for step, micro_batches in _prefetched(batches, state.step, end, on):
             torch.manual_seed(settings.seed * 1_000_003 + step + (rank << 40))  # dropout: a function of seed and step
             counts = [_count_targets(batch) for batch in micro_batches]
             sums: dict[str, torch.Tensor] = {}
-            for batch in map(local_rows, micro_batches):
+            for batch in map(distributed.local_rows, micro_batches):
                 with mixed_precision(on, dtype):
                     losses = loss_fn(model, to_device(batch, on))
                 share = _count_targets(batch) / max(sum(counts), 1)
                 (losses["loss"] * share).backward()
-                reset_fsdp_state(model)
+                distributed.reset_fsdp_state(model)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.detach().float() * share
-            norm = clip_gradients(parameters.values(), settings.max_grad_norm)
-            totals = sum_over_processes(torch.stack([*sums.values()]))
+            norm = distributed.clip_gradients(parameters.values(), settings.max_grad_norm)
+            totals = distributed.sum_over_processes(torch.stack([*sums.values()]))
             values = dict(zip(sums, totals.tolist(), strict=True))  # CPU-GPU sync point
             if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
                 ids = [i for batch in micro_batches for i in batch["ids"]]
@@ -146,10 +100,10 @@ def fit(
                     f"{', '.join(map(str, ids[:4]))}, ...: lower learning_rate or remove them; the last checkpoint is "
                     "kept"
                 )
-            for optimizer in optimizers:
-                factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
+            for optimizer in state.optimizers:
+                factor = optimizers.MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
                 for group in optimizer.param_groups:
-                    group["lr"] = factor * learning_rate_at(step, settings)
+                    group["lr"] = factor * optimizers.learning_rate_at(step, settings)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -164,34 +118,31 @@ def fit(
             if state.step % settings.log_every == 0 or evaluates or last:
                 row = _history_row(state, values)
                 if evaluates:
-                    model.eval()
-                    with torch.no_grad(), mixed_precision(on, dtype):
-                        row |= evaluate(model)
-                    reset_fsdp_state(model)
-                    train_mode(model)
+                    with eval_mode(model), torch.no_grad(), mixed_precision(on, dtype):
+                        found = evaluate(model)
+                    distributed.reset_fsdp_state(model)
+                    row |= found
                     if rank == 0:
                         print(format_row(stage, row, settings.max_steps), flush=True)
                 state.history.append(row)
                 if evaluates and settings.patience:
-                    _check_metric(row, settings)
-                    if best_row(state.history, settings) is row:
-                        save_best(state)
+                    optimizers.check_metric(settings, found)
+                    if optimizers.best_row(state.history, settings) is row:
+                        checkpoints.save_best(state)
                 if can_stop and stopped_at(state.history, settings):
                     break
             due = interrupted or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0)
             if due and state.step < end:
                 save_checkpoint(state)
-                if rank == 0:
-                    write_history(folder, state.history)
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()
     if until:
         save_checkpoint(state, keep=True)
-    elif settings.patience and best_row(state.history, settings):
-        load_best(state)
+    elif settings.patience and optimizers.best_row(state.history, settings):
+        checkpoints.load_weights(model, folder / "best")
     if rank == 0:
-        write_history(folder, state.history)
+        checkpoints.write_history(folder, state.history)
     return state.history
 
 
@@ -204,7 +155,7 @@ def _delayed_interrupt() -> Iterator[list[int]]:
     held, before = [], signal.getsignal(signal.SIGINT)
     on_main_thread = threading.current_thread() is threading.main_thread()
     # What a shell puts in the background ignores interrupts, and shall go on to.
-    if rank_and_world_size()[1] > 1 or not on_main_thread or before is signal.SIG_IGN:
+    if distributed.rank_and_world_size()[1] > 1 or not on_main_thread or before is signal.SIG_IGN:
         yield held
         return
 
@@ -228,15 +179,15 @@ def fit_from_trunk(
     stands, and keeps that checkpoint. `patience` ends the trunk, and so brings the cooldown forward. The arguments are
     those of `fit`; weights and data are those of a single run, bit by bit.
     """
-    if not list(folder.glob("checkpoint-*")):
-        begin = settings.max_steps - cooldown_steps(settings)
+    if not checkpoints.checkpoint_steps(folder):
+        begin = settings.max_steps - optimizers.cooldown_steps(settings)
         with lock(trunk):
             history = fit(model, loss_fn, batches, replace(settings, schedule="constant"), trunk, until=begin, **rest)
         reached = f"checkpoint-{stopped_at(history, settings) or begin:06d}"
         with folder_atomic(folder / reached) as temporary:
             shutil.copytree(trunk / reached, temporary, dirs_exist_ok=True)
-    begin = min(int(path.name[-6:]) for path in folder.glob("checkpoint-*"))
-    if begin < settings.max_steps - cooldown_steps(settings):  # patience ended the trunk
+    begin = min(checkpoints.checkpoint_steps(folder))
+    if begin < settings.max_steps - optimizers.cooldown_steps(settings):  # patience ended the trunk
         settings = replace(settings, max_steps=round(begin / (1 - settings.cooldown_share)))
     return fit(model, loss_fn, batches, settings, folder, **rest)
 
@@ -249,22 +200,6 @@ def _data_hash(micro_batches: list[dict]) -> str:
     return content.hexdigest()[:10]
 
 
-def _check_metric(row: dict, settings: Training) -> None:
-    if settings.stop_metric not in row:
-        known = ", ".join(name for name in row if name.startswith("validation_"))
-        raise InputError(f"stop_metric {settings.stop_metric!r} is not evaluated: use one of {known}")
-
-
-class _Steps:
-    """The micro-batches of each step, by index: what DataLoader asks for."""
-
-    def __init__(self, batches: Callable[[int], list[dict]]):
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> list[dict]:
-        return self.batches(step)
-
-
 def _prefetched(batches: Callable, begin: int, end: int, on: torch.device) -> Iterator[tuple[int, list[dict]]]:
     """Yield (step, its micro-batches); for a GPU, other processes prepare them ahead."""
     steps = range(begin, end)
@@ -272,8 +207,7 @@ def _prefetched(batches: Callable, begin: int, end: int, on: torch.device) -> It
     if not workers:
         return zip(steps, map(batches, steps), strict=True)
     loader = DataLoader(
-        _Steps(batches), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=4,
-        collate_fn=lambda micro_batches: micro_batches,
+        steps, batch_size=None, collate_fn=batches, num_workers=workers, prefetch_factor=4,
         multiprocessing_context="fork",  # what makes a batch is a closure, which cannot be sent
     )  # fmt: skip
     return zip(steps, loader, strict=True)
@@ -281,12 +215,13 @@ def _prefetched(batches: Callable, begin: int, end: int, on: torch.device) -> It
 
 def _count(window: dict, values: dict[str, float], micro_batches: list[dict], targets: int) -> None:
     """Add one update to the sums that a history row averages."""
-    for name, value in values.items():
-        window[name] = window.get(name, 0.0) + value
-    cells = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in micro_batches)
-    used = sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + targets
-    examples = sum(len(batch["ids"]) for batch in micro_batches)
-    for name, value in (("steps", 1), ("examples", examples), ("cells", cells), ("used", used)):
+    added = {
+        "steps": 1,
+        "examples": sum(len(batch["ids"]) for batch in micro_batches),
+        "cells": sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in micro_batches),
+        "used": sum(int(batch["attention_mask"].sum()) for batch in micro_batches) + targets,
+    }
+    for name, value in (added | values).items():
         window[name] = window.get(name, 0) + value
 
 
@@ -294,7 +229,7 @@ def _history_row(state: TrainingState, values: dict[str, float]) -> dict:
     """Return the means since the last row, and begin the next window."""
     window, seconds = state.window, state.seconds
     row = {"step": state.step, **{name: window[name] / window["steps"] for name in values}}
-    row |= {"lr": learning_rate_at(state.step - 1, state.settings), "seconds": round(seconds, 2)}
+    row |= {"lr": optimizers.learning_rate_at(state.step - 1, state.settings), "seconds": round(seconds, 2)}
     row["padding"] = round(1 - window["used"] / max(window["cells"], 1), 4)
     row["examples_per_second"] = round(window["examples"] / max(seconds - window.get("began", 0.0), 1e-9), 2)
     state.window = {"began": seconds}

@@ -1,8 +1,6 @@
-"""What a training run is asked to do: its settings, its learning rate, when it stops, and its optimizers.
+"""What a training run is asked to do: its settings, its learning rate, when it stops, and its optimizers."""
 
-Out of scope: the loop that follows them (loop.py).
-"""
-
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +44,11 @@ class Training:
 
 def check_training(settings: Training, num_processes: int = 1) -> None:
     """Reject impossible settings before anything is computed."""
-    for name in ("max_steps", "batch_size", "log_every"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} {getattr(settings, name)} is too small: use at least 1")
-    for name in ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "patience"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{name} {getattr(settings, name)} is negative: use 0 or more")
+    least = dict.fromkeys(("max_steps", "batch_size", "log_every"), 1)
+    others = ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "patience")
+    for name, value in (least | dict.fromkeys(others, 0)).items():
+        if getattr(settings, name) < value:
+            raise InputError(f"{name} {getattr(settings, name)} is too small: use at least {value}")
     if settings.micro_batch_size and settings.batch_size % settings.micro_batch_size:
         raise InputError(
             f"micro_batch_size {settings.micro_batch_size} does not divide batch_size {settings.batch_size}: "
@@ -78,10 +75,15 @@ def check_training(settings: Training, num_processes: int = 1) -> None:
         raise InputError(f"{num_processes} processes do not divide {name} {rows}: use a multiple of {num_processes}")
 
 
+def check_metric(settings: Training, metrics: Iterable[str]) -> None:
+    """Reject a metric to stop by that is none of these."""
+    if settings.stop_metric not in metrics:
+        raise InputError(f"stop_metric {settings.stop_metric!r} is unknown: use one of {', '.join(metrics)}")
+
+
 def check_early_stopping(settings: Training, metrics: tuple[str, ...], num_validation: int) -> None:
     """Reject a metric that is none of what is evaluated, and early stopping by too few rows."""
-    if settings.stop_metric not in metrics:
-        raise InputError(f"stop_metric {settings.stop_metric!r} is unknown: use {' or '.join(metrics)}")
+    check_metric(settings, metrics)
     if settings.patience and num_validation < MIN_VALIDATION:
         raise InputError(
             f"{num_validation} validation rows are too few to stop early by: use at least {MIN_VALIDATION}, "
@@ -95,23 +97,22 @@ def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: 
     Adafactor (Shazeer & Stern 2018) is used with the given rate, as the Pegasus recipes do, instead of AdamW.
     Muon (Jordan et al. 2024) orthogonalises a matrix's update; embeddings, the head, norms and biases stay with AdamW.
     """
-    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    outer += [model.lm_head] if hasattr(model, "lm_head") else []
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    linear -= {id(module.weight) for module in outer}
-    matrices = [weight for weight in parameters.values() if settings.optimizer == "muon" and id(weight) in linear]
-    inner = {id(weight) for weight in matrices}
-    rest = [weight for weight in parameters.values() if id(weight) not in inner]
-    if settings.optimizer == "adafactor":
-        given = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-        return [Adafactor(list(parameters.values()), scale_parameter=False, relative_step=False, **given)]
+    weights, inner = list(parameters.values()), set()
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adafactor":
+        return [Adafactor(weights, scale_parameter=False, relative_step=False, **rates)]
+    if settings.optimizer == "muon":
+        inner = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+        outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        outer += [model.lm_head] if hasattr(model, "lm_head") else []
+        inner -= {id(module.weight) for module in outer}
+    matrices = [weight for weight in weights if id(weight) in inner]
+    rest = [weight for weight in weights if id(weight) not in inner]
     if any(map(is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
         raise InputError("optimizer muon needs whole matrices, and processes hold parts: use adamw, or one process")
-    # The fused update takes sharded and whole tensors, but not in one group.
+    # The fused update takes sharded and whole tensors, but not together.
     groups = [[weight for weight in rest if is_sharded(weight) == sharded] for sharded in (False, True)]
-    groups = [{"params": group} for group in groups if group]
-    found = [torch.optim.AdamW(groups, fused=True, **rates)] if rest else []
+    found = [torch.optim.AdamW(group, fused=True, **rates) for group in groups if group]
     if not matrices:
         return found
     on_cpu = matrices[0].device.type == "cpu"
