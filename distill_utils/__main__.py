@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from distill_utils.artifacts import InputError, config_hash, lock, read_json, runs_dir, write_json
-from distill_utils.report import batch, settings, sweep
+from distill_utils.report import batch, settings
 
 SWEEP_EXAMPLE = """the grid, as YAML:
   notebook: 03
@@ -200,9 +200,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "distill":
             return distill(arguments)
         if arguments.command == "sweep":
-            plans = sweep.read_grid(arguments.grid)
+            plans = settings.read_grid(arguments.grid)
             output = arguments.output or Path(arguments.grid.stem)
-            return sweep.run_sweep(plans, output, arguments.told, arguments.workers, arguments.slurm)
+            return batch.run_sweep(plans, output, arguments.told, arguments.workers, arguments.slurm)
         if arguments.command != "teachers":
             return use_student(arguments)
         from distill_utils.experiments import t5_teacher, teacher

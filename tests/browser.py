@@ -1,6 +1,5 @@
 """A headless Chromium driven by its DevTools protocol, for tests of pages. Out of scope: what a page should be."""
 
-import base64
 import contextlib
 import json
 import shutil
@@ -67,10 +66,6 @@ class Page:
         found = [e["params"]["entry"]["text"] for e in self.events if e["method"] == "Log.entryAdded"]
         methods = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
         return found + [str(e["params"]) for e in self.events if e["method"] in methods]
-
-    def picture(self, path: Path, whole: bool = False) -> None:
-        """Write a PNG of what is seen, or of the whole page."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environm
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, write_json
-from distill_utils.report import batch, settings, sweep
+from distill_utils.report import batch, settings
 
 # --------------------------------------------------------------------------------------------------------- parameters
 
@@ -105,17 +105,16 @@ def notebooks(tmp_path):
     return folder
 
 
-def test_notebooks_are_found_by_number_stem_and_path(notebooks):
+def test_notebooks_are_found_and_profile_and_override_are_applied_in_this_order(notebooks):
     for name in ("3", "03", "03_kd_pl_sft", "03_kd_pl_sft.ipynb", str(notebooks / "03_kd_pl_sft.ipynb")):
         assert settings.find_notebook(name, notebooks).stem == "03_kd_pl_sft"
-
-
-def test_profile_and_override_are_applied_in_this_order(notebooks):
     (notebooks / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {num_train: 10, learning_rate: 1e-4, seed: 1}\n")
     (plan,) = settings.make_plans(["03"], "small", ["seed=2"], notebooks)
     assert plan.changed == {"num_train": 10, "learning_rate": 1e-4, "seed": 2}
-    assert plan.values["method"] == "kd"
-    assert plan.name == "small/03_kd_pl_sft"
+    assert plan.values["method"] == "kd" and plan.name == "small/03_kd_pl_sft"
+    (plan,) = settings.make_plans([], "small", [], notebooks, every=True)  # those that the profile speaks of
+    assert plan.path.stem == "03_kd_pl_sft"
+    assert len(settings.make_plans([], "demo", [], notebooks, every=True)) == 3
 
 
 def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, capsys):
@@ -142,14 +141,6 @@ def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, caps
     assert found["failed"] == {"03_kd_pl_sft": "its last words"} and "the kernel died" in told.err
 
 
-def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
-    (notebooks / "profiles" / "small.yaml").write_text("03_kd_pl_sft: {}\n")
-    assert [plan.path.stem for plan in settings.make_plans([], "small", [], notebooks, every=True)] == ["03_kd_pl_sft"]
-    assert len(settings.make_plans([], "demo", [], notebooks, every=True)) == 3
-    with pytest.raises(InputError, match="'small' has no settings for 01_setup"):
-        settings.make_plans(["01"], "small", [], notebooks)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -160,6 +151,7 @@ def test_all_runs_the_notebooks_a_profile_speaks_of(notebooks):
         (["03", "-p", "num_train=many"], "num_train must be int, got 'many'"),
         (["03", "-p", "num_train"], "write -p name=value"),
         (["01", "04", "-p", "num_train=5"], "unknown parameter 'num_train' of 04_other"),
+        (["01", "--profile", "type"], "'type' has no settings for 01_setup"),
         (["03", "--profile", "typo"], "unknown parameter 'epoch' of 03_kd_pl_sft"),
         (["03", "--profile", "type"], "profile type, 03_kd_pl_sft: seed must be int, got 'x'"),
         (["03", "--profile", "stem"], "unknown notebook '3_kd_pl_sft': did you mean '03_kd_pl_sft'?"),
@@ -206,14 +198,32 @@ def test_import_is_light():
 # ------------------------------------------------------------------------------------------------ the runner for real
 
 
-def test_input_error_in_a_cell_is_its_one_line_and_exit_code_2(tmp_path):
-    cell = "class InputError(ValueError): pass\nraise InputError('decoder_layers 9 is above 6: lower it')"
-    write_notebook(tmp_path / "notebooks", "03_x", [code(cell), code(SAVE)])
-    stale = tmp_path / "runs"
+ENDS = {  # code cells, exit code, how its lines begin
+    "input error": (
+        ["class InputError(ValueError): pass\nraise InputError('decoder_layers 9 is above 6: lower it')"],
+        batch.BAD_INPUT, "decoder_layers 9 is above 6: lower it\n",
+    ),
+    "no results": (["import sys\nsys.exit(0)"], batch.NO_RESULTS, "03_x ended without results.json"),
+    "dead kernel": (
+        ["1", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "2"],
+        batch.KERNEL_DIED, "03_x: the kernel died in code cell 3 of 5",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_notebook_that_does_not_finish_has_its_exit_code_and_no_page(tmp_path, name):
+    cells, exit_code, said = ENDS[name]
+    write_notebook(tmp_path / "notebooks", "03_x", [*map(code, cells), code(SAVE)])
+    (plan,) = settings.make_plans(["03"], "demo", [], tmp_path / "notebooks")
+    asked = {"notebook": "03_x", "parameters": plan.values}
+    stale = tmp_path / "runs" / f"reports-03_x-demo-{batch.config_hash(asked)}" / "results.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
     done = run_report(tmp_path, "03")
-    assert (done.returncode, done.stderr) == (2, "decoder_layers 9 is above 6: lower it\n")
-    assert not (tmp_path / "reports").exists()
-    assert not list(stale.glob("*/results.json"))
+    assert done.returncode == exit_code and done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1 or name == "dead kernel"
+    assert not stale.exists() and not (tmp_path / "reports").exists()
 
 
 def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
@@ -231,28 +241,6 @@ def test_a_failing_notebook_does_not_stop_the_next_and_gives_the_code(tmp_path):
     assert changed == {"num_train": 7, "learning_rate": 1e-3}
 
 
-def test_missing_results_are_found_even_beside_stale_ones(tmp_path):
-    write_notebook(tmp_path / "notebooks", "03_x", [code("import sys\nsys.exit(0)"), code(SAVE)])
-    (plan,) = settings.make_plans(["03"], "demo", [], tmp_path / "notebooks")
-    asked = {"notebook": "03_x", "parameters": plan.values}
-    stale = tmp_path / "runs" / f"reports-03_x-demo-{batch.config_hash(asked)}" / "results.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("{}")
-    done = run_report(tmp_path, "03")
-    assert done.returncode == 3
-    assert "ended without results.json" in done.stderr and done.stderr.count("\n") == 1
-    assert not stale.exists() and not (tmp_path / "reports").exists()
-
-
-def test_dead_kernel(tmp_path):
-    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    write_notebook(tmp_path / "notebooks", "03_x", [code("1"), code(kill), code("2"), code(SAVE)])
-    done = run_report(tmp_path, "03")
-    assert done.returncode == 4
-    assert done.stderr.startswith("03_x: the kernel died in code cell 3 of 5")
-    assert not (tmp_path / "reports").exists()
-
-
 def test_progress_from_inside_a_cell_and_interrupt(tmp_path):
     train = """import time
 from distill_utils import artifacts
@@ -265,16 +253,11 @@ time.sleep(300)"""
     write_notebook(tmp_path / "notebooks", "03_x", [code(train), code(SAVE)])
     write_notebook(tmp_path / "notebooks", "04_never", [code(SAVE)])
     process = subprocess.Popen(
-        command(tmp_path, "--all"),
-        cwd=REPOSITORY,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command(tmp_path, "--all"), cwd=REPOSITORY, env=environment(tmp_path), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
         # A shell lets what it starts in the background ignore Ctrl-C, and these tests may be started so.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
     assert process.stdout.readline().startswith("03_x  profile demo")
     # before it, a slow machine may show the start of the kernel
     line = next(line for line in process.stdout if "kd 6-3" in line)
@@ -316,16 +299,15 @@ def test_a_terminal_gets_one_rewritten_line(monkeypatch, tmp_path):
 
 
 def write_grid(folder: Path, text: str) -> Path:
-    path = folder / "grid.yaml"
-    path.write_text(text)
-    return path
+    (folder / "grid.yaml").write_text(text)
+    return folder / "grid.yaml"
 
 
 GRID = "notebook: 1\nfixed: {num_train: 5}\ngrid: {seed: [0, 1], shapes: [[6-3], [6-1, 3-1]]}"
 
 
 def test_a_grid_is_every_combination_in_order(notebooks, tmp_path):
-    plans = sweep.read_grid(write_grid(tmp_path, GRID), notebooks)
+    plans = settings.read_grid(write_grid(tmp_path, GRID), notebooks)
     wanted = list(itertools.product([0, 1], [["6-3"], ["6-1", "3-1"]]))
     assert [(plan.values["seed"], plan.values["shapes"]) for plan in plans] == wanted
     assert all(plan.values["num_train"] == 5 and plan.values["method"] == "kd" for plan in plans)
@@ -349,11 +331,11 @@ def test_a_grid_is_every_combination_in_order(notebooks, tmp_path):
 )
 def test_a_bad_grid_is_rejected_before_anything_runs(notebooks, tmp_path, text, message):
     with pytest.raises(InputError, match=message):
-        sweep.read_grid(write_grid(tmp_path, text), notebooks)
+        settings.read_grid(write_grid(tmp_path, text), notebooks)
 
 
 def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypatch, capsys):
-    plans, ran = sweep.read_grid(write_grid(tmp_path, GRID), notebooks), []
+    plans, ran = settings.read_grid(write_grid(tmp_path, GRID), notebooks), []
     broken = {plans[1].name}
 
     def make(plan, reports):
@@ -367,25 +349,25 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
         return page
 
     monkeypatch.setattr(batch, "make_report", make)
-    assert sweep.run_sweep(plans, tmp_path / "out") == batch.KERNEL_DIED
+    assert batch.run_sweep(plans, tmp_path / "out") == batch.KERNEL_DIED
     assert ran == [plan.name for plan in plans]
     assert f"failed: {plans[1].name}: the last of them" in capsys.readouterr().err
     broken.clear()
     ran.clear()
-    assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
+    assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
     with pytest.raises(InputError, match="workers 0 is too small"):
-        sweep.run_sweep(plans, tmp_path / "out", workers=0)
+        batch.run_sweep(plans, tmp_path / "out", workers=0)
     (tmp_path / "out" / f"{plans[2].name}.json").write_text('{"parameters": {}}')  # of a notebook from before
     ran.clear()
-    assert sweep.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]
+    assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]
 
 
 def test_workers_of_a_sweep_make_its_pages_and_one_index(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
     cells = [code("assert seed != 1"), code(SAVE)]
     write_notebook(tmp_path / "notebooks", "01_first", cells)
-    plans = sweep.read_grid(write_grid(tmp_path, "notebook: 1\ngrid: {seed: [0, 1, 2]}"), tmp_path / "notebooks")
-    assert sweep.run_sweep(plans, tmp_path / "out", workers=3) == batch.NOTEBOOK_RAISED
+    plans = settings.read_grid(write_grid(tmp_path, "notebook: 1\ngrid: {seed: [0, 1, 2]}"), tmp_path / "notebooks")
+    assert batch.run_sweep(plans, tmp_path / "out", workers=3) == batch.NOTEBOOK_RAISED
     said = capsys.readouterr()
     assert "3 of 3" in said.out and "01_first: code cell 2 of 3 raised AssertionError" in said.err
     index = (tmp_path / "out" / "index.html").read_text()

@@ -31,6 +31,14 @@ ROWS = [
 ]
 
 
+def marks(ax) -> list:
+    return [line for line in ax.lines if line.get_marker() in ("*", *style.MARKERS)]
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
 @pytest.fixture(autouse=True)
 def clean_figures():
     figures.use_style()
@@ -50,30 +58,22 @@ def shown(monkeypatch):
     return outputs
 
 
-def test_show_gives_alt_and_escaped_caption_and_closes(shown):
-    ax = figures.plot_history({"kd": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
-    assert figures.show(ax, "Falls & <stops>.", "One <b>run</b> & no more.") is None
-    (data, metadata), caption = shown
+def test_show_gives_alt_and_escaped_caption_and_closes_and_a_large_svg_becomes_png(shown, monkeypatch):
+    for _ in range(2):  # the same figure gives the same bytes
+        ax = figures.plot_history({"kd": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+        figures.show(ax, "Falls & <stops>.", "One <b>run</b> & no more.")
+    data, metadata = shown[0]
     assert data["image/svg+xml"].lstrip().startswith("<?xml") and data["text/plain"] == "Falls & <stops>."
     assert metadata["image/svg+xml"]["alt"] == "Falls & <stops>."
-    assert caption == '<div class="figcaption">One &lt;b&gt;run&lt;/b&gt; &amp; no more.</div>'
-    assert not plt.get_fignums()
-
-
-def test_show_is_reproducible_and_a_large_svg_becomes_png(shown, monkeypatch):
-    for _ in range(2):
-        figures.show(figures.plot_history({"kd": [{"step": i, "loss": i} for i in range(9)]}), "a", "c")
-    assert shown[0] == shown[2]
+    assert shown[1] == '<div class="figcaption">One &lt;b&gt;run&lt;/b&gt; &amp; no more.</div>'
+    assert shown[:2] == shown[2:] and not plt.get_fignums()
     monkeypatch.setattr(style, "MAX_SVG_BYTES", 1000)
-    figures.show(figures.plot_coverage_density({"reference": ([0.1], [2.0])}), "a", "c")
+    figures.show(figures.plot_coverage_density([0.1], [2.0]), "a", "c")
     data, metadata = shown[4]
     assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"] == {"alt": "a", "width": 624}
-
-
-@pytest.mark.parametrize(("alt", "caption"), [("", "c"), ("a", "  ")])
-def test_show_needs_both_texts(alt, caption):
-    with pytest.raises(ValueError, match="must both say something"):
-        figures.show(style.new_axes(), alt, caption)
+    for alt, caption in (("", "c"), ("a", "  ")):
+        with pytest.raises(ValueError, match="alt"):
+            figures.show(style.new_axes(), alt, caption)
 
 
 def test_colours_are_one_a_method_and_distinct():
@@ -108,29 +108,21 @@ def test_table(shown):
     bold = html[: html.index("font-weight: bold")].rsplit("}", 1)[-1]
     # equal as printed are both best; the teacher does not compete
     assert all(name in bold for name in ("row1_col0", "row2_col0", "row1_col1")) and "row0" not in bold
+    for wrong, named in ((frame, "rouge1"), (frame.assign(system="a"), "system")):
+        with pytest.raises(ValueError, match=named):
+            tables.show_table(wrong, "c", best_high=["rouge1"] if named == "rouge1" else [])
 
 
-def test_table_rejects_unknown_and_repeated_names():
-    frame = pd.DataFrame({"system": ["a", "a"], "rouge2": [1.0, 2.0]})
-    with pytest.raises(ValueError, match="no column 'rouge1'"):
-        tables.show_table(frame, "c", best_high=["rouge1"])
-    with pytest.raises(ValueError, match="must be unique"):
-        tables.show_table(frame, "c")
-
-
-def test_samples_are_escaped_and_clipped(shown):
+def test_samples_are_escaped_clipped_and_fold_what_repeats_without_end(shown):
     tables.show_samples([{"source": "<b>" + "x" * 500, "pl_kl": "$5"}], ["source", "pl_kl", "missing"], "Some & all")
     table = BeautifulSoup(shown[0], "html.parser")
     assert [cell.get_text() for cell in table.find_all("th")] == ["source", "PL+KL", "missing"]
-    texts = [cell.get_text() for cell in table.find_all("td")]
-    assert texts[0].startswith("<b>xxx") and len(texts[0]) == 402 and texts[1:] == ["$5", ""]
-
-
-def test_samples_fold_what_repeats_without_end(shown):
-    texts = ["Return the" + " given" * 37 + ".", "a b a b a b a b c", "no no no", "1 2 3 4 5 " * 4]
-    tables.show_samples([{str(i): text for i, text in enumerate(texts)}], [*map(str, range(4))])
-    found = [cell.get_text() for cell in BeautifulSoup(shown[0], "html.parser").find_all("td")]
-    assert found == ["Return the given … (×36) given.", "a b … (×4) c", *texts[2:]]
+    found = [cell.get_text() for cell in table.find_all("td")]
+    assert found[0].startswith("<b>xxx") and len(found[0]) == 402 and found[1:] == ["$5", ""]
+    looped = ["Return the" + " given" * 37 + ".", "a b a b a b a b c", "no no no", "1 2 3 4 5 " * 4]
+    tables.show_samples([{str(i): text for i, text in enumerate(looped)}], [*map(str, range(4))])
+    found = [cell.get_text() for cell in BeautifulSoup(shown[1], "html.parser").find_all("td")]
+    assert found == ["Return the given … (×36) given.", "a b … (×4) c", *looped[2:]]
 
 
 def test_samples_mark_places_and_stay_text(shown, capsys):
@@ -154,28 +146,17 @@ def test_samples_mark_places_and_stay_text(shown, capsys):
 
 
 def test_quality_speed_draws_every_row_and_no_labels_overlap():
-    ax = figures.plot_quality_speed(ROWS)
-    figure = ax.get_figure()
-    figure.draw_without_rendering()
-    labels = [text for text in ax.texts if text.get_text()]
-    names = {text.get_text() for text in labels}
-    assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= names and len(labels) == len(ROWS)
-    boxes = [text.get_window_extent() for text in labels]
+    odd = {"method": "kd", "rouge2": math.nan, "ms_per_token": 1.0}
+    ax = figures.plot_quality_speed([*ROWS, odd])
+    ax.get_figure().draw_without_rendering()
+    assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= set(texts(ax))
+    assert len(ax.texts) == len(ROWS)
+    boxes = [text.get_window_extent() for text in ax.texts]
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].padded(-1).overlaps(pair[1].padded(-1))]
-    points = [line for line in ax.lines if line.get_marker() in style.MARKERS and len(line.get_xdata()) == 1]
-    assert len(points) == 9
-    colors = {line.get_color() for line in points}
-    assert colors == {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
-    assert len(ax.containers) == 8  # error bars of the students; the teacher's interval is the band
-    assert len(ax.patches) == 1
-
-
-def test_quality_speed_copes_with_missing_values():
-    rows = [
-        {"method": "kd", "rouge2": float("nan"), "ms_per_token": 1.0},
-        {"method": "sft", "rouge2": 3.0, "ms_per_token": 1.0},
-    ]
-    assert {text.get_text() for text in figures.plot_quality_speed(rows).texts} == {"SFT"}
+    points = [line for line in marks(ax) if len(line.get_xdata()) == 1]
+    colors = {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    assert len(points) == 9 and {line.get_color() for line in points} == colors
+    assert len(ax.containers) == 8 and len(ax.patches) == 1  # error bars of students; the teacher's is the band
     assert not figures.plot_quality_speed([]).texts
 
 
@@ -190,7 +171,7 @@ def test_history_names_lines_and_skips_missing_values():
     history = [{"step": 1, "loss": 3.0}, {"step": 2}, {"step": 3, "loss": 1.0}]
     ax = figures.plot_history({"sft": history, "pl_kl 6-3": history, "empty": [{"step": 1}]})
     assert [list(line.get_xdata()) for line in ax.lines] == [[1, 3], [1, 3]]
-    assert {text.get_text() for text in ax.texts} == {"SFT", "PL+KL 6-3"}
+    assert set(texts(ax)) == {"SFT", "PL+KL 6-3"}
     many = figures.plot_history({f"kd {n}": history for n in range(5)})
     assert len(many.get_legend().get_texts()) == 5
     assert not figures.plot_history({"kd": []}).lines
@@ -198,28 +179,21 @@ def test_history_names_lines_and_skips_missing_values():
 
 def test_lengths_state_the_share_left_whole():
     ax = figures.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
-    assert [text.get_text() for text in ax.texts] == ["80 (80 % whole)"]
+    assert texts(ax) == ["80 (80 % whole)"]
     assert max(ax.lines[0].get_xdata()) == 100
 
 
-def marks(ax) -> list:
-    return [line for line in ax.lines if line.get_marker() in ("*", *style.MARKERS)]
-
-
-def texts(ax) -> list[str]:
-    return [text.get_text() for text in ax.texts]
-
-
 def test_intervals_stand_in_groups_with_the_teacher_as_band():
-    rows = [
-        {"method": name, **with_interval("rouge1", mean), **with_interval("rouge2", mean / 2)}
-        for name, mean in (("lead_words", 18.0), ("teacher", 25.0))
-    ]
-    ax = figures.plot_intervals(rows, ("rouge1", "rouge2"))
+    rows = []
+    for name, mean in (("lead_words", 18.0), ("teacher", 25.0)):
+        rows.append({"method": name})
+        for metric, part in (("rouge1", 1), ("rouge2", 2), ("rougeL", 1), ("rougeLsum", 1)):
+            rows[-1] |= with_interval(metric, mean / part)
+    ax = figures.plot_intervals(rows)
     assert texts(ax) == ["lead words", "teacher"]
-    assert [line.get_xdata()[0] for line in marks(ax)] == [18.0, 25.0, 9.0, 12.5]
+    assert [line.get_xdata()[0] for line in marks(ax)][:4] == [18.0, 25.0, 9.0, 12.5]
     bands = [sorted({x for x, _ in band.get_paths()[0].vertices}) for band in ax.collections]
-    assert bands == [[24.0, 26.0], [11.5, 13.5]]
+    assert bands[:2] == [[24.0, 26.0], [11.5, 13.5]]
 
 
 def test_decoding_settings_are_joined_by_time_one_line_a_model():
@@ -253,10 +227,8 @@ def test_capacity_gap_is_a_line_by_teacher_size_and_a_mark_for_the_assistant():
 
 
 def test_differences_without_zero_are_filled():
-    rows = [
-        {"name": name, "difference": mid, "low": mid - 1, "high": mid + 1}
-        for name, mid in (("kd hidden_weight=0 versus kd", -2.0), ("pl_gold versus pl", 0.5))
-    ]
+    rows = [{"name": "kd hidden_weight=0 versus kd", "difference": -2.0, "low": -3.0, "high": -1.0}]
+    rows.append({"name": "pl_gold versus pl", "difference": 0.5, "low": -0.5, "high": 1.5})
     ax = figures.plot_differences(rows)
     assert [point.get_markerfacecolor() == "white" for point in marks(ax)] == [False, True]
     assert [point.get_color() for point in marks(ax)] == [style.method_color("kd"), style.method_color("pl_gold")]
@@ -296,14 +268,6 @@ def test_heatmaps_carry_numbers_until_there_are_too_many():
     big = pd.DataFrame([[0.5] * 13] * 13)
     one, other = figures.plot_heatmaps({"small": small, "big": big}, (0, 1)).axes
     assert texts(one) == ["1.00", "0.25"] and not other.texts
-
-
-def test_pareto_front_holds_what_nothing_beats_in_both():
-    rows = [
-        {"n": n, "t": t, "rouge2": r} for n, t, r in [("a", 3, 9), ("b", 2, 7), ("c", 2, 8), ("d", 1, 2), ("e", 4, 9)]
-    ]
-    rows += [{"n": "rule", "rouge2": 20.0}, {"n": "odd", "t": float("nan"), "rouge2": 1.0}]
-    assert [row["n"] for row in figures.pareto_front(rows, "t")] == ["d", "c", "a"]
 
 
 def test_agreement_names_every_point():

@@ -15,7 +15,6 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
 
 from distill_utils.artifacts import read_json
-from distill_utils.distillation import objectives
 from distill_utils.experiments import runs
 from distill_utils.models import loading, students
 from distill_utils.report import settings
@@ -85,13 +84,8 @@ def test_published_profile_can_run_on_the_real_shapes(profile):
     base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=training, **lengths)
     plan = runs.grid(base, values["methods"], values["student_shapes"], values["seeds"])
     runs.check_runs(plan, large(layers, positions))
-
-
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_published_figures_speak_of_the_profile(profile):
-    values = values_of(profile, "03")
     rows = [r for r in published_rows() if (r["dataset"], r["teacher"]) == (values["dataset"], values["teacher"])]
-    assert {"", *values["student_shapes"]} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
+    assert {"", *shapes} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
     assert {row["method"] for row in rows} <= {"", "teacher", *runs.METHODS}
 
 
@@ -153,28 +147,6 @@ def test_no_profile_is_left_out():
         assert hub_names <= {*tiny_hub.MODELS, *tiny_hub.DATA}, "a stand-in is missing in tiny_hub.py"
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_every_student_of_a_published_profile_takes_a_step(profile):
-    values = values_of(profile, "03")
-    teacher = tiny_hub.make_model(values["teacher"]).eval()
-    fields = {name: values[name] for name in ("freeze_encoder", "freeze_embeddings", "kl_weight", "hidden_weight")}
-    family = teacher.config.model_type
-    assert not loading.entries_beyond(tiny_hub.TOKENIZERS[family](), teacher.config.vocab_size)
-    ids = torch.randint(200, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :5].clone()}
-    for shape in values["student_shapes"]:
-        run = runs.StudentRun(
-            method="kd", shape=shape, teacher=values["teacher"], training=loop.Training(2, 2), **fields,
-            max_source_length=values["max_source_length"], max_target_length=values["max_target_length"],
-        )  # fmt: skip
-        student, cut = runs.cut_student(run, teacher)
-        losses = objectives.kd(student, teacher, batch, **cut["options"])
-        losses["loss"].backward()
-        assert all(torch.isfinite(value) for value in losses.values()) and losses["kl_loss"].item() >= 0
-        layers = students.decoder_layers(student)
-        assert all(weight.grad is not None for layer in layers for weight in layer.parameters())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("profile", "notebook"), CASES)
 def test_every_cell_of_every_profile_runs(profile, notebook, hub, corpus, tmp_path):
@@ -204,10 +176,7 @@ def test_published_figures_are_well_formed():
             assert all(row["rouge2"] < score < row["rouge1"] for score in longest)
     keys = Counter(tuple(row[name] for name in ("teacher", "student", "method", "source", "note")) for row in rows)
     assert max(keys.values()) == 1
-
-
-def test_published_speedups_are_those_of_the_published_times():
-    cards = [row for row in published_rows() if row["source"] == "card"]
+    cards = [row for row in rows if row["source"] == "card"]
     teacher_ms = {row["teacher"]: row["ms_per_document"] for row in cards if row["method"] == "teacher"}
     assert len(cards) == 10
     for row in cards:

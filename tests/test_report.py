@@ -13,7 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
 
-from distill_utils.report import index, pages
+from distill_utils.report import batch, index, pages, settings
 
 TITLE = """# 3. Distillation & friends
 
@@ -60,7 +60,6 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     cells = [
         code("# one thing first\nhidden_by_fold = 1"),
-        code("removed_input = 2\nprint('output stays')", "remove-input"),
         markdown(DATA),
         markdown(STEPS),
         code(PATHS),
@@ -94,25 +93,28 @@ def page(html):
     return BeautifulSoup(html, "html.parser")
 
 
-def test_files(made):
+@pytest.fixture(scope="module")
+def saved(made):
+    return json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_files_beside_and_inside_the_page(made, saved, page):
     names = {path.relative_to(made[0]).as_posix() for path in made[0].rglob("*") if path.is_file()}
     gathered = {"index.html", "results.csv", "history.csv"}
     assert names == {"small/03_kd_pl_sft.html", "small/03_kd_pl_sft.json"} | gathered
     (line,) = csv.DictReader((made[0] / "history.csv").open())
     assert line["report"] == "small/03_kd_pl_sft" and line["profile"] == "small"
-    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text(), parse_constant=pytest.fail)
     assert saved["rows"][1]["latency_ms"] is None  # not a number, which JSON lacks
     assert saved["question"] == "Which *signal* gives the best student for $x^2$ updates?"
     assert saved["seconds"] == {"corpus": 1.5, "training": 75.0}
+    (link,) = page.select("a[download]")
+    kind, _, data = link["href"].partition(";base64,")
+    assert kind == "data:application/json" and json.loads(base64.b64decode(data)) == saved
 
 
-def test_language_title_and_one_first_heading(page):
-    assert page.html["lang"] == "en"
-    assert page.title.string == "3. Distillation & friends"
+def test_one_title_and_headings_that_can_be_linked(page):
+    assert page.html["lang"] == "en" and page.title.string == "3. Distillation & friends"
     assert [heading.get_text() for heading in page.find_all("h1")] == ["3. Distillation & friends"]
-
-
-def test_heading_ids_are_unique_and_contents_links_resolve(page):
     ids = [tag["id"] for tag in page.select("[id]")]
     assert len(ids) == len(set(ids))
     links = page.nav.select('a[href^="#"]')
@@ -121,6 +123,9 @@ def test_heading_ids_are_unique_and_contents_links_resolve(page):
     assert [link.get_text() for link in links] == sections
     assert all(unquote(link["href"][1:]) in ids for link in links)
     assert links[1].find_parent("ul").find_parent("li").a is links[0]
+    anchors = {unquote(link["href"][1:]) for link in page.select("a.anchor")}
+    assert anchors == {heading["id"] for heading in page.main.find_all(pages.HEADINGS)[1:]}
+    assert not page.select("summary a")
 
 
 def test_nothing_is_loaded_or_run(page, html):
@@ -135,15 +140,12 @@ def test_nothing_is_loaded_or_run(page, html):
     assert "Interactive view: open the notebook in JupyterLab." in page.main.get_text()
 
 
-def test_every_picture_has_an_alternative_text(page, made):
+def test_every_picture_has_an_alternative_text_and_its_caption(page, made):
     pictures = page.select("main img, main svg")
     texts = [picture.get("alt") or picture.get("aria-label") for picture in pictures]
     assert len(texts) == 3 and all(texts)
     assert texts[0] == "The student is twice as fast & <nearly> as good."
     assert made[1].count("has no alternative text") == 2  # the bare PNG and SVG: the author is warned
-
-
-def test_caption_stands_with_its_figure(page):
     (figure,) = page.select("figure")
     assert figure.find("img") and figure.find("figcaption").get_text() == "Two points; <b>no</b> intervals."
 
@@ -153,9 +155,7 @@ def test_markdown_math_is_mathml_and_no_dollar_is_left(page):
     assert not [tag for tag in prose if "$" in tag.get_text()]
     assert [math["display"] for math in page.find_all("math")] == ["inline", "inline", "block"]
     assert page.find("math", display="block").find("mfrac")
-
-
-def test_math_that_the_converter_does_not_know_stays_readable():
+    # what the converter does not know stays readable
     assert pages.tex_to_mathml(r"\nosuchcommand{x} < 1") == r"<code>\nosuchcommand{x} &lt; 1</code>"
     assert pages.tex_to_mathml(r"\frac{").startswith("<code>")
     assert "<mtable" in pages.tex_to_mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "block")
@@ -169,19 +169,14 @@ def test_model_text_is_escaped_and_its_dollars_are_left_alone(page):
     assert not page.main.find_all("b")
 
 
-def test_tags(page):
-    text = page.get_text()
-    assert "removed_input" not in text and "output stays" in text
-    assert "secret words" not in text and "1 / 0" not in text
-
-
-def test_all_code_is_folded_and_named(page):
+def test_all_code_is_folded_and_named_and_removed_cells_are_out(page):
     folded = page.select("details.code:has(.source)")
     assert [source.find_parent("details") for source in page.select(".source")] == folded
     assert not any(details.has_attr("open") for details in page.find_all("details"))
     lines = [details.summary.get_text() for details in folded]
     assert lines[:2] == ["Parameters", "Parameters changed for this run: learning_rate, num_train"]
     assert "Code: one thing first" in lines and "Code: imports" in lines and "Code: plot_quality_speed" in lines
+    assert "secret words" not in page.get_text() and "1 / 0" not in page.get_text()
 
 
 def test_verdict_and_figure_stand_below_the_title_and_their_code_stays(page):
@@ -195,36 +190,12 @@ def test_verdict_and_figure_stand_below_the_title_and_their_code_stays(page):
         assert cell.select_one(f'a[href="#{verdict["id"]}"]') and not cell.find("figure")
 
 
-def test_every_section_has_a_link_to_itself(page):
-    headings = page.main.find_all(pages.HEADINGS)[1:]
-    anchors = {unquote(link["href"][1:]) for link in page.select("a.anchor")}
-    assert anchors == {heading["id"] for heading in headings}
-    assert not page.select("summary a")
-
-
-def test_results_are_inside_the_page(page, made):
-    (link,) = page.select("a[download]")
-    kind, _, data = link["href"].partition(";base64,")
-    saved = json.loads((made[0] / "small" / "03_kd_pl_sft.json").read_text())
-    assert kind == "data:application/json" and json.loads(base64.b64decode(data)) == saved
-    cited = page.find(id="cite").get_text()
-    assert all(part in cited for part in ("3. Distillation & friends", "abc123", saved["date"]))
-
-
 def test_tagged_sections_are_closed_up_to_the_next_heading_of_their_level(page):
     section, made_how = page.select("details.fold")
     assert made_how.dl and not section.has_attr("open") and section.summary.h2.get_text().strip() == "Appendix"
     assert all(text in section.get_text() for text in ("curious", "folded output", "Deeper"))
     assert "Computed from the rows" not in section.get_text() and not section.find("footer")
     assert section.parent.find_next_sibling().h2.get_text() == "Verdict #"
-
-
-def test_fold_ends_at_the_footer():
-    cells = '<div class="prose celltag_fold"><h3>A</h3></div><p>text</p><footer><h2>Made</h2></footer>'
-    soup = BeautifulSoup(f"<main>{cells}</main>", "html.parser")
-    pages._fold_sections(soup)
-    assert [child.name for child in soup.main.find_all(recursive=False)] == ["details", "footer"]
-    assert soup.details.p.get_text() == "text"
 
 
 def test_folders_of_this_machine_are_taken_out(html, made):
@@ -245,15 +216,14 @@ def test_scrubbing_respects_word_boundaries(monkeypatch, tmp_path):
     assert scrub("/opt/py/lib/site-packages/torch/x.py:3") == "site-packages/torch/x.py:3"
 
 
-def test_footer_tells_how_the_page_was_made(page):
+def test_footer_tells_how_the_page_was_made_and_links_lead_to_pages(page, saved):
     facts = {name.get_text(): name.find_next("dd").get_text() for name in page.footer.find_all("dt")}
     assert facts["notebook"] == "03_kd_pl_sft.ipynb" and facts["profile"] == "small"
     assert set(facts["parameters changed"].split(", ")) == {"num_train = 5", "learning_rate = 0.0001"}
     assert facts["commit"] == "abc123" and facts["packages"] == "torch 2.13.0" and facts["processor"] == "a processor"
     assert facts["date"].endswith("UTC") and facts["duration"]
-
-
-def test_links_between_notebooks_lead_to_pages(page):
+    cited = page.find(id="cite").get_text()
+    assert all(part in cited for part in ("3. Distillation & friends", "abc123", saved["date"]))
     links = {link.get_text(): link["href"] for link in page.select("main a[href]")}
     assert links["setup"] == "../01_setup.html"  # no page of it beside this one
     assert links["the code"] == "../../distill_utils/distillation/losses.py"
@@ -266,32 +236,13 @@ def test_tables_have_no_empty_heading(page):
     assert all(table.parent["class"] == ["table"] and table.parent["aria-label"] for table in page.select("table"))
 
 
-def _contrast(one: str, two: str) -> float:
-    def luminance(color: str) -> float:
-        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(one), luminance(two)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_text_colours_have_enough_contrast():
-    assert _contrast("#000000", "#ffffff") == pytest.approx(21)
-    style = (Path(pages.__file__).parent / "templates" / "page.css").read_text()
-    assert not re.findall(r"[{;]\s*color: #", style)  # every colour of a text has a name, one for each scheme
-    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in style.split("color-scheme: dark)"))
-    assert light.keys() == dark.keys() and len(light) > 8
-    for scheme in (light, dark):
-        for name in scheme.keys() - {"paper", "wash", "line"}:
-            assert _contrast(scheme[name], scheme["wash"]) >= 4.5, name
-
-
-def test_a_page_above_the_limit_is_rejected_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "MAX_PAGE_BYTES", 1000)
-    with pytest.raises(pages.PageError, match="03_x.html would be"):
-        pages.write_page(tmp_path, "03_x", "x" * 1001, {})
-    assert not list(tmp_path.iterdir())
+def test_a_page_above_the_limit_is_rejected_and_nothing_is_written(made, tmp_path, monkeypatch):
+    (run,) = (made[0].parent / "runs").glob("reports-03*")
+    (plan,) = settings.make_plans(["03"], "small", [], made[0].parent / "notebooks")
+    monkeypatch.setattr(batch, "MAX_PAGE_BYTES", 1000)
+    with pytest.raises(batch.RunFailed, match="03_kd_pl_sft.html") as failed:
+        batch.publish(plan, run, 1.0, tmp_path)
+    assert failed.value.code == batch.PAGE_REJECTED and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- index, CSV, README
@@ -323,23 +274,16 @@ def reports(tmp_path):
     return tmp_path
 
 
-def test_index(reports):
+def test_index_and_csv(reports):
     index.write_index(reports)
     page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
     assert [heading.get_text() for heading in page.find_all("h1")] == ["Reports"]
     runs = page.select(".runs tbody tr")
     assert [run.a["href"] for run in runs] == ["01_setup.html", "03_kd.html", "full/03_kd.html"]
     assert "Take 6-3; it costs $5 to $6 <b>x</b>" in runs[1].get_text() and not runs[1].b
-    for part in ("full", "num_train = 0", "2026-01-02", "1 h 06 min"):
-        assert part in runs[2].get_text()
+    assert all(part in runs[2].get_text() for part in ("full", "num_train = 0", "2026-01-02", "1 h 06 min"))
     assert not page.select("link, img, iframe, [src], [style]") and "http" not in page.get_text()
-    targets = {tag["id"] for tag in page.select("[id]")}
-    for href in (link["href"] for link in page.select("a[href]")):
-        assert href[1:] in targets or href == "results.csv" or (reports / href).exists()
-
-
-def test_csv(reports):
-    index.write_csv(reports)
+    assert all((reports / link["href"]).exists() for link in page.select("a[href]"))
     table = list(csv.DictReader(io.StringIO((reports / "results.csv").read_text())))
     assert list(table[0])[:5] == ["report", "profile", "method", "student", "seed"]
     assert [line["report"] for line in table] == ["01_setup", "03_kd", "03_kd", *["full/03_kd"] * 3]
@@ -359,45 +303,37 @@ def test_readme_table(reports):
     assert index.readme_table(reports / "none") == "No report has been made yet.\n"
 
 
-def test_readme_leaves_the_scores_of_several_tasks_to_the_page(tmp_path):
-    rows = [row("miniend", "3-3", task="summaries", rouge2=5.0), row("miniend", "3-3", task="belongs", score=70.0)]
-    entry(tmp_path, "04_miniend", title="4. MiniEnD", headline="**miniend** is best", rows=rows)
-    text = index.readme_table(tmp_path)
-    assert "**[4. MiniEnD](reports/04_miniend.html)**" in text and "**miniend** is best" in text
-    assert "| miniend |" not in text
-    entry(tmp_path, "05_scaling", title="5. Scaling", headline="**No gap**", rows=[row("logits", "4-4", loss=4.1)])
-    text = index.readme_table(tmp_path)
-    assert "**[5. Scaling](reports/05_scaling.html)**" in text and "**No gap**" in text and "| logits |" not in text
+def test_readme_leaves_the_scores_of_several_tasks_and_of_many_rows_to_the_page(tmp_path):
+    tasks = [row("miniend", "3-3", task="summaries", rouge2=5.0), row("miniend", "3-3", task="belongs", score=70.0)]
+    many = [row("kd", f"6-{n}", rouge2=5.0) for n in range(index.README_ROWS + 1)]
+    losses = [row("logits", "4-4", loss=4.1)]
+    for name, rows in (("04_miniend", tasks), ("05_scaling", losses), ("03_kd", many)):
+        entry(tmp_path, name, title=f"Page {name}", headline=f"**{name}** is best", rows=rows)
+        text = index.readme_table(tmp_path)
+        assert f"**[Page {name}](reports/{name}.html)**" in text and f"**{name}** is best" in text
+        assert f"| {rows[0]['method']} |" not in text
 
 
 def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
-    readme = tmp_path / "README.md"
-    index.update_readme(readme, reports)
-    assert not readme.exists()
-    readme.write_text(f"before\n{index.RESULTS_START}\nold\n{index.RESULTS_END}\nafter\n")
-    index.update_readme(readme, reports)
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- results:start -->\n\n**[3. KD")
-    assert text.endswith("<!-- results:end -->\nafter\n") and "old" not in text
-    index.update_readme(readme, reports)
-    assert readme.read_text() == text
-
-
-def test_readme_has_the_benchmarks_with_a_goal_a_line_a_case(tmp_path):
     assert index.benchmark_table(tmp_path) == "No suite has been measured yet.\n"
-    row = {"case": "step", "ours_peak_mb": 10.0, "other_peak_mb": 40.0, "ceiling_share": 0.5}
-    rows = [row | {"other": name, "ratio": ratio, "goal": goal} for name, ratio, goal in
+    case = {"case": "step", "ours_peak_mb": 10.0, "other_peak_mb": 40.0, "ceiling_share": 0.5}
+    rows = [case | {"other": name, "ratio": ratio, "goal": goal} for name, ratio, goal in
             (("plain", 3.125, 2.0), ("expert", 1.5, 1.6), ("unasked", 9.0, None), ("failed", None, 2.0))]  # fmt: skip
     rows.append(rows[2] | {"case": "no goal"})
-    (tmp_path / "suite.json").write_text(json.dumps({"rows": rows}))
-    line = index.benchmark_table(tmp_path).splitlines()[2]
-    assert line == "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6); unasked 9.00 | 0.25, 0.25, 0.25 | 50 % |"
-    assert "no goal" not in index.benchmark_table(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{index.SPEED_START}\nold\n{index.SPEED_END}\nb\n")
-    index.update_readme(readme, tmp_path / "none", tmp_path)
-    text = readme.read_text()
-    assert line in text and text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
+    results, readme = tmp_path / "measured", tmp_path / "README.md"
+    results.mkdir()
+    (results / "suite.json").write_text(json.dumps({"rows": rows}))
+    index.update_readme(readme, reports, results)
+    assert not readme.exists()
+    marks = [f"<!-- {part}:{end} -->" for part in ("results", "benchmarks") for end in ("start", "end")]
+    readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
+    for _ in range(2):
+        index.update_readme(readme, reports, results)
+        text = readme.read_text()
+        assert text.startswith(f"before\n{marks[0]}\n\n**[3. KD") and text.endswith(f"{marks[3]}\nafter\n")
+        assert f"{marks[1]}\nbetween\n{marks[2]}" in text and "old" not in text and "no goal" not in text
+        line = "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6); unasked 9.00 | 0.25, 0.25, 0.25 | 50 % |"
+        assert line in text.splitlines()
 
 
 def test_wall_time_names_what_was_reused():
@@ -406,12 +342,3 @@ def test_wall_time_names_what_was_reused():
     assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 0.2}) == "1 min 01 s"
     assert index.wall_time({"wall_seconds": 61.0, "reused_seconds": 3600}) == "1 min 01 s, reused results 1 h 00 min"
     assert index.wall_time({}) == ""
-
-
-def test_readme_sends_to_the_report_for_many_rows(reports):
-    entry = json.loads((reports / "03_kd.json").read_text())
-    entry["rows"] = [{**entry["rows"][-1], "student": f"6-{n}"} for n in range(index.README_ROWS + 1)]
-    (reports / "03_kd.json").write_text(json.dumps(entry))
-    text = index.readme_table(reports)
-    assert "**[3. KD | PL](reports/03_kd.html)**" in text and "| 6-1 |" not in text
-    assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text  # another report's table

@@ -45,14 +45,14 @@ WORDS = (
 # ------------------------------------------------------------------------------------------------------------- models
 
 # Published configs, but for the widths: heads and layers are the real ones, and so are generation settings.
-BART = {
-    "vocab_size": 50_264, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 12,
-    "decoder_layers": 12, "encoder_attention_heads": 16, "decoder_attention_heads": 16, "max_position_embeddings": 1024,
+SIZES = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+SIZES |= {"encoder_attention_heads": 16, "decoder_attention_heads": 16}
+BART = SIZES | {
+    "vocab_size": 50_264, "encoder_layers": 12, "decoder_layers": 12, "max_position_embeddings": 1024,
     "normalize_before": False, "normalize_embedding": True, "add_final_layer_norm": False,
 }  # fmt: skip
-PEGASUS = {
-    "vocab_size": 96_103, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 16,
-    "decoder_layers": 16, "encoder_attention_heads": 16, "decoder_attention_heads": 16, "activation_function": "relu",
+PEGASUS = SIZES | {
+    "vocab_size": 96_103, "encoder_layers": 16, "decoder_layers": 16, "activation_function": "relu",
     "scale_embedding": True, "attention_dropout": 0.1, "activation_dropout": 0.1, "pad_token_id": 0, "eos_token_id": 1,
     "bos_token_id": 0, "decoder_start_token_id": 0, "forced_eos_token_id": 1, "normalize_before": True,
     "normalize_embedding": False, "add_final_layer_norm": True,

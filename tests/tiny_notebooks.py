@@ -74,11 +74,6 @@ def command(folder: Path, *arguments: str) -> list[str]:
 def run_report(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run `python -m distill_utils report` to its end."""
     return subprocess.run(
-        command(folder, *arguments),
-        cwd=REPOSITORY,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+        command(folder, *arguments), cwd=REPOSITORY, env=environment(folder), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip

@@ -19,12 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
 
+from distill_utils import artifacts
 from distill_utils.artifacts import REPOSITORY, InputError, config_hash, lock, read_json, runs_dir
 from distill_utils.report import index, pages
 from distill_utils.report.settings import Plan, as_text
-from distill_utils.workers import share_out
+from distill_utils.workers import check_workers, share_out
 
 REPORTS = REPOSITORY / "reports"
+MAX_PAGE_BYTES = 2_000_000
 OK, NOTEBOOK_RAISED, BAD_INPUT, NO_RESULTS, KERNEL_DIED, PAGE_REJECTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 EXIT_CODES = """exit codes:
   0    every report was made
@@ -118,22 +120,18 @@ def _raised(error, stem: str, executed: Path) -> RunFailed:
         return RunFailed(BAD_INPUT, " ".join(error.evalue.split()))
     # Without InputError's courtesy, show where it happened: the last frames, as they stand in the notebook.
     tail = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-12:]
-    lines = [f"{stem}: code cell {_of(executed)} raised {error.ename}", f"executed so far: {os.path.relpath(executed)}"]
+    at = "{} of {}".format(*cell_position(executed) or (0, 0))
+    lines = [f"{stem}: code cell {at} raised {error.ename}", f"executed so far: {os.path.relpath(executed)}"]
     return RunFailed(NOTEBOOK_RAISED, "\n".join([*lines, *(f"  {line}" for line in tail)]))
 
 
 def _last_words(stem: str, folder: Path) -> str:
-    at = _of(folder / "notebook.ipynb")
+    at = "{} of {}".format(*cell_position(folder / "notebook.ipynb") or (0, 0))
     lines = [f"{stem}: the kernel died in code cell {at}; most often memory ran out: lower the batch size"]
     with contextlib.suppress(OSError):
         log = (folder / "kernel.log").read_text(errors="replace").splitlines()
         lines += [f"  {line}" for line in log if "TCP without encryption" not in line][-3:]  # ipykernel 7 always warns
     return "\n".join(lines)
-
-
-def _of(executed: Path) -> str:
-    number, total = cell_position(executed) or (0, 0)
-    return f"{number} of {total}"
 
 
 # ------------------------------------------------------------------------------------------------------ live progress
@@ -175,11 +173,11 @@ def status_line(stem: str, position: tuple[int, int] | None, progress: dict | No
 
 
 @contextlib.contextmanager
-def live_progress(stem: str, folder: Path, every: float = 10.0):
+def live_progress(stem: str, folder: Path):
     """Show status lines from a thread while the block runs.
 
-    On a terminal one line is rewritten each second. Elsewhere a line is printed every `every` seconds and when the
-    stage changes.
+    On a terminal one line is rewritten each second. Elsewhere a line is printed every ten seconds and when the stage
+    changes.
     """
     out, done, start = sys.stdout, threading.Event(), time.time()
     terminal = out.isatty()
@@ -195,7 +193,7 @@ def live_progress(stem: str, folder: Path, every: float = 10.0):
             before, stage = stage, progress["stage"] if progress else stage
             if terminal:
                 out.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
-            elif time.time() - printed >= every or stage != before:
+            elif time.time() - printed >= 10.0 or stage != before:
                 out.write(line + "\n")
                 printed = time.time()
             out.flush()
@@ -257,10 +255,16 @@ def publish(plan: Plan, folder: Path, seconds: float, reports: Path) -> tuple[Pa
         "results": (f"{plan.path.stem}-{plan.profile}.json", json.dumps(entry, indent=1)),
     }
     html, warnings = pages.export_page(notebook, report)
-    page = pages.write_page(reports, plan.name, html, entry)
+    if (size := len(html.encode())) > MAX_PAGE_BYTES:
+        limit = f"{plan.name}.html would be {size / 1e6:.1f} MB, the limit is {MAX_PAGE_BYTES / 1e6:.0f} MB"
+        fix = "print less, or draw figures with many marks as PNG (figures.show does)"
+        raise RunFailed(PAGE_REJECTED, f"{limit}: {fix}")
+    page = reports / f"{plan.name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    artifacts.write_atomic(page, html)
+    artifacts.write_json(page.with_suffix(".json"), entry)
     index.append_history(reports, plan.name)
     index.write_index(reports)
-    index.write_csv(reports)
     if reports.resolve() == REPORTS.resolve():
         index.update_readme()
     return page, warnings
@@ -288,9 +292,8 @@ def attempt(plan: Plan, reports: Path) -> tuple[Path | None, int, str]:
     """Make one report; return its page, or None with the exit code and the lines for stderr."""
     try:
         return make_report(plan, reports), OK, ""
-    except (RunFailed, pages.PageError, InputError) as error:
-        codes = {pages.PageError: PAGE_REJECTED, InputError: BAD_INPUT}
-        return None, codes.get(type(error)) or error.code, str(error)
+    except (RunFailed, InputError) as error:
+        return None, getattr(error, "code", BAD_INPUT), str(error)
 
 
 def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
@@ -299,7 +302,7 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
     `told`: "all" prints as it goes, and of several the failures once more at the end, by the last line of each;
     "quiet" prints one line in the end, "json" one object instead.
     """
-    began, code, pages_made, failed, made = time.monotonic(), OK, {}, {}, {}
+    began, code, pages_made, failed, made = time.monotonic(), OK, [], {}, {}
     silent = contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO())
     if plans and (workers > 1 or slurm):
         with silent:
@@ -308,14 +311,14 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
         with silent:
             page, failure, message = made.get(plan.name) or attempt(plan, reports)
         if page:
-            pages_made[plan.name] = os.path.relpath(page)
+            pages_made.append(os.path.relpath(page))
         else:
             print(message, file=sys.stderr, flush=True)
             code, failed[plan.name] = code or failure, message.splitlines()[-1].strip()
     seconds = round(time.monotonic() - began, 1)
     if told == "json":
-        made = [{"page": page, "headline": read_json(Path(page).with_suffix(".json"))["headline"]}
-                for page in pages_made.values()]  # fmt: skip
+        heads = {page: read_json(Path(page).with_suffix(".json"))["headline"] for page in pages_made}
+        made = [{"page": page, "headline": headline} for page, headline in heads.items()]
         print(json.dumps({"made": made, "failed": failed, "seconds": seconds, "exit_code": code}))
     elif told == "quiet":
         names = f": {', '.join(failed)}" if failed else ""
@@ -324,3 +327,21 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
         for name, reason in failed.items():
             print(f"failed: {name}: {reason}", file=sys.stderr, flush=True)
     return code
+
+
+def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
+    """Make the report of every plan that has none yet; return the exit code of the first that failed."""
+    check_workers(workers, slurm)
+    left = [plan for plan in plans if not _is_finished(plan, reports)]
+    if (finished := len(plans) - len(left)) and told == "all":
+        print(f"{finished} of {len(plans)} are finished", flush=True)
+    code = run_reports(left, reports, told, workers, slurm)
+    made = sum(_is_finished(plan, reports) for plan in plans)
+    if told == "all":
+        print(f"{made} of {len(plans)} finished; compare them in {reports / 'index.html'}")
+    return code
+
+
+def _is_finished(plan: Plan, reports: Path) -> bool:
+    entry = reports / f"{plan.name}.json"
+    return entry.with_suffix(".html").is_file() and read_json(entry).get("parameters") == plan.values

@@ -128,45 +128,40 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
     return ax
 
 
-def plot_coverage_density(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Axes:
-    """Plot coverage (share of words inside copied fragments) against density (mean squared length of fragments).
+def plot_coverage_density(coverage: Sequence[float], density: Sequence[float]) -> Axes:
+    """Plot references' coverage (share of words inside copied fragments) against density (their mean squared length).
 
-    `pairs` maps a name to (coverage, density), both per document.
+    One value each a document.
     """
     ax = style.new_axes()
-    for name, (coverage, density) in pairs.items():
-        color = style.method_color(name.split()[0])
-        ax.scatter(coverage, density, s=10, lw=0, color=color, alpha=0.4, label=method_label(name))
+    ax.scatter(coverage, density, s=10, lw=0, color=style.method_color("reference"), alpha=0.4)
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="coverage: share of words copied", ylabel="density: squared length of copied runs")
     ax.set_xlim(-0.02, 1.02)
-    if len(pairs) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
     return ax
 
 
-def plot_intervals(
-    rows: Sequence[Mapping], metrics: Sequence[str] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-) -> Axes:
-    """Plot mean and interval of every row, one group a metric, the teacher's interval as a band behind its group.
+def plot_intervals(rows: Sequence[Mapping]) -> Axes:
+    """Plot mean and interval of every row, one group a ROUGE metric, the teacher's as a band behind its group.
 
     Rows are results rows: method, <metric>, <metric>_low, <metric>_high. Names stand beside the first group.
     """
     ax = style.new_axes()
-    step = 0.72 / len(rows)
+    step, metrics = 0.72 / len(rows), ("rouge1", "rouge2", "rougeL", "rougeLsum")
     for i, metric in enumerate(metrics):
         for k, row in enumerate(rows):
             at, low, high = i + step * (k - (len(rows) - 1) / 2), row[f"{metric}_low"], row[f"{metric}_high"]
-            is_teacher, marker = row["method"] == "teacher", "*" if row["method"] == "teacher" else style.MARKERS[k]
+            is_teacher = row["method"] == "teacher"
+            marker, size = ("*", 11) if is_teacher else (style.MARKERS[k], 6)
             color = style.method_color("teacher") if is_teacher else "#8b949e"
             if is_teacher:
                 ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
             ax.plot([low, high], [at, at], color=color, lw=1.6, zorder=3)
-            ax.plot(row[metric], at, marker, color=color, ms=11 if is_teacher else 6, mec="white", mew=0.8, zorder=4)
+            ax.plot(row[metric], at, marker, color=color, ms=size, mec="white", mew=0.8, zorder=4)
             if i == 0:
                 text = method_label(row["method"], row.get("student"))
                 ax.annotate(text, (high, at), (5, 0), textcoords="offset points", va="center", color="#586069")
-    style.name_rows(ax, [HEADINGS.get(metric, metric) for metric in metrics])
+    style.name_rows(ax, [HEADINGS[metric] for metric in metrics])
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     ax.set_xlabel("F1 × 100")
     return ax
@@ -270,15 +265,13 @@ def plot_differences(rows: Sequence[Mapping]) -> Axes:
     return ax
 
 
-def plot_trade_off(
-    rows: Sequence[Mapping], x: str = "latency_ms", y: str = "rouge2", legend: str = "numbers: beams"
-) -> Axes:
-    """Plot quality against speed, one line a name through its settings by time; a setting is written beside its point.
+def plot_trade_off(rows: Sequence[Mapping], x: str = "latency_ms", legend: str = "numbers: beams") -> Axes:
+    """Plot ROUGE-2 against speed, one line a name through its settings by time; a setting is written beside its point.
 
-    Rows have name, method, setting, `x`, `y`, `y`_low and `y`_high. Names of one method share its colour, not the
+    Rows have name, method, setting, `x`, rouge2, rouge2_low, rouge2_high. Names of one method share its colour, not the
     marker; where all are of one method, colours tell the names apart. What nothing else beats is joined by dashes.
     """
-    ax = style.new_axes()
+    ax, y = style.new_axes(), "rouge2"
     names = list(dict.fromkeys(row["name"] for row in rows))
     shades = sns.color_palette("crest_r", len(names)).as_hex()
     mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2

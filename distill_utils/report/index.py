@@ -18,7 +18,11 @@ from urllib.parse import quote
 from distill_utils.artifacts import REPOSITORY, read_json, write_atomic
 from distill_utils.report import dashboard, names, pages
 
-README_ROWS = 12
+README_ROWS, INTERVAL = 12, "ROUGE-2 [95 % interval]"
+README_FIGURES = {  # heading: key of a row, decimals
+    "parameters (M)": ("parameters_m", 1), "ROUGE-1": ("rouge1", 2), INTERVAL: ("rouge2", 2), "ROUGE-L": ("rougeL", 2),
+    "latency (ms)": ("latency_ms", 1), "ms/token": ("ms_per_token", 2), "words": ("words", 1),
+}  # fmt: skip
 FIRST_COLUMNS = ("report", "profile", "method", "student", "seed")
 HISTORY = "date report profile commit data best figure value low high replaced before moved".split()
 SHOWN_CHANGES = 12
@@ -31,16 +35,14 @@ TYPES = {
 KINDS = dict.fromkeys(("name", "method", "student", "variant", "task", "path", "model", "rival", "metric"), str)
 NUMBERS = re.compile(r"(rouge\w+|share|loss|score|difference)(_low|_high)?|low|high|seeds?|steps|num_documents|speedup"
                      r"|\w+_(seconds|ms|m)|ms_per_token|words")  # fmt: skip
-RESULTS_START, RESULTS_END = "<!-- results:start -->", "<!-- results:end -->"
-SPEED_START, SPEED_END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
-def gather(reports: Path, skipped: list[str] | None = None) -> list[dict]:
-    """Return the entry of every page in a reports folder and its sub-folders, top folder first.
+def gather(reports: Path) -> tuple[list[dict], list[str]]:
+    """Return the entry of every page in a reports folder and its sub-folders, top folder first, and what is left out.
 
-    A file that is damaged, or is not the results of a report, is left out; `skipped` gets its name and the reason.
+    Left out is a file that is damaged, or is not the results of a report: its name and the reason.
     """
-    entries = []
+    entries, skipped = [], []
     for path in [*sorted(reports.glob("*.json")), *sorted(reports.glob("*/*.json"))]:
         if path.with_suffix(".html").exists():
             try:
@@ -51,9 +53,9 @@ def gather(reports: Path, skipped: list[str] | None = None) -> list[dict]:
             name = path.relative_to(reports).with_suffix("").as_posix()
             if not fault:
                 entries.append({**entry, "report": name})
-            elif skipped is not None:
+            else:
                 skipped.append(f"{name}.json: {fault}")
-    return entries
+    return entries, skipped
 
 
 def fault_of(entry: object) -> str:
@@ -77,12 +79,18 @@ def fault_of(entry: object) -> str:
 
 
 def write_index(reports: Path) -> None:
-    """Write index.html: what to take, quality against speed, every run, the papers' claims, what changed."""
+    """Write index.html: what to take, quality against speed, every run, the papers' claims, what changed.
+
+    And results.csv: one line for every row of every report, lists and dictionaries as JSON.
+    """
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    skipped: list[str] = []
-    entries = [entry | {"means": dashboard.averaged(entry)} for entry in gather(reports, skipped)]
+    entries, skipped = gather(reports)
+    rows = [{**row, "report": e["report"], "profile": e.get("profile", "")} for e in entries for row in e["rows"]]
+    columns = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
+    write_atomic(reports / "results.csv", _csv_text(columns, rows))
+    entries = [entry | {"means": dashboard.averaged(entry)} for entry in entries]
     folder = pages.TEMPLATES / "templates"
     facets = dashboard.facets(entries)
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -91,7 +99,7 @@ def write_index(reports: Path) -> None:
     page = environment.get_template("reports_index.html.j2").render(
         facets=[facet | {"drawing": dashboard.drawing(facet)} for facet in facets[: dashboard.MAX_FACETS]],
         left_out=[facet["students"][0] for facet in facets[dashboard.MAX_FACETS :]],
-        runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": plain(verdict(e))} for e in entries],
+        runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": verdict(e)} for e in entries],
         claims=dashboard.judged_claims(entries), history=read_history(reports, skipped)[: -SHOWN_CHANGES - 1 : -1],
         skipped=skipped, limits=dashboard, names=names, quote=quote, css=css, script=script,
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
@@ -102,10 +110,6 @@ def write_index(reports: Path) -> None:
 def verdict(entry: dict) -> str:
     """Return the first sentence of an entry's headline, as Markdown."""
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", entry.get("headline", "").partition("\n\n")[0])[0]
-
-
-def plain(markdown: str) -> str:
-    return markdown.replace("**", "")
 
 
 def append_history(reports: Path, name: str) -> None:
@@ -120,12 +124,9 @@ def append_history(reports: Path, name: str) -> None:
         with contextlib.suppress(ValueError, KeyError):  # one of the two has no figure
             moved = float(line["value"]) - float(before["value"])
             line["moved"] = _csv_value(moved) if line["figure"] == before["figure"] else ""
-    old, text = path.read_bytes() if path.exists() else b"", io.StringIO()
-    writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
-    if not old:
-        writer.writeheader()
-    writer.writerow(line)
-    write_atomic(path, old + (b"\n" if old[-1:] not in b"\n" else b"") + text.getvalue().encode())
+    old = path.read_bytes() if path.exists() else b""
+    text = _csv_text(HISTORY, [line], heading=not old)
+    write_atomic(path, old + (b"\n" if old[-1:] not in b"\n" else b"") + text.encode())
 
 
 def read_history(reports: Path, skipped: list[str] | None = None) -> list[dict]:
@@ -140,16 +141,13 @@ def read_history(reports: Path, skipped: list[str] | None = None) -> list[dict]:
         return []
 
 
-def write_csv(reports: Path) -> None:
-    """Write results.csv: one line for every row of every report, lists and dictionaries as JSON."""
-    entries = gather(reports)
-    rows = [{**row, "report": e["report"], "profile": e.get("profile", "")} for e in entries for row in e["rows"]]
+def _csv_text(columns: Sequence[str], rows: Sequence[dict], heading: bool = True) -> str:
     text = io.StringIO()
-    columns = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    if heading:
+        writer.writeheader()
     writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
-    write_atomic(reports / "results.csv", text.getvalue())
+    return text.getvalue()
 
 
 def _csv_value(value):
@@ -181,7 +179,7 @@ def readme_table(reports: Path) -> str:
     Each is shown by the first sentence of its headline, and of a notebook's pages the one with most seeds, of these
     the last, by its `means` over seeds, or its rows; above `README_ROWS` of them by that alone.
     """
-    blocks, timed, entries = [], [], gather(reports)
+    blocks, timed, (entries, _) = [], [], gather(reports)
     ranked = sorted(entries, key=lambda entry: (_seeds(entry), entry.get("date") or ""))
     most = {entry["report"].rpartition("/")[2]: entry["report"] for entry in ranked}
     for entry in entries:
@@ -214,22 +212,12 @@ def _seeds(entry: dict) -> int:
 
 def _scores(row: dict) -> dict[str, str]:
     """Return one line of the README's table by heading, empty where the row has no such figure."""
-
-    def number(key: str, decimals: int) -> str:
-        return "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
-
-    interval = f" [{number('rouge2_low', 2)}, {number('rouge2_high', 2)}]" if number("rouge2_low", 2) else ""
-    return {
-        "method": row.get("method", ""),
-        "student": row.get("student") or "",
-        "parameters (M)": number("parameters_m", 1),
-        "ROUGE-1": number("rouge1", 2),
-        "ROUGE-2 [95 % interval]": number("rouge2", 2) + interval,
-        "ROUGE-L": number("rougeL", 2),
-        "latency (ms)": number("latency_ms", 1),
-        "ms/token": number("ms_per_token", 2),
-        "words": number("words", 1),
-    }
+    line = {"method": row.get("method", ""), "student": row.get("student") or ""}
+    for heading, (key, decimals) in README_FIGURES.items():
+        line[heading] = "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
+    if row.get("rouge2_low") is not None:
+        line[INTERVAL] += f" [{row['rouge2_low']:.2f}, {row['rouge2_high']:.2f}]"
+    return line
 
 
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
@@ -244,16 +232,12 @@ def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
 def benchmark_table(results: Path) -> str:
     """Return what the suites in a folder measured against a goal: a line a case, all its others beside one another."""
     found = [row for path in sorted(results.glob("*.json")) for row in read_json(path).get("rows", [])]
-    cases: dict[str, list[dict]] = {}
-    for row in found:
-        if row.get("ratio"):
-            cases.setdefault(row["case"], []).append(row)
-    lines = []
+    found, lines = [row for row in found if row.get("ratio")], []
+    cases = {row["case"]: [other for other in found if other["case"] == row["case"]] for row in found}
     for case, rows in cases.items():
         if not any(row.get("goal") or row.get("memory_goal") for row in rows):
             continue
-        goals = [f" (goal {row['goal']:.3g})" if row.get("goal") else "" for row in rows]
-        times = [f"{row['other']} {row['ratio']:.2f}{goal}" for row, goal in zip(rows, goals, strict=True)]
+        times = [f"{r['other']} {r['ratio']:.2f}" + (f" (goal {r['goal']:.3g})" if r.get("goal") else "") for r in rows]
         sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" for row in rows if row.get("other_peak_mb")]
         share = rows[0].get("ceiling_share")
         line = {"measured": case, "times faster than": "; ".join(times), "memory, of theirs": ", ".join(sizes)}
@@ -266,12 +250,11 @@ def update_readme(
     results: Path = REPOSITORY / "benchmarks" / "results",
 ) -> None:  # fmt: skip
     """Write the tables of reports and of benchmarks between the README's markers, where it has them."""
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    parts = ((RESULTS_START, RESULTS_END, readme_table(reports)), (SPEED_START, SPEED_END, benchmark_table(results)))
-    new = text
-    for start, end, table in parts:
-        before, found, rest = new.partition(start)
-        _, closed, after = rest.partition(end)
-        new = f"{before}{start}\n\n{table}\n{end}{after}" if found and closed else new
-    if new:
-        write_atomic(readme, new)
+    if not readme.exists():
+        return
+    text = readme.read_text(encoding="utf-8")
+    for part, table in (("results", readme_table(reports)), ("benchmarks", benchmark_table(results))):
+        start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+        between = re.compile(f"{start}.*?{end}", re.DOTALL)
+        text = between.sub(lambda _, new=f"{start}\n\n{table}\n{end}": new, text, count=1)
+    write_atomic(readme, text)

@@ -10,20 +10,16 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from distill_utils.artifacts import REPOSITORY, runs_dir, write_atomic, write_json
+from distill_utils.artifacts import REPOSITORY, runs_dir
 
-MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(__file__).resolve().parent
 HEADINGS = re.compile(r"^h[1-6]$")
 READ_ON = """<p class="note">Read on: the sections below give the evidence, figure by figure, with the code of each step
 folded. <a href="#contents">Contents</a>, <a href="#cite">how to cite, and the results as a file</a>.</p>"""
-
-
-class PageError(Exception):
-    """A page that must not be published, with the reason in one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------- cleaning
@@ -66,8 +62,6 @@ def cleaned(value, scrub: Callable[[str], str]):
 
 def tex_to_mathml(tex: str, display: str = "inline") -> str:
     """Convert TeX to MathML; what the converter does not know is shown as TeX in a code element."""
-    from html import escape
-
     from latex2mathml.converter import convert
 
     try:
@@ -143,29 +137,21 @@ def export_page(notebook, report: dict) -> tuple[str, list[str]]:
     `report` gives `title`, `folder` (of the page), `root` (path back to the reports folder), `facts` (name and value
     pairs for the footer) and `results` (name and text of the file to download). Code and tables are folded. Cell tags:
     below the title stand the output of `verdict` and, after its first part, the first figure of `answer`; `fold` on a
-    heading's cell folds its section; remove-input, remove-output and remove-cell leave parts out.
+    heading's cell folds its section; remove-cell leaves a cell out.
     """
     from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
     from traitlets.config import Config
 
-    removed = {
-        "enabled": True,
-        "remove_cell_tags": {"remove-cell"},
-        "remove_input_tags": {"remove-input"},
-        "remove_all_outputs_tags": {"remove-output"},
-    }
+    removed = {"enabled": True, "remove_cell_tags": {"remove-cell"}}
+    filters = {"markdown_cell": markdown_cell, "markdown_output": markdown_output, "code_label": code_label(notebook)}
     exporter = HTMLExporter(
         config=Config(TagRemovePreprocessor=removed, CoalesceStreamsPreprocessor={"enabled": True}),
         template_name="templates",
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters={
-            "markdown_cell": markdown_cell,
-            "markdown_output": markdown_output,
-            "code_label": code_label(notebook),
-        },  # fmt: skip
+        filters=filters,
     )
     html, _ = exporter.from_notebook_node(notebook, resources={"report": report})
     soup = BeautifulSoup(html, "html.parser")
@@ -296,9 +282,7 @@ def _frame_code(soup) -> None:
 
 
 def _fold(soup, tag, label: str, kind: str = "code") -> None:
-    details, summary = soup.new_tag("details", attrs={"class": kind}), soup.new_tag("summary")
-    summary.string = label
-    tag.wrap(details).insert(0, summary)
+    tag.wrap(soup.new_tag("details", attrs={"class": kind})).insert(0, soup.new_tag("summary", string=label))
 
 
 def _rewrite_links(soup, report: dict) -> None:
@@ -319,20 +303,16 @@ def _write_contents(soup) -> None:
     for heading in soup.select("main h2, main h3"):
         if heading.find_parent(class_="jp-OutputArea"):
             continue
-        link = soup.new_tag("a", href="#" + quote(heading["id"]))
-        link.string = heading.get_text().strip()
         item = soup.new_tag("li")
-        item.append(link)
+        item.append(soup.new_tag("a", href="#" + quote(heading["id"]), string=heading.get_text().strip()))
         section = top.contents[-1] if top.contents and heading.name == "h3" else None
         if section and not section.ul:
             section.append(soup.new_tag("ul"))
         (section.ul if section else top).append(item)
     soup.find(id="contents").append(top)
     for heading in soup.main.find_all(HEADINGS)[1:]:
-        link = soup.new_tag("a", href="#" + quote(heading["id"]), attrs={"class": "anchor"})
-        link["aria-label"] = f"Link to the section {heading.get_text().strip()}"
-        link.string = "#"
-        heading.extend([" ", link])
+        named = {"class": "anchor", "aria-label": f"Link to the section {heading.get_text().strip()}"}
+        heading.extend([" ", soup.new_tag("a", href="#" + quote(heading["id"]), attrs=named, string="#")])
 
 
 def _fold_sections(soup) -> None:
@@ -342,30 +322,12 @@ def _fold_sections(soup) -> None:
         is_text = cell.name == "footer" or "prose" in cell.get("class", [])
         return min([int(heading.name[1]) for heading in cell.find_all(HEADINGS)], default=7) if is_text else 7
 
-    for cell in soup.select("main .prose.celltag_fold"):
-        heading = cell.find(HEADINGS)
-        if heading is None:
-            continue
-        following, own = list(cell.find_next_siblings()), int(heading.name[1])
-        inside = list(itertools.takewhile(lambda other, own=own: level(other) > own, following))
+    for cell in soup.select("main .prose.celltag_fold:has(h1, h2, h3, h4, h5, h6)"):
+        heading, own = cell.find(HEADINGS), int(cell.find(HEADINGS).name[1])
+        inside = list(itertools.takewhile(lambda other, own=own: level(other) > own, cell.find_next_siblings()))
         section, summary = soup.new_tag("details", attrs={"class": "fold"}), soup.new_tag("summary")
         cell.insert_before(section)
         if link := heading.find(class_="anchor"):  # a summary must not hold a link
             section.wrap(soup.new_tag("div", attrs={"class": "folded"})).insert(0, link.extract())
         summary.append(heading.extract())
         section.extend([summary, cell.extract(), *(other.extract() for other in inside)])
-
-
-def write_page(reports: Path, name: str, html: str, entry: dict) -> Path:
-    """Write a page and, beside it, what the index and results.csv need; PageError above the limit."""
-    size = len(html.encode())
-    if size > MAX_PAGE_BYTES:
-        raise PageError(
-            f"{name}.html would be {size / 1e6:.1f} MB, the limit is {MAX_PAGE_BYTES / 1e6:.0f} MB: "
-            "print less, or draw figures with many marks as PNG (figures.show does)"
-        )
-    page = reports / f"{name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, html)
-    write_json(page.with_suffix(".json"), entry)
-    return page

@@ -6,12 +6,11 @@ Out of scope: running it (batch.py).
 import ast
 import contextlib
 import difflib
-import io
+import itertools
 import json
 import math
 import os
 import re
-import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from distill_utils.report import pages
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 DEFAULT_PROFILE = "demo"
+GRID_KEYS = ("notebook", "profile", "fixed", "grid")
+MAX_RUNS = 1000  # more is a mistake in the grid
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,12 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise InputError(f"{where}: the parameters cell does not parse, line {error.lineno}: {error.msg}") from error
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
-    parameters = {}
+    lines, parameters = source.encode().splitlines(), {}  # ast counts bytes
     for node in tree.body:
+        comment = lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# ").strip()
         try:
             name, kind = node.target.id, ast.unparse(node.annotation)
-            parameter = Parameter(name, kind, ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
+            parameter = Parameter(name, kind, ast.literal_eval(node.value), comment)
             if kind not in TYPES:
                 raise ValueError(kind)
             parameters[name] = replace(parameter, default=checked_value(parameter, parameter.default, where))
@@ -225,6 +225,42 @@ def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter
     if name not in parameters:
         raise InputError(f"unknown parameter {name!r} of {path.stem}: {closest(str(name), list(parameters))}")
     return parameters[name]
+
+
+def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
+    """Return a plan for every combination of a grid, in the order of its lists; InputError before anything runs.
+
+    The YAML file names a `notebook` as `report` does, a `profile` to start from (its defaults if not given), `fixed`
+    parameters, and the `grid`: parameter names and lists of values.
+    """
+    import yaml
+
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = type(error).__name__
+        raise InputError(f"{path.name} is not a readable YAML file ({reason}): see `sweep --help`") from error
+    if not isinstance(asked, dict) or not set(asked) <= set(GRID_KEYS) or "notebook" not in asked:
+        raise InputError(f"{path.name} is no grid: give notebook, grid and perhaps {', '.join(GRID_KEYS[1:3])}")
+    grid, fixed = asked.get("grid") or {}, asked.get("fixed") or {}
+    if not isinstance(grid, dict) or not isinstance(fixed, dict):
+        raise InputError(f"{path.name}: grid and fixed must map names of parameters to values")
+    if not grid or not all(isinstance(values, list) and values for values in grid.values()):
+        raise InputError(f"{path.name}: the grid is empty: give each of its parameters a list of at least one value")
+    if twice := set(grid) & set(fixed):
+        raise InputError(f"{path.name}: {min(twice)} is in the grid and fixed: leave one out")
+    if (number := math.prod(len(values) for values in grid.values())) > MAX_RUNS:
+        raise InputError(f"{path.name} has {number:,} combinations: give at most {MAX_RUNS:,}")
+    named, plans = [str(asked["notebook"])], []
+    for values in itertools.product(*grid.values()):
+        chosen = {name: as_text(value) for name, value in zip(grid, values, strict=True)}
+        given = [f"{name}={text}" for name, text in {**{k: as_text(v) for k, v in fixed.items()}, **chosen}.items()]
+        (plan,) = make_plans(named, asked.get("profile", DEFAULT_PROFILE), given, folder)
+        label = ",".join(f"{name}={text}" for name, text in chosen.items())
+        plans.append(replace(plan, profile=re.sub(r"[^A-Za-z0-9.,=-]+", "_", label)[:120].strip("_")))
+    if len({plan.name for plan in plans}) < number:
+        raise InputError(f"{path.name}: two combinations are alike: give each value once")
+    return plans
 
 
 def list_notebooks(folder: Path = NOTEBOOKS) -> str:

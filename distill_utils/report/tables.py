@@ -50,19 +50,13 @@ def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int
     table = table.rename_axis(index=None, columns=heading)
     if not table.index.is_unique or not table.columns.is_unique:
         raise ValueError(f"the first column {heading!r} must be unique to serve as row heading")
-    digits = {}
-    for name in table.columns:
-        if pd.api.types.is_float_dtype(table[name]):
-            digits[name] = decimals.get(name, _usual_decimals(str(name)))
-    styler = table.style.format(escape="html", na_rep="–")
-    for name, count in digits.items():
-        styler = styler.format(f"{{:.{count}f}}", subset=[name], na_rep="–")
-    styler = styler.format_index(escape="html", axis=0)
+    digits = {name: decimals.get(name, _usual_decimals(str(name))) for name in table.select_dtypes("floating").columns}
+    formats = {name: f"{{:.{count}f}}" for name, count in digits.items()}
+    styler = table.style.format(formats, escape="html", na_rep="–").format_index(escape="html", axis=0)
     styler = styler.format_index(lambda name: escape(HEADINGS.get(name, str(name).replace("_", " "))), axis=1)
-    text = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
-    if text:
-        left = [{"selector": "", "props": [("text-align", "left")]}]
-        styler = styler.set_table_styles({name: left for name in text}, overwrite=False)
+    left = [{"selector": "", "props": [("text-align", "left")]}]
+    texts = {name: left for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])}
+    styler = styler.set_table_styles(texts, overwrite=False)
     competing = table.index.isin(list(best_among)) if best_among else [True] * len(table)
     for names, extreme in ((best_high, "max"), (best_low, "min")):
         for name in names:
