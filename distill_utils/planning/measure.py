@@ -21,7 +21,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.device import device, mixed_precision
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model, load_config
-from distill_utils.planning.plan import machine_ceilings, run_times, step_seconds
+from distill_utils.planning.plan import inner_width, machine_ceilings, run_times, step_seconds
 from distill_utils.planning.step import Objective, plan_step
 from distill_utils.training import loop
 
@@ -211,5 +211,5 @@ def model_config(name: str) -> PreTrainedConfig:
 
 def relation_heads(*configs: PreTrainedConfig) -> int:
     """Return the largest number of relation heads, at most 32, that divides the inner width of every model."""
-    widths = [getattr(config, "d_kv", 0) * config.num_attention_heads or config.d_model for config in configs]
-    return next(heads for heads in range(32, 0, -1) if math.gcd(*widths) % heads == 0)
+    shared = math.gcd(*map(inner_width, configs))
+    return next(heads for heads in range(32, 0, -1) if shared % heads == 0)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
 from distill_utils.device import amp_dtype, device, timed
@@ -50,21 +50,27 @@ def matmul_ceiling() -> dict[str, float | None]:
     return ceiling
 
 
-def encoder_flops(num_parameters: int, num_layers: int, width: int, num_tokens: int) -> float:
+def inner_width(config: PreTrainedConfig) -> int:
+    """Return the width of all heads together, which is not always that of the model."""
+    return getattr(config, "d_kv", 0) * config.num_attention_heads or config.d_model
+
+
+def encoder_flops(model: PreTrainedModel, num_tokens: int) -> float:
     """Return the floating-point operations of one encoder pass over one document of `num_tokens` tokens.
 
     Two for each weight (embeddings excepted) and token, four for each pair of tokens, layer and unit of width: scores
     and weighted sum. Norms, activations and softmax are left out.
     """
-    return 2.0 * num_parameters * num_tokens + 4.0 * num_layers * width * num_tokens**2
+    pairs = len(students.encoder_layers(model)) * inner_width(model.config) * num_tokens**2
+    return 2.0 * students.count_parameters(model)["encoder"] * num_tokens + 4.0 * pairs
 
 
-def encoder_speed(model, num_parameters: int, num_layers: int, num_tokens: int, batch_size: int) -> dict[str, float]:
+def encoder_speed(model: PreTrainedModel, num_tokens: int, batch_size: int) -> dict[str, float]:
     """Time the encoder on documents of one length: `batch_size`, `ms` a pass (median of five), `gflops` a second."""
     ids = torch.full((batch_size, num_tokens), model.config.eos_token_id, device=model.device)
     with torch.inference_mode():
         seconds = statistics.median(run_times(lambda: model.get_encoder()(ids, torch.ones_like(ids)), 5, model.device))
-    flops = batch_size * encoder_flops(num_parameters, num_layers, model.config.hidden_size, num_tokens)
+    flops = batch_size * encoder_flops(model, num_tokens)
     return {"batch_size": batch_size, "ms": 1000 * seconds, "gflops": flops / seconds / 1e9}
 
 
@@ -117,11 +123,10 @@ def label_seconds(
     model, width = empty_model(teacher, torch.bfloat16), torch.bfloat16.itemsize
     parts = students.count_parameters(model)
     head, rows = sum(weight.numel() for weight in model.get_output_embeddings().parameters()), batch_size * num_beams
-    inner = getattr(teacher, "d_kv", 0) * getattr(teacher, "num_heads", 0) or teacher.d_model
-    cached = 2 * rows * inner * len(students.decoder_layers(model)) * (source_length + target_length / 2) * width
+    values = rows * inner_width(teacher) * len(students.decoder_layers(model)) * (source_length + target_length / 2)
+    cached = 2 * values * width
     speed, bandwidth = 1e9 * (ceilings.get("bfloat16") or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
-    encoding = encoder_flops(parts["encoder"], len(students.encoder_layers(model)), inner, source_length)
-    encoding *= batch_size / speed
+    encoding = encoder_flops(model, source_length) * batch_size / speed
     weights = parts["decoder"] + head
     token = max((weights * width + cached) / bandwidth, 2 * weights * rows / speed)
     return math.ceil(num_documents / batch_size) * (encoding + target_length * token) / utilization

@@ -290,10 +290,8 @@ def _all_chosen(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Return indices in which every mask chooses all its positions, so that the shape of the result is known."""
     found = []
     for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            found += [torch.zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
-        else:
-            found.append(index)
+        is_mask = index is not None and index.dtype == torch.bool
+        found += [torch.zeros(index.numel(), dtype=torch.long)] * index.ndim if is_mask else [index]
     return found
 
 
