@@ -31,7 +31,9 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Describe the commands."""
     parser = OneLineParser(prog="python -m distill_utils", description="Make students, run notebooks, use students.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="distill|report|sweep|list|export|summarize|teachers"
+    )
     report = commands.add_parser(
         "report",
         help="execute notebooks and write reports/",
