@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import timing
+from kd_step import shape_config
 from pseudo_labels import make_documents
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BartConfig
@@ -42,11 +43,8 @@ MEASURES = ("seconds", "tflop", "peak_mb", "planned_peak_mb")
 
 def config(size: dict) -> BartConfig:
     """Return the embedded shape with another vocabulary and depth."""
-    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    found = BartConfig(
-        vocab_size=size["vocabulary"], d_model=192, encoder_ffn_dim=768, decoder_ffn_dim=768, dropout=0.0,
-        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=4096, **ids,
-    )  # fmt: skip
+    found = shape_config("embedded")
+    found.vocab_size, found.max_position_embeddings = size["vocabulary"], 4096
     students.set_depths(found, size["depth"], size["depth"])
     return found
 

@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
     TrainerCallback,
 )
 
@@ -42,6 +41,7 @@ from distill_utils.distillation import objectives
 from distill_utils.distillation.teacher_states import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
+from distill_utils.planning.measure import T5_SIZES, model_config
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
 
 # kept: decoder layers of the student; source and target in tokens; batch on a GPU, batch on a CPU.
@@ -65,8 +65,11 @@ PACKAGES_GOAL = dict.fromkeys(("textbrewer", "torchdistill"), 2.0)
 
 def shape_config(name: str) -> PreTrainedConfig:
     """Return the config of a teacher: the published sizes, dropout off, which costs every form the same."""
+    if name in T5_SIZES:
+        config = model_config(name)
+        config.dropout_rate = 0.0
+        return config
     bart = {"dropout": 0.0, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    t5 = {"dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0, "vocab_size": 32128}
 
     def sizes(width: int, layers: int, heads: int) -> dict:
         both = {"layers": layers, "attention_heads": heads, "ffn_dim": 4 * width}
@@ -79,8 +82,6 @@ def shape_config(name: str) -> PreTrainedConfig:
         "pegasus-large": lambda: PegasusConfig(
             **sizes(1024, 16, 16), vocab_size=96103, dropout=0.0, attention_dropout=0.0, max_position_embeddings=512
         ),
-        "t5-base": lambda: T5Config(**t5, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
-        "t5-3b": lambda: T5Config(**t5, d_model=1024, d_kv=128, d_ff=16384, num_layers=24, num_heads=32),
     }[name]()
 
 

@@ -46,24 +46,14 @@ LOSSES = {"ours": ours, "dense": dense}
 def form(name: str, turns: timing.Turns, case: dict) -> dict:
     torch.manual_seed(0)
     size = case["documents"], case["target"]
-    on, found = device(), []
+    on = device()
     head = torch.randn(case["vocabulary"], case["width"], device=on) * case["width"] ** -0.5
     student, teacher = (torch.randn(*size, case["width"], device=on) for _ in range(2))
     labels = torch.randint(0, case["vocabulary"], size, device=on)
     labels[1::2, case["target"] * 7 // 8 :] = IGNORED
-    student.requires_grad_()
-
-    def step() -> None:
-        student.grad = None
-        loss = LOSSES[name](student, teacher, head, labels)
-        loss.backward()
-        found[:] = [loss.item(), student.grad.norm().item()]
-
-    for _ in turns:
-        step()
-    student.grad = None
-    peak = timing.step_peak_mb(step)
-    return {"peak_mb": peak, "value": found[0], "gradient_norm": found[1]}
+    return timing.take_gradients(
+        turns, [student.requires_grad_()], partial(LOSSES[name], student, teacher, head, labels)
+    )
 
 
 FORMS = {name: partial(form, name) for name in LOSSES}

@@ -146,23 +146,9 @@ def alone(name: str, case: dict):
 
 
 def form(build, turns: timing.Turns, case: dict) -> dict:
-    """Take value and gradient of what `build` returns; the value and the memory of a step are facts."""
+    """Take value and gradient of what `build` returns."""
     weights, loss_of = build(case)
-    found = []
-
-    def step() -> None:
-        for weight in weights:
-            weight.grad = None
-        with mixed_precision(device()):
-            loss = loss_of()
-        loss.backward()
-        found[:] = [loss.item()]
-
-    for _ in turns:
-        step()
-    for weight in weights:
-        weight.grad = None
-    return {"peak_mb": timing.step_peak_mb(step), "value": found[0]}
+    return timing.take_gradients(turns, weights, mixed_precision(device())(loss_of))
 
 
 FORMS = {name: partial(form, partial(whole_step, name)) for name in STEPS}

@@ -26,7 +26,6 @@ from distill_utils.planning import step
 from distill_utils.planning.measure import measure_step, model_config
 
 PATHS = {"logits": "logits", "relations": "miniend", "both": "miniend_logits"}  # names in miniend.PATHS
-SILENT = dict.fromkeys((*miniend.RELATIONS, "ce_weight", "kl_weight", "hidden_weight"), 0.0)
 LIMIT = 0.15  # by how much the planned peak may miss the measured one
 # Teacher, student (name:layers for fewer), lengths, batch, micro-batch, paths and what differs: what a CPU can hold.
 LADDER = (
@@ -75,7 +74,7 @@ def cases(arguments: argparse.Namespace, on: torch.device) -> list[tuple]:
 
 def measure(teacher: str, student: str, lengths: str, path: str, settings: dict, arguments) -> dict:
     """Return one row: what was asked, the plan and the measurement."""
-    weights = SILENT | miniend.PATHS[PATHS[path]]
+    weights = miniend.SILENT | miniend.PATHS[PATHS[path]]
     objective = partial(objectives.miniend, **weights)
     teacher_config = model_config(teacher)
     ours = student_config(student, teacher_config)

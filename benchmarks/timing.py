@@ -109,7 +109,7 @@ def resident(name: str) -> int:
 
 
 def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int) -> dict:
-    """Run a form to its end and return its facts: `peak_mb` from before it began, `tflop` of a turn."""
+    """Run a form to its end and return its facts: `peak_mb` from before it began, `tflop` of a turn, or its `error`."""
     turns = Turns(ask, tell, warm_up)
     on_cuda = turns.on.type == "cuda"
     if on_cuda:
@@ -120,7 +120,10 @@ def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int
         with suppress(OSError):  # the peak of the imports is not the form's; Linux forgets it so
             Path("/proc/self/clear_refs").write_text("5")
     before = torch.cuda.memory_allocated() if on_cuda else resident("VmRSS")
-    found = form(turns, case) or {}
+    try:
+        found = form(turns, case) or {}
+    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:  # a result, too
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
     return {"peak_mb": (peak - before) / 1e6} | turns.facts | found
 
@@ -136,6 +139,25 @@ def step_peak_mb(step: Callable[[], object]) -> float:
     return allocated_peak(step) / 1e6
 
 
+def take_gradients(turns: Turns, weights: list[torch.Tensor], loss_of: Callable[[], torch.Tensor]) -> dict:
+    """Take value and gradient of a loss in every turn; return both and the memory of one more step as facts."""
+    found = []
+
+    def step() -> None:
+        for weight in weights:
+            weight.grad = None
+        loss = loss_of()
+        loss.backward()
+        found[:] = [loss.item()]
+
+    for _ in turns:
+        step()
+    norm = sum(weight.grad.float().norm() ** 2 for weight in weights if weight.grad is not None) ** 0.5
+    for weight in weights:
+        weight.grad = None
+    return {"peak_mb": step_peak_mb(step), "value": found[0], "gradient_norm": float(norm)}
+
+
 # ------------------------------------------------------------------------------------------------ forms that take turns
 
 
@@ -148,11 +170,8 @@ def serve(forms: dict[str, Callable], arguments) -> None:
         print(json.dumps(value), file=out, flush=True)
 
     name, case, warm_up = arguments.worker
-    try:
-        form = forms.get(name) or forms[""]
-        say(work(form, json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
-    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        say({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
+    form = forms.get(name) or forms[""]
+    say(work(form, json.loads(case), lambda: bool(sys.stdin.readline().strip()), say, int(warm_up)))
 
 
 class _Process:
@@ -208,11 +227,8 @@ def in_turns(file: str, forms: dict[str, Callable], names: list[str], case: dict
         for name in names:
             asked = iter([True] * (warm_up + arguments.rounds) + [False])
             told: list[dict] = []
-            try:
-                form = forms.get(name) or forms[""]
-                found[name] |= work(form, own[name], lambda asked=asked: next(asked), told.append, warm_up)
-            except (ImportError, torch.OutOfMemoryError) as error:  # a result, too
-                found[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            form = forms.get(name) or forms[""]
+            found[name] |= work(form, own[name], lambda asked=asked: next(asked), told.append, warm_up)
             for each in told[warm_up:]:
                 keep(name, each)
         return found

@@ -153,9 +153,8 @@ def use_student(arguments: argparse.Namespace) -> int:
 
 def distill(arguments: argparse.Namespace) -> int:
     """Check what was asked, then print the plan of a race or run it as its notebook."""
-    names = ("teacher", "dataset", "latency", "speedup", "parameters", "memory", "hours", "metric", "workers", "slurm")
-    flags = {name: str(getattr(arguments, name)).lower() for name in ("int8", "train_teacher")}
-    given = {name: getattr(arguments, name) for name in names} | flags
+    others = ("command", "told", "dry_run", "output", "overrides")
+    given = {name: str(value) for name, value in vars(arguments).items() if name not in others}
     for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
         if "/" not in given[name] and given[name] != "pydocs" and Path(given[name], needed).exists():
             given[name] = f"./{given[name]}"

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -166,28 +167,24 @@ def artifact(name: str, settings: dict, build: Callable[[Path], dict], quiet: bo
     written last. A trained student is also known by the name alone: runs/students/<name> holds its folder's name.
     """
     folder = runs_dir() / f"{name}-{config_hash(settings)}"
-    _finish(folder, settings, build, quiet)
+    finished = folder / "results.json"
+    if not finished.exists():
+        with lock(folder):
+            if not finished.exists():  # else another process finished it while we waited
+                print(f"building runs/{folder.name}", flush=True)
+                write_json(folder / "config.json", settings)
+                start = time.time()
+                results = {**build(folder), "build_seconds": round(time.time() - start, 2), "provenance": provenance()}
+                write_json(finished, results)
+                _built.add(folder.name)
+    elif not quiet:
+        print(f"reusing runs/{folder.name}", flush=True)
+        if folder.name not in _built:
+            _reused[folder.name] = read_json(finished).get("build_seconds", 0.0)
     if (folder / "student").is_dir():  # the last one asked for; a text file, as not every system has symbolic links
         (runs_dir() / "students").mkdir(exist_ok=True)
         write_atomic(runs_dir() / "students" / name, f"{folder.name}\n")
     return folder
-
-
-def _finish(folder: Path, settings: dict, build: Callable[[Path], dict], quiet: bool) -> None:
-    if (folder / "results.json").exists():
-        if not quiet:
-            print(f"reusing runs/{folder.name}", flush=True)
-            if folder.name not in _built:
-                _reused[folder.name] = read_json(folder / "results.json").get("build_seconds", 0.0)
-        return
-    with lock(folder):
-        if not (folder / "results.json").exists():  # else another process finished it while we waited
-            print(f"building runs/{folder.name}", flush=True)
-            write_json(folder / "config.json", settings)
-            start = time.time()
-            results = {**build(folder), "build_seconds": round(time.time() - start, 2), "provenance": provenance()}
-            write_json(folder / "results.json", results)
-            _built.add(folder.name)
 
 
 @dataclass
@@ -291,28 +288,21 @@ def git_state() -> dict:
     What this project's own commands write is left out: reports, the README's tables, trained teachers.
     """
     written = [":!reports", ":!README.md", ":!distill_utils/assets/pydocs-*"]
-    changed = ["status", "--porcelain", "-uno", "--", ".", *written]
-
-    def git(*arguments: str) -> str:
-        if not (REPOSITORY / ".git").exists():  # an installed package may lie in a repository of something else
-            raise FileNotFoundError
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(git(*changed))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+    command = ["git", "-C", str(REPOSITORY), "status", "--porcelain=v2", "--branch", "-uno", "--", ".", *written]
+    if (REPOSITORY / ".git").exists():  # an installed package may lie in a repository of something else
+        with contextlib.suppress(OSError, ValueError, subprocess.CalledProcessError):  # ValueError: no commit yet
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            (commit,) = re.findall("^# branch.oid ([0-9a-f]{10})", found, re.MULTILINE)
+            return {"commit": commit, "dirty": bool(re.search("^[^#]", found, re.MULTILINE))}
+    return {"commit": None, "dirty": None}
 
 
 def processor_name() -> str:
     """Return the processor's marketing name where the system knows it."""
-    found = []
-    with contextlib.suppress(OSError):
+    found = ""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if sys.platform == "darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            found = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)
         else:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or "unknown"
+            found = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition(":")[2]
+    return found.partition("\n")[0].strip() or platform.processor() or "unknown"

@@ -85,42 +85,28 @@ class FullFile(io.FileIO):
         raise OSError(self.code, os.strerror(self.code))
 
 
-def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
-    artifacts.write_atomic(tmp_path / "file.txt", "älter")
-    artifacts.write_atomic(tmp_path / "file.txt", b"new")
-    assert os.listdir(tmp_path) == ["file.txt"]
-    assert (tmp_path / "file.txt").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("code", "expected"), [(errno.ENOSPC, InputError), (errno.EDQUOT, InputError), (errno.EIO, OSError)]
+)
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, call, code):
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, call, code, expected):
     path = tmp_path / "file.txt"
     path.write_text("the old content")
     if call == "write":
         monkeypatch.setattr(artifacts, "open", type("Full", (FullFile,), {"code": code}), raising=False)
     else:
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(expected) as error:
         artifacts.write_atomic(path, "the new content")
-    message = message_of(error)
-    assert "no space left" in message and "file.txt" in message and "DISTILL_RUNS" in message
-    assert str(tmp_path) not in message
-    assert os.listdir(tmp_path) == ["file.txt"]
-    assert path.read_text() == "the old content"
+    if expected is InputError:
+        message = message_of(error)
+        assert "file.txt" in message and "DISTILL_RUNS" in message and str(tmp_path) not in message
+    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "the old content"
 
 
-def test_other_system_errors_pass_unchanged(tmp_path, monkeypatch):
-    (tmp_path / "file.txt").write_text("old")
-    monkeypatch.setattr(artifacts, "open", type("Broken", (FullFile,), {"code": errno.EIO}), raising=False)
-    with pytest.raises(OSError) as error:
-        artifacts.write_atomic(tmp_path / "file.txt", "new text")
-    assert error.value.errno == errno.EIO
-    assert os.listdir(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"
-
-
-def test_write_json_rejects_what_json_lacks(tmp_path):
-    artifacts.write_json(tmp_path / "a.json", {"text": "é", "value": 0.1})
+def test_json_is_replaced_whole_and_rejects_what_json_lacks(tmp_path):
+    for value in ("older", "é"):
+        artifacts.write_json(tmp_path / "a.json", {"text": value, "value": 0.1})
     with pytest.raises(ValueError):
         artifacts.write_json(tmp_path / "a.json", {"value": float("nan")})
     assert artifacts.read_json(tmp_path / "a.json") == {"text": "é", "value": 0.1}
@@ -137,8 +123,7 @@ def test_folder_atomic_replaces_the_whole_folder(tmp_path):
     with artifacts.folder_atomic(folder) as temporary:
         (temporary / "new").write_text("new")
         assert os.listdir(folder) == ["old"]  # others see the old folder until the end
-    assert os.listdir(folder) == ["new"]
-    assert os.listdir(tmp_path) == ["student"]
+    assert os.listdir(folder) == ["new"] and os.listdir(tmp_path) == ["student"]
 
 
 @pytest.mark.parametrize(
@@ -159,55 +144,37 @@ def test_folder_atomic_keeps_the_old_folder_when_writing_fails(tmp_path, raised,
     with pytest.raises(expected) as error, artifacts.folder_atomic(folder) as temporary:
         (temporary / "weights").write_text("ne")
         raise raised
-    if expected is InputError:
-        assert "student" in message_of(error)
-    assert os.listdir(tmp_path) == ["student"]
-    assert (folder / "weights").read_text() == "old"
+    assert expected is not InputError or "student" in message_of(error)
+    assert os.listdir(tmp_path) == ["student"] and (folder / "weights").read_text() == "old"
 
 
 # -------------------------------------------------------------------------------------------------------- run folders
 
 
-def test_artifact_is_built_once_and_reused(runs, capsys):
-    calls = []
-
-    def build(folder):
-        assert not (folder / "results.json").exists()  # results are written last
-        assert json.loads((folder / "config.json").read_text()) == {"a": 1}
-        calls.append(folder)
-        return {"loss": 0.5}
-
-    first = artifacts.artifact("part", {"a": 1}, build)
-    assert capsys.readouterr().out == f"building runs/{first.name}\n"
-    assert artifacts.artifact("part", {"a": 1}, build) == first
-    assert capsys.readouterr().out == f"reusing runs/{first.name}\n"
-    assert artifacts.artifact("part", {"a": 1}, build, quiet=True) == first
-    assert capsys.readouterr().out == ""
-    assert calls == [first] and first.parent == runs
-    others = [artifacts.artifact(*key, lambda folder: {}) for key in (("part", {"a": 2}), ("other", {"a": 1}))]
-    assert len({first, *others}) == 3
-    results = json.loads((first / "results.json").read_text())
-    assert results["loss"] == 0.5 and results["build_seconds"] >= 0
-    assert results["provenance"]["packages"]["torch"] == importlib.metadata.version("torch")
-
-
-def test_a_build_that_raises_is_built_again_and_finds_its_parts():
+def test_an_artifact_is_built_once_found_again_and_goes_on_after_an_error(runs, capsys):
     found = []
 
     def build(folder):
+        assert not (folder / "results.json").exists()  # results are written last
+        assert artifacts.read_json(folder / "config.json") == {"a": 1}
         found.append((folder / "part").exists())
         (folder / "part").write_text("half")
         if len(found) == 1:
             raise RuntimeError("broken")
-        return {}
+        return {"loss": 0.5}
 
     with pytest.raises(RuntimeError, match="broken"):
-        artifacts.artifact("part", {}, build)
-    (folder,) = artifacts.runs_dir().iterdir()
-    assert not (folder / "results.json").exists()
-    assert artifacts.artifact("part", {}, build) == folder
-    assert found == [False, True]
-    assert (folder / "results.json").exists()
+        artifacts.artifact("part", {"a": 1}, build)
+    capsys.readouterr()
+    for quiet, said in ((False, "building runs/"), (False, "reusing runs/"), (True, "")):
+        folder = artifacts.artifact("part", {"a": 1}, build, quiet)
+        assert capsys.readouterr().out == (f"{said}{folder.name}\n" if said else "")
+    assert found == [False, True] and list(runs.iterdir()) == [folder]
+    others = [artifacts.artifact(*key, lambda folder: {}) for key in (("part", {"a": 2}), ("other", {"a": 1}))]
+    assert len({folder, *others}) == 3
+    results = artifacts.read_json(folder / "results.json")
+    assert results["loss"] == 0.5 and results["build_seconds"] >= 0
+    assert results["provenance"]["packages"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_artifact_in_use_is_rejected_until_its_process_is_killed(holder, runs):
@@ -243,7 +210,7 @@ def start(name: str, **parameters) -> artifacts.NotebookRun:
 
 def test_a_notebooks_run_has_its_parameters_seconds_and_results(runs, monkeypatch, capsys):
     run = start("03", seed=1)
-    assert run.folder.parent == runs and run.folder.is_dir() and run.parameters == {"seed": 1}
+    assert run.folder.parent == runs and run.folder.is_dir()
     assert run.folder != start("03", seed=2).folder
     monkeypatch.setattr(artifacts.time, "monotonic", itertools.count(run.began + 2, 2).__next__)
     for part in ("train", "test", "train"):
@@ -304,37 +271,25 @@ def test_progress_is_throttled_and_final(tmp_path, monkeypatch):
     assert last["step"] == 10 and last["seconds_left"] == 0
     assert report(1.5, "scoring", 1, unit="documents")["unit"] == "documents"  # a new stage shows at once
     assert os.listdir(tmp_path) == ["progress.json"]
-
-
-def test_progress_is_also_seen_from_the_notebooks_folder_and_never_stops_a_run(tmp_path, monkeypatch):
+    # A batch run sees it in the notebook's folder; a folder that is gone stops nothing.
     monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(tmp_path))
-    (tmp_path / "kd").mkdir()
-    artifacts.report_progress(tmp_path / "kd", "training", 1, 1)
-    assert (tmp_path / "progress.json").read_text() == (tmp_path / "kd" / "progress.json").read_text()
     artifacts.report_progress(tmp_path / "missing", "training", 1, 1)
-    assert not (tmp_path / "missing").exists()
+    assert artifacts.read_json(tmp_path / "progress.json")["total"] == 1 and os.listdir(tmp_path) == ["progress.json"]
 
 
 # --------------------------------------------------------------------------------------------------------- provenance
-
-
-def strings(value):
-    if isinstance(value, dict):
-        return [text for item in value.items() for part in item for text in strings(part)]
-    return [value] if isinstance(value, str) else []
 
 
 def test_provenance_names_no_user_and_no_path(monkeypatch):
     for name in ("HOME", "USER", "LOGNAME", "SECRET_TOKEN"):
         monkeypatch.setenv(name, "/home/planted-person")
     facts = artifacts.provenance()
-    json.dumps(facts, allow_nan=False)
     assert {"commit", "dirty", "packages", "python", "platform", "processor", "threads", "gpu", "date"} <= set(facts)
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["threads"] == torch.get_num_threads()
-    for text in strings(facts):
-        assert "planted-person" not in text and str(REPOSITORY) not in text
-        assert not re.search(r"(^|\s)[/~]\w", text), f"looks like a path: {text}"
+    text = json.dumps(facts, allow_nan=False)
+    assert "planted-person" not in text and str(REPOSITORY) not in text
+    assert not re.search(r"[\s\"][/~]\w", text), f"looks like a path: {text}"
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -349,14 +304,14 @@ def test_git_state(tmp_path, monkeypatch):
 
     (tmp_path / "file").write_text("1")
     git("init", "-q")
+    assert artifacts.git_state() == {"commit": None, "dirty": None}  # nothing committed yet
     git("add", "file")
     git("commit", "-q", "-m", "first")
-    head = git("rev-parse", "HEAD").stdout.strip()
+    head = git("rev-parse", "HEAD").stdout[:10]
     (tmp_path / "untracked").write_text("")
-    state = artifacts.git_state()
-    assert head.startswith(state["commit"]) and len(state["commit"]) >= 10 and state["dirty"] is False
+    assert artifacts.git_state() == {"commit": head, "dirty": False}
     (tmp_path / "file").write_text("2")
-    assert artifacts.git_state()["dirty"] is True
+    assert artifacts.git_state() == {"commit": head, "dirty": True}
 
 
 def test_seed_everything_seeds_all_three_generators():
@@ -365,6 +320,5 @@ def test_seed_everything_seeds_all_three_generators():
 
     seed_everything(7)
     first = draw()
-    assert draw() != first
     seed_everything(7)
-    assert draw() == first
+    assert draw() == first != draw()

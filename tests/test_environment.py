@@ -49,12 +49,7 @@ def lock_lines() -> list[str]:
 
 
 def lock() -> dict[str, Requirement]:
-    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lock_lines()}
-
-
-def pinned_version(pin: Requirement) -> str:
-    (only,) = pin.specifier
-    return only.version
+    return {canonicalize_name(pin.name): pin for pin in map(Requirement, lock_lines())}
 
 
 def project() -> dict:
@@ -87,10 +82,10 @@ def environments() -> list[dict[str, str]]:
     ]
 
 
-def needs(wanted: list[Requirement], environment: dict[str, str]) -> list[tuple[str, Requirement]]:
-    """Return (package, requirement) for everything that the installed packages need in turn, extras included."""
-    found, done = [], set()
-    frontier = [(canonicalize_name(r.name), extra) for r in wanted for extra in ("", *r.extras)]
+def needs(environment: dict[str, str]) -> list[tuple[str, Requirement]]:
+    """Return (who asks, requirement) for pyproject.toml and what the installed packages need in turn, with extras."""
+    found, done = [("pyproject.toml", requirement) for requirement in requirements()], set()
+    frontier = [(canonicalize_name(r.name), extra) for _, r in found for extra in ("", *r.extras)]
     while frontier:
         name, extra = frontier.pop()
         if (name, extra) in done:
@@ -134,32 +129,22 @@ def test_lock_holds_plain_exact_pins():
     for line in lock_lines():
         plain = re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)?", line)
         assert plain, f"{line!r} is no plain pin `name==version ; marker`"
-    names = [canonicalize_name(Requirement(line).name) for line in lock_lines()]
-    assert len(names) == len(set(names)), f"pinned twice: {sorted({name for name in names if names.count(name) > 1})}"
-    assert names == sorted(names)
+    names = [line.partition("==")[0] for line in lock_lines()]
+    assert names == sorted(set(names)), "sort the pins, and pin nothing twice"
     assert not [name for name in names if re.match(r"nvidia|cuda|triton|distill", name)], "torch itself asks for these"
-
-
-def test_lock_satisfies_pyproject():
-    pins = lock()
-    for requirement in requirements():
-        pin = pins.get(canonicalize_name(requirement.name))
-        assert pin is not None, f"{requirement} of pyproject.toml is not in requirements.lock"
-        fits = requirement.specifier.contains(pinned_version(pin))
-        assert fits, f"requirements.lock has {pin}, pyproject.toml asks for {requirement}"
-        assert pin.marker is None, f"{pin}: a direct dependency is needed everywhere"
 
 
 @pytest.mark.parametrize("environment", environments(), ids=lambda e: f"{e['python_version']}-{e['sys_platform']}")
 def test_lock_is_complete(environment):
     """Each package has its dependencies pinned within its ranges, and nothing is pinned that nobody asks for."""
     pins = {name: pin for name, pin in lock().items() if pin.marker is None or pin.marker.evaluate(environment)}
-    asked = {canonicalize_name(requirement.name) for requirement in requirements()}
-    for by, requirement in needs(requirements(), environment):
+    asked = set()
+    for by, requirement in needs(environment):
         name = canonicalize_name(requirement.name)
         asked.add(name)
         assert name in pins, f"{by} needs {requirement}, which requirements.lock does not give here"
-        fits = requirement.specifier.contains(pinned_version(pins[name]), prereleases=True)
+        (pin,) = pins[name].specifier
+        fits = requirement.specifier.contains(pin.version, prereleases=True)
         assert fits, f"{by} needs {requirement}, requirements.lock has {pins[name]}"
     # A package with a marker may not be installed here, and then what it needs in turn cannot be read.
     unasked = [name for name, pin in pins.items() if name not in asked and pin.marker is None]
@@ -167,36 +152,22 @@ def test_lock_is_complete(environment):
 
 
 def test_pins_allow_every_python():
-    for name, pin in lock().items():
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if distribution.version.partition("+")[0] != pinned_version(pin):
-            continue  # another version is installed; what the pinned one asks for is unknown here
-        allowed = distribution.metadata.get("Requires-Python")
-        fits = not allowed or all(SpecifierSet(allowed).contains(python) for python in PYTHONS)
-        assert fits, f"{name} {distribution.version} needs Python {allowed}"
+    for distribution in importlib.metadata.distributions():
+        pin, allowed = lock().get(canonicalize_name(distribution.name)), distribution.metadata.get("Requires-Python")
+        if pin and allowed and pin.specifier.contains(distribution.version):  # else the pinned one's range is unknown
+            fits = all(SpecifierSet(allowed).contains(python) for python in PYTHONS)
+            assert fits, f"{distribution.name} {distribution.version} needs Python {allowed}"
 
 
 def test_python_range_is_the_same_everywhere():
     allowed = SpecifierSet(project()["project"]["requires-python"])
     assert all(allowed.contains(version) for version in PYTHONS)
     assert not allowed.contains("3.10.14") and not allowed.contains("3.14.0")
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in makefile
-    assert allowed.contains(".".join(map(str, sys.version_info[:3])))
-
-
-def test_conda_environment_uses_the_lock():
-    content = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))
-    allowed = SpecifierSet(project()["project"]["requires-python"])
-    conda = [entry for entry in content["dependencies"] if isinstance(entry, str)]
-    (pip,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
-    (python,) = [entry for entry in conda if entry.startswith("python=")]
-    assert allowed.contains(python.partition("=")[2] + ".0"), f"{python} is outside of requires-python {allowed}"
-    assert set(conda) == {python, "pip"}, "versions stand in requirements.lock only"
-    assert pip == ["-r requirements.lock", "-e ."]
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    conda = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    python, *others = conda
+    assert python.startswith("python=") and allowed.contains(python.partition("=")[2] + ".0")
+    assert others == ["pip", {"pip": ["-r requirements.lock", "-e ."]}], "versions stand in requirements.lock only"
 
 
 # -------------------------------------------------------------------------------------------------------- the corpus
@@ -204,12 +175,9 @@ def test_conda_environment_uses_the_lock():
 
 def test_corpus_packages_are_pinned_everywhere():
     """Only then is the corpus the same on each Python and system."""
-    pins = lock()
-    names = [name for names in pydocs.FAMILIES.values() for name in names]
-    missing = [name for name in names if canonicalize_name(name) not in pins]
-    assert not missing, f"{missing} are not in requirements.lock: take them out of pydocs.FAMILIES"
-    partly = [name for name in names if pins[canonicalize_name(name)].marker]
-    assert not partly, f"{partly} are pinned for some Pythons or systems only: take them out of pydocs.FAMILIES"
+    everywhere = {name for name, pin in lock().items() if pin.marker is None}
+    missing = {canonicalize_name(name) for names in pydocs.FAMILIES.values() for name in names} - everywhere
+    assert not missing, f"{missing} are not pinned for every Python and system: take them out of pydocs.FAMILIES"
 
 
 # ------------------------------------------------------------------------------------------------------- the package
@@ -219,11 +187,6 @@ def room_of(name: str) -> str:
     """Return the folder of an imported name such as `distill_utils.data.loading`; "" for a file in the root."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
-
-
-def test_every_folder_has_a_floor():
-    folders = {path.parent.name for path in package_files()} - {PACKAGE.name}
-    assert folders == FLOORS.keys() - {"", "__main__"}
 
 
 @pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -236,25 +199,19 @@ def test_imports_only_from_lower_floors(path):
             assert room == own or FLOORS[room] < FLOORS[own], f"{message}: import from below only"
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_special_packages_stay_in_their_files(path):
-    roots = {name.partition(".")[0] for name in imports(path)}
-    for root, files in ONLY_IN.items():
-        assert root not in roots or path.stem in files, f"{path.name} imports {root}: only {sorted(files)} may"
-
-
-def test_imported_packages_are_declared():
+def test_imported_packages_are_declared_and_special_ones_stay_in_their_files():
     """Nothing works only because another package happens to bring it."""
     table = project()["project"]
     lines = [*table["dependencies"], *table["optional-dependencies"]["slurm"]]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     providers = importlib.metadata.packages_distributions()
     for path in package_files():
-        for root in {name.partition(".")[0] for name in imports(path)}:
-            if root in sys.stdlib_module_names or root == "distill_utils":
-                continue
+        roots = {name.partition(".")[0] for name in imports(path)}
+        for root in roots - sys.stdlib_module_names - {"distill_utils"}:
             found = {canonicalize_name(name) for name in providers.get(root, [])}
             assert found & declared, f"{path.name} imports {root}: add {sorted(found) or root} to pyproject.toml"
+            files = ONLY_IN.get(root, {path.stem})
+            assert path.stem in files, f"{path.name} imports {root}: only {sorted(files)} may"
 
 
 def test_public_names_load_on_use():

@@ -21,32 +21,27 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def test_results_come_in_order_by_processes_that_share_the_threads(runs, monkeypatch):
+def test_results_come_in_order_by_processes_that_are_replaced(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("DISTILL_NOTEBOOK_RUN", str(runs))
-    monkeypatch.setattr(workers, "_gpus", lambda: ["2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d0b")
 
-    def task(seconds: float) -> tuple:  # a closure travels whole: this file is not importable there
-        time.sleep(seconds)
-        found = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "DISTILL_NOTEBOOK_RUN")]
-        return seconds, os.getpid(), *found
-
-    found = share_out(task, {"late": (1.5,), "soon": (0.0,), "then": (0.1,)}, workers=2)
-    assert list(found) == ["late", "soon", "then"] and [value[0] for value in found.values()] == [1.5, 0.0, 0.1]
-    assert len({value[1] for value in found.values()} | {os.getpid()}) == 4
-    assert {value[2:] for value in found.values()} == {("2", "2", None)}
-    assert not list((runs / "workers").iterdir())  # what worked leaves nothing
-
-
-def test_a_process_that_was_killed_is_replaced(tmp_path, capsys):
-    def task(mark) -> str:
-        if not mark.exists():
+    def task(seconds: float, mark=None) -> tuple:  # a closure travels whole: this file is not importable there
+        if mark and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return mark.name
+        time.sleep(seconds)
+        names = ("OMP_NUM_THREADS", "DISTILL_NOTEBOOK_RUN", "CUDA_VISIBLE_DEVICES")
+        return os.getpid(), seconds, *map(os.environ.get, names)
 
-    assert share_out(task, {name: (tmp_path / name,) for name in "ab"}, workers=2) == {"a": "a", "b": "b"}
-    assert "a: its process was killed and is replaced" in capsys.readouterr().out
+    items = {"late": (1.5,), "soon": (1.0, tmp_path / "mark"), "then": (0.1,)}
+    found = share_out(task, items, workers=2)
+    processes, seconds, threads, notebooks, gpus = zip(*found.values(), strict=True)
+    assert list(found) == list(items) and seconds == (1.5, 1.0, 0.1)
+    assert len({*processes, os.getpid()}) == 4
+    assert set(threads) == {"2"} and set(notebooks) == {None} and set(gpus) == {"3", "GPU-5d0b"}
+    assert "soon: its process was killed and is replaced" in capsys.readouterr().out
+    assert not list((runs / "workers").iterdir())  # what worked leaves nothing
 
 
 def test_one_that_always_dies_is_named_with_the_end_of_its_log(tmp_path):
@@ -63,17 +58,6 @@ def test_one_that_always_dies_is_named_with_the_end_of_its_log(tmp_path):
         share_out(task, {"bad": (tmp_path / "tries",), "long": ("",)}, workers=2)
     assert "\n" not in str(error.value) and (tmp_path / "tries").read_text().split() == ["tried"] * workers.TRIES
     assert time.monotonic() - began < 60  # the other was stopped
-
-
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d0b")
-    assert workers._gpus() == ["3", "GPU-5d0b"]
-
-    def task() -> str:
-        time.sleep(1)
-        return os.environ["CUDA_VISIBLE_DEVICES"]
-
-    assert set(share_out(task, {"a": (), "b": ()}, workers=2).values()) == {"3", "GPU-5d0b"}
 
 
 def test_errors_of_a_process_reach_the_caller():
@@ -120,21 +104,17 @@ def test_a_worker_waits_for_a_lock(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "slurm", "message"),
+    ("number", "slurm", "has_submitit", "message"),
     [
-        (0, "", "workers 0 is too small"),
-        (2, "long", "workers 2 and slurm 'long' exclude each other"),
-        (1, "long", "slurm 'long': no sbatch here"),
+        (0, "", True, "workers 0"),
+        (2, "long", True, "workers 2 and slurm 'long'"),
+        (1, "long", True, "slurm 'long': no sbatch"),
+        (2, "", False, "pip install submitit"),
     ],
 )
-def test_bad_input_starts_nothing(workers, slurm, message, monkeypatch):
+def test_bad_input_starts_nothing(number, slurm, has_submitit, message, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=message):
-        check_workers(workers, slurm)
-
-
-def test_a_missing_submitit_is_named_only_where_it_is_needed(monkeypatch):
-    monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: has_submitit or None)
     check_workers(1)
-    with pytest.raises(InputError, match="install it by `pip install submitit`"):
-        check_workers(2)
+    with pytest.raises(InputError, match=message):
+        check_workers(number, slurm)

@@ -6,10 +6,12 @@ not depend on what the weights are; quality does, and nothing here says anything
 
 import gc
 import math
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.device import device, mixed_precision
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model, load_config
-from distill_utils.planning.plan import machine_ceilings, run_times, step_seconds
+from distill_utils.planning.plan import inner_width, machine_ceilings, run_times, step_seconds
 from distill_utils.planning.step import Objective, plan_step
 from distill_utils.training import loop
 
@@ -64,24 +66,17 @@ def measure_step(
     plan = plan or plan_step(objective, student, teacher, **(settings | {"on": device().type}))
     if plan["settings"]["devices"] > 1:
         raise InputError(f"devices {plan['settings']['devices']} cannot be measured in one process: use devices=1")
-    start = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
-    receiver, sender = start.Pipe(duplex=False)
-    work = (sender, objective, student, teacher, plan["settings"], repeats, threads)
-    process = start.Process(target=_measure, args=work)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell a notebook when it starts and stops
-    process.start()
-    sender.close()
     try:
-        found = receiver.recv()
-    except EOFError:
-        process.join()
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a fork would start with this process's memory
+            found = pool.submit(_run_steps, objective, student, teacher, plan["settings"], repeats, threads).result()
+    except BrokenProcessPool:
         raise InputError(
-            f"the measuring process died with exit code {process.exitcode}, most likely out of memory (the plan: "
-            f"{plan['peak_bytes'] / 1e9:.2f} GB): lower micro_batch_size or use checkpoint_activations"
+            f"the measuring process died, most likely out of memory (the plan: {plan['peak_bytes'] / 1e9:.2f} GB): "
+            "lower micro_batch_size or use checkpoint_activations"
         ) from None
-    process.join()
-    if isinstance(found, Exception):
-        raise found
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the measured step failed: {' '.join(str(error).split())[:300]}") from error
     ceilings = found["ceilings"]
     bound = step_seconds(plan, ceilings)["total"]
     arithmetic = step_seconds(plan, ceilings | {"bandwidth": math.inf})
@@ -97,15 +92,8 @@ def measure_step(
     }
 
 
-def _measure(sender, *given) -> None:
-    """Run in the new process and send what was found, or the error."""
-    try:
-        sender.send(_run_steps(*given))
-    except (RuntimeError, ValueError) as error:
-        sender.send(InputError(f"the measured step failed: {' '.join(str(error).split())[:300]}"))
-
-
 def _run_steps(objective, student_config, teacher_config, settings, repeats: int, threads: int) -> dict:
+    """Run in the new process and return what was found there."""
     if threads:
         torch.set_num_threads(threads)
     on = device()
@@ -123,12 +111,11 @@ def _run_steps(objective, student_config, teacher_config, settings, repeats: int
     options = loop.Training(1, settings["batch_size"], optimizer=settings["optimizer"])
     optimizers = loop.make_optimizers(student, weights, options)
     batch = random_batch(settings, min(config.vocab_size for config in (student_config, teacher_config) if config), on)
-    dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else None
     passes = settings["batch_size"] // settings["micro_batch_size"]
 
     def step() -> None:
         for _ in range(passes):
-            with mixed_precision(on, dtype):
+            with mixed_precision(on, getattr(torch, settings["precision"])):
                 loss = objective(student, teacher, batch)["loss"]
             (loss / passes).backward()
             del loss
@@ -222,7 +209,7 @@ def model_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def relation_heads(*configs: PreTrainedConfig, most: int = 32) -> int:
-    """Return the largest number of relation heads, at most `most`, that divides the inner width of every model."""
-    widths = [getattr(config, "d_kv", 0) * config.num_attention_heads or config.d_model for config in configs]
-    return next(heads for heads in range(most, 0, -1) if math.gcd(*widths) % heads == 0)
+def relation_heads(*configs: PreTrainedConfig) -> int:
+    """Return the largest number of relation heads, at most 32, that divides the inner width of every model."""
+    shared = math.gcd(*map(inner_width, configs))
+    return next(heads for heads in range(32, 0, -1) if shared % heads == 0)

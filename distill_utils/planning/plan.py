@@ -10,13 +10,10 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
-import psutil
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_utils.artifacts import InputError
 from distill_utils.device import amp_dtype, device, timed
@@ -25,7 +22,9 @@ from distill_utils.models.loading import empty_model
 from distill_utils.planning.step import CAUSES, PHASES, Objective, plan_step
 
 CPU_SIZE, CUDA_SIZE = 1024, 8192  # rows of the square matrices: large enough to be bound by arithmetic, not by memory
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CPU_BYTES, CUDA_BYTES = 2**28, 2**31  # of the tensor that is copied: far above any cache
+REPEATS = 8  # of which the best counts, for other load only slows
+RESERVE = 0.1  # of memory that a plan may not use: the CUDA context, workspaces and fragmentation
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 
@@ -35,63 +34,57 @@ def run_times(run: Callable[[], object], repeats: int, device: torch.device | No
     return [timed(run, device) for _ in range(repeats + 1)][1:]
 
 
-def matmul_ceiling(size: int = 0, repeats: int = 8) -> dict[str, float | None]:
+def matmul_ceiling() -> dict[str, float | None]:
     """Return the GFLOP/s (1e9) that a square matrix product reaches here: `float32` and `bfloat16`.
 
-    The best of `repeats`, for other load only slows. `bfloat16` is None where the machine has none of its own.
+    `bfloat16` is None where the machine has none of its own.
     """
     on = device()
-    size = size or (CUDA_SIZE if on.type == "cuda" else CPU_SIZE)
+    size = CUDA_SIZE if on.type == "cuda" else CPU_SIZE
     ceiling: dict[str, float | None] = dict.fromkeys(("float32", "bfloat16"))
     for name, dtype in (("float32", torch.float32), ("bfloat16", amp_dtype(on))):
         if dtype is not None:
             # Random numbers: a GPU multiplies equal ones faster than it ever multiplies data.
             left, right = (torch.randn(size, size, device=on).to(dtype) for _ in range(2))
-            ceiling[name] = 2 * size**3 / min(run_times(lambda a=left, b=right: a @ b, repeats, on)) / 1e9
+            ceiling[name] = 2 * size**3 / min(run_times(lambda a=left, b=right: a @ b, REPEATS, on)) / 1e9
     return ceiling
 
 
-def encoder_flops(num_parameters: int, num_layers: int, width: int, num_tokens: int) -> float:
+def inner_width(config: PreTrainedConfig) -> int:
+    """Return the width of all heads together, which is not always that of the model."""
+    return getattr(config, "d_kv", 0) * config.num_attention_heads or config.d_model
+
+
+def encoder_flops(model: PreTrainedModel, num_tokens: int) -> float:
     """Return the floating-point operations of one encoder pass over one document of `num_tokens` tokens.
 
     Two for each weight (embeddings excepted) and token, four for each pair of tokens, layer and unit of width: scores
     and weighted sum. Norms, activations and softmax are left out.
     """
-    return 2.0 * num_parameters * num_tokens + 4.0 * num_layers * width * num_tokens**2
+    pairs = len(students.encoder_layers(model)) * inner_width(model.config) * num_tokens**2
+    return 2.0 * students.count_parameters(model)["encoder"] * num_tokens + 4.0 * pairs
 
 
-def encoder_speed(model, num_parameters: int, num_layers: int, num_tokens: int, batch_size: int) -> dict[str, float]:
+def encoder_speed(model: PreTrainedModel, num_tokens: int, batch_size: int) -> dict[str, float]:
     """Time the encoder on documents of one length: `batch_size`, `ms` a pass (median of five), `gflops` a second."""
     ids = torch.full((batch_size, num_tokens), model.config.eos_token_id, device=model.device)
     with torch.inference_mode():
         seconds = statistics.median(run_times(lambda: model.get_encoder()(ids, torch.ones_like(ids)), 5, model.device))
-    flops = batch_size * encoder_flops(num_parameters, num_layers, model.config.hidden_size, num_tokens)
+    flops = batch_size * encoder_flops(model, num_tokens)
     return {"batch_size": batch_size, "ms": 1000 * seconds, "gflops": flops / seconds / 1e9}
 
 
-def memory_bandwidth(num_bytes: int = 0, repeats: int = 8) -> float:
+def memory_bandwidth() -> float:
     """Return the GB/s (1e9 bytes, read and written both counted) that copying a large tensor reaches here."""
     on = device()
-    num_bytes = num_bytes or (2**31 if on.type == "cuda" else 2**28)  # far above any cache
-    source = torch.ones(num_bytes // 4, device=on)
+    source = torch.ones((CUDA_BYTES if on.type == "cuda" else CPU_BYTES) // 4, device=on)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(run_times(lambda: target.copy_(source), repeats, on)) / 1e9
+    return 2 * source.nbytes / min(run_times(lambda: target.copy_(source), REPEATS, on)) / 1e9
 
 
 def machine_ceilings() -> dict[str, float | None]:
     """Return `matmul_ceiling` (GFLOP/s) and `bandwidth` (GB/s) of this machine: what `step_seconds` divides by."""
     return matmul_ceiling() | {"bandwidth": memory_bandwidth()}
-
-
-def device_memory() -> int:
-    """Return the bytes of the device to compute on: the GPU's memory, or of RAM what this process may use."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    limits = [psutil.virtual_memory().total]
-    for path in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # absent outside of Linux; "max" without a limit
-            limits.append(int(path.read_text()))
-    return min(limits)
 
 
 # --------------------------------------------------------------------------------------------------- time, disk, memory
@@ -120,22 +113,20 @@ def step_seconds(
 
 def label_seconds(
     teacher: PreTrainedConfig, num_documents: int, source_length: int, target_length: int, batch_size: int,
-    ceilings: dict[str, float | None], dtype: str = "bfloat16", num_beams: int = 1, utilization: float = 1.0,
+    ceilings: dict[str, float | None], num_beams: int = 1, utilization: float = 1.0,
 ) -> float:  # fmt: skip
-    """Return the seconds of writing pseudo-labels on one device, at the machine's ceilings over `utilization`.
+    """Return the seconds of writing pseudo-labels in bfloat16 on one device, at the ceilings over `utilization`.
 
     The encoder is bound by arithmetic. Each further token of a batch reads the decoder's weights, the head and the
     cached keys and values once, and takes what these bytes or its arithmetic take.
     """
-    model = empty_model(teacher, getattr(torch, dtype))
-    parts, width = students.count_parameters(model), getattr(torch, dtype).itemsize
+    model, width = empty_model(teacher, torch.bfloat16), torch.bfloat16.itemsize
+    parts = students.count_parameters(model)
     head, rows = sum(weight.numel() for weight in model.get_output_embeddings().parameters()), batch_size * num_beams
-    inner = getattr(teacher, "d_kv", 0) * getattr(teacher, "num_heads", 0) or teacher.d_model
-    cached = 2 * rows * inner * len(students.decoder_layers(model)) * (source_length + target_length / 2) * width
-    speed, bandwidth = 1e9 * (ceilings.get(dtype) or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
-    encoding = encoder_flops(
-        parts["encoder"], len(students.encoder_layers(model)), inner, source_length
-    ) * batch_size / speed  # fmt: skip
+    values = rows * inner_width(teacher) * len(students.decoder_layers(model)) * (source_length + target_length / 2)
+    cached = 2 * values * width
+    speed, bandwidth = 1e9 * (ceilings.get("bfloat16") or ceilings["float32"]), 1e9 * ceilings["bandwidth"]
+    encoding = encoder_flops(model, source_length) * batch_size / speed
     weights = parts["decoder"] + head
     token = max((weights * width + cached) / bandwidth, 2 * weights * rows / speed)
     return math.ceil(num_documents / batch_size) * (encoding + target_length * token) / utilization
@@ -164,22 +155,27 @@ def plan(
     """
     rows = []
     for run in runs:
-        changes = {name: value for name, value in run.items() if name not in ("run", "student", "teacher", "max_steps")}
-        own = {"objective": objective} | settings | changes
-        step = plan_step(student=run["student"], teacher=run.get("teacher"), **own)
+        given = {"objective": objective, "max_steps": 1} | settings | run
+        name, max_steps = given.pop("run"), given.pop("max_steps")
+        step = plan_step(**given)
         seconds = step_seconds(step, ceilings, utilization, link_bandwidth)["total"]
-        devices, max_steps = step["settings"]["devices"], run.get("max_steps", 1)
-        row = {"run": run["run"], "devices": devices}
-        row |= {f"{name} (M)": step["parameters"][name]["total"] / 1e6 for name in sorted(step["parameters"])}
-        own = step["parameters"]["student"]
-        row |= {f"{part} (M)": own[part] / 1e6 for part in ("embeddings", "encoder", "decoder")}
-        row["TFLOP/step"] = sum(step["flops"].values()) / 1e12
-        row["peak_memory_gb"] = step["peak_bytes"] / 1e9
-        row |= {f"{cause} (GB)": step["memory"].get(cause, 0) / 1e9 for cause in CAUSES}
-        row |= {"seconds/step": seconds, "hours": seconds * max_steps / 3600}
-        row |= {"device_hours": row["hours"] * devices, "tokens": step["tokens"] * max_steps}
-        row |= {"communication (GB/step)": step["communication_bytes"] / 1e9}
-        rows.append(row | {"checkpoint (GB)": step["checkpoint_bytes"] / 1e9})
+        hours, devices = seconds * max_steps / 3600, step["settings"]["devices"]
+        parts = step["parameters"]["student"]
+        rows.append({
+            "run": name,
+            "devices": devices,
+            **{f"{model} (M)": step["parameters"][model]["total"] / 1e6 for model in sorted(step["parameters"])},
+            **{f"{part} (M)": parts[part] / 1e6 for part in ("embeddings", "encoder", "decoder")},
+            "TFLOP/step": sum(step["flops"].values()) / 1e12,
+            "peak_memory_gb": step["peak_bytes"] / 1e9,
+            **{f"{cause} (GB)": step["memory"].get(cause, 0) / 1e9 for cause in CAUSES},
+            "seconds/step": seconds,
+            "hours": hours,
+            "device_hours": hours * devices,
+            "tokens": step["tokens"] * max_steps,
+            "communication (GB/step)": step["communication_bytes"] / 1e9,
+            "checkpoint (GB)": step["checkpoint_bytes"] / 1e9,
+        })  # fmt: skip
     return rows
 
 
@@ -188,24 +184,20 @@ def check_fits(
     student: PreTrainedConfig,
     teacher: PreTrainedConfig | None = None,
     *,
-    memory: int | None = None,
-    reserve: float = 0.1,
-    ceilings: dict[str, float | None] | None = None,
+    memory: int,
+    ceilings: dict[str, float | None],
     **settings: object,
 ) -> dict:
-    """Return `plan_step` of the settings where it fits into `memory` bytes, `device_memory` unless given.
+    """Return `plan_step` of the settings where it fits into `memory` bytes less RESERVE.
 
-    `reserve` is the share of memory that the plan may not use: the CUDA context, workspaces and fragmentation. Raises
-    InputError otherwise, which names the three cheapest changes that make it fit, each planned anew: a smaller
+    Raises InputError otherwise, which names the three cheapest changes that make it fit, each planned anew: a smaller
     micro-batch, activation checkpointing, a bfloat16 teacher, shorter text or more devices, by the device time they add
-    per token, at this machine's ceilings unless given.
+    per token at the machine's `ceilings`.
     """
-    memory = device_memory() if memory is None else memory
-    room = (1 - reserve) * memory
+    room = (1 - RESERVE) * memory
     step = plan_step(objective, student, teacher, **settings)
     if step["peak_bytes"] <= room:
         return step
-    ceilings = ceilings or machine_ceilings()
 
     @cache
     def again(*change: tuple[str, object]) -> dict:

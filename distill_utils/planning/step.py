@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -66,7 +67,6 @@ def plan_step(
     padded: bool = True,
     on: str = "cuda",
     devices: int = 1,
-    shard: Sequence[str] = ("teacher", "student"),
 ) -> dict:
     """Return floating-point operations, bytes and peak memory of one training step; nothing is loaded or computed.
 
@@ -77,10 +77,10 @@ def plan_step(
     (batch, heads, length, length) bias in each layer.
 
     One step is `batch_size` examples over all `devices`, `micro_batch_size` (0 = all of a device's) a pass. With
-    several, the layers of the models in `shard` are split as launch.py does by FSDP2: weights, gradients and
-    moments are 1 / devices of them, embeddings and head are whole everywhere, two of the largest layer at a time are
-    gathered, and the student's last layers stay so until the backward pass. Copies that autocast makes of weights are
-    kept whole for the backward pass. The result is for one device.
+    several, the layers of both models are split as launch.py does by FSDP2: weights, gradients and moments are
+    1 / devices of them, embeddings and head are whole everywhere, two of the largest layer at a time are gathered, and
+    the student's last layers stay so until the backward pass. Copies that autocast makes of weights are kept whole for
+    the backward pass. The result is for one device.
 
     Planned `on` "cuda" everywhere, a machine without CUDA included: fake tensors are the CPU's, but attention is the
     memory-efficient kernel that CUDA takes where a bias has gradients, and `relation_loss` works in CUDA's chunks. What
@@ -91,20 +91,13 @@ def plan_step(
     `checkpoint_bytes` on disk, and `work`, what `plan.step_seconds` reads. Raises InputError for what is
     impossible.
     """
-    settings = {
-        "source_length": source_length, "target_length": target_length, "batch_size": batch_size,
-        "micro_batch_size": micro_batch_size or max(batch_size // max(devices, 1), 1), "optimizer": optimizer,
-        "precision": precision, "teacher_dtype": teacher_dtype, "checkpoint_activations": checkpoint_activations,
-        "attention": attention, "padded": padded, "on": on, "devices": devices, "shard": list(shard),
-    }  # fmt: skip
+    settings = {name: value for name, value in locals().items() if name not in ("objective", "student", "teacher")}
+    settings["micro_batch_size"] = micro_batch_size or max(batch_size // max(devices, 1), 1)
     passes = _check_step(settings)
-    dtypes = {"student": torch.float32, "teacher": getattr(torch, teacher_dtype)}
-    configs = {"student": student, "teacher": teacher}
-    given = {name: config for name, config in configs.items() if config is not None}
-    models = {name: empty_model(config, dtypes[name]) for name, config in given.items()}
-    dtype = torch.bfloat16 if precision == "bfloat16" else None
-    repeated = [1.0]  # chunks of a relation; only the first of them is run
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on, repeated):
+    models = {"student": empty_model(student, torch.float32)}
+    if teacher is not None:
+        models["teacher"] = empty_model(teacher, getattr(torch, teacher_dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(on) as repeated:
         for model in models.values():
             model.to_empty(device="cpu").tie_weights()
         model, frozen = models["student"], models.get("teacher")
@@ -114,7 +107,7 @@ def plan_step(
         train_mode(model)
         if checkpoint_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        ledger = _Ledger(models, padded, devices, shard, repeated)
+        ledger = _Ledger(models, padded, devices, repeated)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         optimizers = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer))
         for weight in trained.values():
@@ -123,10 +116,10 @@ def plan_step(
         for each in optimizers:  # the first update makes the moments that all later ones find
             each.step()
             each.zero_grad()
-            moments += sum(value.nbytes for state in each.state.values() for value in state.values())
             for weight, state in each.state.items():
                 for value in state.values():
                     ledger.add(value, "optimizer", weight)
+                    moments += value.nbytes
         for weight in trained.values():
             weight.register_post_accumulate_grad_hook(lambda weight: ledger.add(weight.grad, "gradients", weight))
         rows = settings["micro_batch_size"]
@@ -140,7 +133,7 @@ def plan_step(
                 ledger.add(weight.grad, "gradients", weight)
         with ledger:
             ledger.times = passes
-            with mixed_precision(torch.device("cpu"), dtype):
+            with mixed_precision(torch.device("cpu"), getattr(torch, precision)):
                 loss = objective(model, frozen, batch)["loss"]
             ledger.phase = "backward"
             (loss * 1.0).backward()  # weighted by its tokens, as the loop does
@@ -160,7 +153,7 @@ def plan_step(
         "peak_phase": ledger.peak_phase,
         "parameters": {name: students.count_parameters(model) for name, model in models.items()},
         "tokens": batch_size * (source_length + target_length),
-        "communication_bytes": _communication(models, passes, devices, shard),
+        "communication_bytes": _communication(models, passes, devices),
         "checkpoint_bytes": _bytes_of(models["student"]) + moments,
         "work": work,
         "settings": settings,
@@ -179,10 +172,8 @@ def _check_step(settings: dict) -> int:
     for name, known in choices.items():
         if settings[name] not in known:
             raise InputError(f"{name} {settings[name]!r} is unknown: use {' or '.join(known)}")
-    if not set(settings["shard"]) <= {"teacher", "student"}:
-        raise InputError(f"shard {settings['shard']} is unknown: use teacher, student or both")
-    if settings["optimizer"] == "muon" and settings["devices"] > 1 and "student" in settings["shard"]:
-        raise InputError("optimizer muon needs whole matrices, and devices hold parts: use adamw, or shard the teacher")
+    if settings["optimizer"] == "muon" and settings["devices"] > 1:
+        raise InputError(f"optimizer muon needs whole matrices, which {settings['devices']} devices split: use adamw")
     rows = settings["micro_batch_size"] * settings["devices"]
     passes, rest = divmod(settings["batch_size"], rows)
     if rest or not passes:
@@ -196,10 +187,7 @@ def _check_step(settings: dict) -> int:
 class _Ledger(TorchDispatchMode):
     """Counts what each operation needs and which storages live, by cause, and remembers the moment of the peak."""
 
-    def __init__(
-        self, models: dict[str, PreTrainedModel], padded: bool, devices: int, shard: Sequence[str],
-        repeated: list[float],
-    ):  # fmt: skip
+    def __init__(self, models: dict[str, PreTrainedModel], padded: bool, devices: int, repeated: list[float]):
         super().__init__()
         self.padded, self.devices, self.repeated = padded, devices, repeated
         self.phase, self.times, self.inside_teacher = "student", 1, 0
@@ -211,8 +199,8 @@ class _Ledger(TorchDispatchMode):
         self.weights: set[int] = set()  # storages of weights
         gathered = 0.0
         for name, model in models.items():
-            outer = {id(weight) for weight in students.outer_weights(model)}
-            if devices > 1 and name in shard:
+            if devices > 1:
+                outer = {id(weight) for weight in students.outer_weights(model)}
                 self.layered |= {id(weight) for weight in model.parameters() if id(weight) not in outer}
                 stacks = (students.encoder_layers(model), students.decoder_layers(model))
                 whole = 2 * max(_bytes_of(layer) for layers in stacks for layer in layers)
@@ -228,15 +216,12 @@ class _Ledger(TorchDispatchMode):
             self._watch(models["teacher"])
 
     def _watch(self, teacher: PreTrainedModel) -> None:
-        def enter(*_) -> None:
-            self.inside_teacher += 1
-
-        def leave(*_) -> None:
-            self.inside_teacher -= 1
+        def count(change: int, *_) -> None:
+            self.inside_teacher += change
 
         for part in (teacher.get_encoder(), teacher.get_decoder(), teacher.get_output_embeddings()):
-            part.register_forward_pre_hook(enter)
-            part.register_forward_hook(leave, always_call=True)  # a capture may leave the pass by an exception
+            part.register_forward_pre_hook(partial(count, 1))
+            part.register_forward_hook(partial(count, -1), always_call=True)  # a capture may leave by an exception
 
     def add(self, tensor: Tensor, cause: str, weight: Tensor | None = None) -> None:
         """Count a tensor's storage, once, under a cause; of a weight that is spread over devices only the share."""
@@ -305,10 +290,8 @@ def _all_chosen(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Return indices in which every mask chooses all its positions, so that the shape of the result is known."""
     found = []
     for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            found += [torch.zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
-        else:
-            found.append(index)
+        is_mask = index is not None and index.dtype == torch.bool
+        found += [torch.zeros(index.numel(), dtype=torch.long)] * index.ndim if is_mask else [index]
     return found
 
 
@@ -325,7 +308,7 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
-def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int, shard: Sequence[str]) -> float:
+def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int) -> float:
     """Return the bytes that a device sends a step.
 
     Sharded layers are gathered in every forward pass, the student's in the backward pass too; its gradients are added
@@ -333,8 +316,7 @@ def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int
     """
     total = 0.0
     for name, model in models.items():
-        stacks = (students.encoder_layers(model), students.decoder_layers(model)) if name in shard else ()
-        layers = sum(map(_bytes_of, stacks))
+        layers = _bytes_of(students.encoder_layers(model)) + _bytes_of(students.decoder_layers(model))
         total += passes * layers * (2 if name == "student" else 1)
         if name == "student":
             trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
@@ -343,11 +325,12 @@ def _communication(models: dict[str, PreTrainedModel], passes: int, devices: int
 
 
 @contextmanager
-def _as_on(on: str, repeated: list[float]) -> Iterator[None]:
+def _as_on(on: str) -> Iterator[list[float]]:
     """Let fake CPU tensors take the ways of the device that is planned for, through one chunk of each relation.
 
-    `repeated` receives how many such chunks a relation has: hundreds of the same on a CPU.
+    The list yielded holds how many such chunks the last relation has: hundreds of the same on a CPU.
     """
+    repeated = [1.0]
 
     def first(rows: range, heads: range) -> Iterator[tuple[int, int]]:
         repeated[0] = max(len(rows) and rows.stop / rows.step, 1) * max(len(heads) and heads.stop / heads.step, 1)
@@ -360,7 +343,7 @@ def _as_on(on: str, repeated: list[float]) -> Iterator[None]:
         if on == "cuda":
             changes.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention))
             changes.enter_context(patch.object(losses, "RELATION_ELEMENTS", losses.CUDA_RELATION_ELEMENTS))
-        yield
+        yield repeated
 
 
 def _cuda_attention(
