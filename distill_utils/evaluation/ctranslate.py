@@ -52,20 +52,19 @@ def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantiza
     if not (model_folder / "config.json").is_file():
         raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
     check_convertible(model_folder)
-    converter = _converter(model_folder, quantization)
+    converter = _converter(model_folder)
     with artifacts.folder_atomic(output_folder) as temporary:
         converter.convert(str(temporary), quantization=quantization, force=True)
         read_generation_config(model_folder).save_pretrained(temporary)
     return output_folder
 
 
-def _converter(model_folder: Path, quantization: str):
+def _converter(model_folder: Path):
     from ctranslate2.converters import TransformersConverter
 
     class FixedConverter(TransformersConverter):
         def load_model(self, model_class, name, **kwargs):
-            if quantization not in ("float16", "bfloat16"):
-                kwargs["dtype"] = torch.float32
+            kwargs["dtype"] = torch.float32
             model = model_class.from_pretrained(name, use_safetensors=True, **kwargs)
             config = model.config
             if config.model_type in T5_TYPES:
@@ -86,16 +85,12 @@ def _converter(model_folder: Path, quantization: str):
         def _load(self):
             specification = super()._load()
             start = read_generation_config(model_folder).decoder_start_token_id
-            start = read_config(model_folder).get("decoder_start_token_id") if start is None else start
+            if start is None:
+                start = artifacts.read_json(model_folder / "config.json").get("decoder_start_token_id")
             specification.config.decoder_start_token = self.tokenizer.convert_ids_to_tokens(start)
             return specification
 
     return FixedConverter(str(model_folder))
-
-
-def read_config(model_folder: Path | str) -> dict:
-    """Read a saved model's config.json as a plain dictionary."""
-    return artifacts.read_json(Path(model_folder) / "config.json")
 
 
 def read_generation_config(model_folder: Path | str) -> GenerationConfig:
@@ -107,7 +102,7 @@ def read_generation_config(model_folder: Path | str) -> GenerationConfig:
 
 def check_convertible(model_folder: Path) -> None:
     """Raise ValueError naming the first thing of a saved model that CTranslate2 cannot express."""
-    config = read_config(model_folder)
+    config = artifacts.read_json(model_folder / "config.json")
     kind = config.get("model_type")
     if kind not in (*LEGACY_NORM_FIELDS, *T5_TYPES):
         raise ValueError(f"architecture {kind!r} is not converted to CTranslate2 here: use engine='transformers'")
@@ -115,9 +110,8 @@ def check_convertible(model_folder: Path) -> None:
     if kind not in T5_TYPES and heads[0] != heads[1]:
         raise ValueError(f"CTranslate2 needs equal attention heads, not {heads}: use engine='transformers'")
     settings = read_generation_config(model_folder).to_dict()
-    found = {name: settings.get(name) for name in UNSUPPORTED_SETTINGS}
-    found = {name: value for name, value in found.items() if value not in (None, UNSUPPORTED_SETTINGS[name])}
-    if found:
+    neutral = UNSUPPORTED_SETTINGS.items()
+    if found := {name: settings[name] for name, value in neutral if settings.get(name) not in (None, value)}:
         raise ValueError(f"CTranslate2 has no generation setting like {found}: use engine='transformers'")
 
 
@@ -219,9 +213,7 @@ def score_ctranslate2(
     folder: Path | str, source_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]], tokenizer
 ) -> list[list[float]]:
     """Return the natural log-probability of every target token given its source; targets end with the end token."""
-    import ctranslate2
-
-    translator = ctranslate2.Translator(str(folder), intra_threads=torch.get_num_threads())
     source = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in source_ids]
     target = [tokenizer.convert_ids_to_tokens(list(ids[:-1])) for ids in target_ids]  # the engine adds the end token
-    return [result.log_probs for result in translator.score_batch(source, target, max_batch_size=16)]
+    results = load_translator(folder, one_worker=True).score_batch(source, target, max_batch_size=16)
+    return [result.log_probs for result in results]
