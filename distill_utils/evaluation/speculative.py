@@ -116,7 +116,8 @@ def measure_speculation(
         for name, student in drafters.items():
             ways[name] = partial(summarize_speculatively, teacher, tokenizer, documents, student, num_drafted, **own)
         plain, found = ways[""](), {name: ways[name]() for name in drafters}
-        spent = {name: min(times) for name, times in _in_turns(ways, turns, teacher.device).items()}
+        times = [{name: timed(run, teacher.device) for name, run in ways.items()} for _ in range(turns)]
+        spent = {name: min(turn[name] for turn in times) for name in ways}
         for name, (written, counts) in found.items():
             accepted = [100 * counts["accepted"][place] / tried for place, tried in sorted(counts["tried"].items())]
             rows.append({
@@ -125,14 +126,6 @@ def measure_speculation(
                 "equal": 100 * sum(a == b for a, b in zip(written, plain, strict=True)) / len(plain),
             })  # fmt: skip
     return rows
-
-
-def _in_turns(ways: Mapping, turns: int, device: torch.device) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(turns):
-        for name, run in ways.items():
-            times[name].append(timed(run, device))
-    return times
 
 
 def _copied(ids: Tensor, source_ids: Tensor) -> Tensor:
