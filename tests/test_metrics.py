@@ -20,8 +20,6 @@ def test_rouge_by_hand_and_in_the_right_order():
     assert scores["rouge2"] == pytest.approx([50, 0, 0])
     assert scores["rougeL"] == pytest.approx([200 / 3, 0, 100])
     assert all(values.shape == (3,) for values in scores.values())
-    found = rouge_scorer.RougeScorer(["rouge1"]).score("red list", "red list of names")["rouge1"]
-    assert (found.precision, found.recall) == (0.5, 1.0)  # order of the library: target, prediction
 
 
 def test_rouge_lsum_takes_sentences_apart():
@@ -29,8 +27,6 @@ def test_rouge_lsum_takes_sentences_apart():
     scores = metrics.rouge_scores([prediction], [reference])
     assert scores["rougeL"][0] == pytest.approx(50)  # the longest common run of words is one sentence of two
     assert scores["rougeLsum"][0] == pytest.approx(100)
-    lines = metrics.rouge_scores([prediction.replace(". ", ".\n")], [reference.replace(". ", ".\n")])
-    assert lines["rougeLsum"][0] == pytest.approx(100)
 
 
 def test_rouge_equals_rouge_score_itself():
@@ -45,10 +41,11 @@ def test_rouge_equals_rouge_score_itself():
             assert scores[metric][i] == pytest.approx(100 * expected[metric].fmeasure)
 
 
-@pytest.mark.parametrize("predictions, references", [(["a"], ["a", "b"]), ([], [])])
-def test_rouge_refuses_lists_that_do_not_fit(predictions, references):
-    with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
-        metrics.rouge_scores(predictions, references)
+@pytest.mark.parametrize("function", [metrics.rouge_scores, metrics.text_diagnostics])
+@pytest.mark.parametrize(("lists", "named"), [((["a"], ["a", "b"]), "1|2"), (([], []), "0")])
+def test_lists_that_do_not_fit_are_rejected(function, lists, named):
+    with pytest.raises(ValueError, match=f"({named}) predictions"):
+        function(*lists)
 
 
 def test_lead_words():
@@ -75,15 +72,13 @@ def test_fragments_coverage_and_density_by_hand():
 
 def test_diagnostics_numbers_names_empty_and_repeating():
     document = "Read up to 1,000 rows with numpy.ndarray from MySQL. Uses read_rows and 2.5 seconds. In Paris."
-    found = metrics.text_diagnostics(
-        [document] * 4,
-        [
-            "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
-            "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
-            "",
-            "rows rows rows rows of",
-        ],
-    )
+    written = [
+        "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
+        "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
+        "",
+        "rows rows rows rows of",
+    ]
+    found = metrics.text_diagnostics([document] * 4, written)
     assert found["numbers_supported"] == pytest.approx(2 / 3)  # 1,000 and 2.5, not 25
     assert found["names_supported"] == pytest.approx(3 / 4)  # numpy.ndarray, read_rows, Paris, not PostgreSQL
     assert (found["empty"], found["repeating"]) == (0.25, 0.25)
@@ -98,12 +93,9 @@ def test_places_to_mark_by_hand():
     assert metrics.spans_to_mark(document, teacher, teacher)["differs"] == []
 
 
-def test_diagnostics_hold_no_nan():
-    for predictions in ([""], ["plain words"]):
-        found = metrics.text_diagnostics(["some text"], predictions)
-        json.dumps(found, allow_nan=False)
-        assert found["numbers_supported"] is None and found["names_supported"] is None
-    assert metrics.text_diagnostics(["some text"], [""])["coverage"] is None
+def test_what_no_output_has_is_none():
+    found = metrics.text_diagnostics(["some text"], [""])
+    assert {name for name, value in found.items() if value is not None} == {"words", "empty", "repeating"}
 
 
 def test_evaluate_summaries_gives_one_flat_row():

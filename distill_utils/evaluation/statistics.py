@@ -30,7 +30,7 @@ def bootstrap_interval(
     three seeds covers three quarters where seeds dominate, this form 93 to 97 % (tests/test_statistics.py).
     """
     values, level = np.atleast_2d(values), 1 - confidence
-    mean, drawn = float(values.mean()), _bootstrap_means(values.mean(0), num_samples)
+    drawn, mean = _bootstrap_means(values.mean(0), num_samples), float(values.mean())
     return (mean, *_ends(mean, drawn, _seed_reach(level, values), level))
 
 
@@ -43,7 +43,7 @@ def compare(values: np.ndarray, baseline: np.ndarray, num_samples: int = 1000) -
     says whether the difference has one sign in every seed. Raises ValueError for other documents or seeds.
     """
     differences = np.subtract(*_paired(values, baseline))
-    mean, drawn = float(differences.mean()), _bootstrap_means(differences.mean(0), num_samples)
+    drawn, mean = _bootstrap_means(differences.mean(0), num_samples), float(differences.mean())
     low, high = _ends(mean, drawn, _seed_reach(0.05, differences))
     tails = np.sort(drawn if mean > 0 else -drawn)[: num_samples // 2]
     ranks = np.arange(len(tails)) + 1  # 0 lies inside the interval that leaves out so many draws at each end
@@ -221,7 +221,7 @@ def format_share(test: Mapping) -> tuple[str, str]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's (1979) adjusted p-values: how surprising each is, given how many were looked at."""
     ordered = pd.Series(p_values, dtype=float).sort_values()
-    return (ordered * range(len(ordered), 0, -1)).cummax().clip(upper=1.0).sort_index().tolist()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).sort_index().tolist()
 
 
 def input_output_similarity(states: Sequence[Tensor]) -> list[float]:
