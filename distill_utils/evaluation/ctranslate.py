@@ -13,13 +13,7 @@ from transformers import GenerationConfig
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
-from distill_utils.evaluation.generation import (
-    as_list,
-    batches_by_length,
-    decoding_settings,
-    to_text,
-    tokenize_documents,
-)
+from distill_utils.evaluation import generation
 
 # What CTranslate2 reads from old configuration files: (normalize_before, normalize_embedding), as the classes compute.
 # Marian is left out: the converter takes the start token's embedding for zero, which fine-tuning changes (tied head).
@@ -141,8 +135,7 @@ def summarize_ctranslate2(
     forced tokens and the repetition penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens`
     counts a forced first token and the forced end, and `min_length` counts the decoder's start token too. Beam search
     stops early (as `early_stopping=True` does), so beam outputs agree with `generate` over a corpus, not string by
-    string. Runs on the CPU. Scores (see generation.py) are None for empty documents. A document's candidates follow one
-    another, best first: as beam search ranks them, samples by score.
+    string. Runs on the CPU. Scores, candidates and empty documents are as in `summarize_with_scores`.
 
     Args:
         batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
@@ -154,9 +147,9 @@ def summarize_ctranslate2(
     import ctranslate2
 
     settings = GenerationConfig.from_pretrained(folder)
-    decoding = decoding_settings(settings, **decoding)
-    source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
-    first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
+    decoding = generation.decoding_settings(settings, **decoding)
+    source_ids = generation.tokenize_documents(tokenizer, documents, max_source_length, prefix)
+    first = tokenizer.convert_ids_to_tokens(generation.as_list(settings.forced_bos_token_id))
     sampling = {}
     if temperature is not None:
         ctranslate2.set_random_seed(seed)
@@ -165,7 +158,7 @@ def summarize_ctranslate2(
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
     translator = translator or load_translator(folder, one_worker=temperature is not None)
     waiting = []
-    for chosen in batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
+    for chosen in generation.batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
         futures = translator.translate_batch(
             [tokenizer.convert_ids_to_tokens(source_ids[i]) for i in chosen],
             target_prefix=[first] * len(chosen) if first else None,
@@ -180,7 +173,7 @@ def summarize_ctranslate2(
             max_input_length=0,
             return_scores=True,
             return_end_token=True,
-            end_token=as_list(settings.eos_token_id) or None,
+            end_token=generation.as_list(settings.eos_token_id) or None,
             asynchronous=True,
             **sampling,
         )
@@ -189,8 +182,8 @@ def summarize_ctranslate2(
     for done, (i, future) in enumerate(waiting, start=len(documents) - len(waiting) + 1):
         result = future.result()
         for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
-            summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
-            # the engine divides the sum by length ** penalty, the prefix counted with 0
+            summaries[place] = generation.to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+            # The engine divides the sum by length ** penalty, the prefix counted with 0.
             total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
             scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
         if progress and (done % 16 == 0 or done == len(documents)):

@@ -109,7 +109,10 @@ def to_text(task: str, rows: Dataset) -> Dataset:
              for name, column in sorted(zip(known.columns, columns, strict=True))]  # fmt: skip
     documents = [" ".join([task.partition("_")[0], *parts]).strip() for parts in zip(*texts, strict=True)]
     labels = [_read_label(task, value, i) for i, value in zip(ids, rows["label"], strict=True)]
-    summaries = [f"{round(value * 5) / 5:.1f}" for value in labels] if task == "stsb" else labels
+    if task == "stsb":
+        summaries = [f"{round(value * 5) / 5:.1f}" for value in labels]
+    else:
+        labels = summaries = [known.labels[place] for place in labels]
     return Dataset.from_dict({"id": ids, "document": documents, "summary": summaries, "label": labels})
 
 
@@ -119,7 +122,8 @@ def _task(task: str) -> Task:
     return TASKS[task]
 
 
-def _read_label(task: str, value: object, row_id: str) -> str | float:
+def _read_label(task: str, value: object, row_id: str) -> float:
+    """Return the number that the metrics compare: a label word's place, or the similarity itself."""
     text, words = str(value).strip(), TASKS[task].labels
     try:
         number = float(text)
@@ -128,7 +132,7 @@ def _read_label(task: str, value: object, row_id: str) -> str | float:
     if task == "stsb" and 0 <= number <= 5:
         return number
     if task != "stsb" and (text in words or number in range(len(words))):
-        return text if text in words else words[int(number)]
+        return words.index(text) if text in words else int(number)
     known = "0 to 5" if task == "stsb" else ", ".join(f"{i} or {word!r}" for i, word in enumerate(words))
     raise InputError(f"label {value!r} of row {row_id} is outside of task {task!r}: known are {known}")
 
@@ -199,7 +203,7 @@ def scores(task: str, predictions: Sequence, labels: Sequence, num_samples: int 
     metrics = _task(task).metrics
     if len(predictions) != len(labels) or not len(labels):
         raise InputError(f"{len(predictions)} predictions for {len(labels)} labels: give one each, at least one")
-    truth, guess = (np.array([_number(task, value, str(i)) for i, value in enumerate(values)])
+    truth, guess = (np.array([_read_label(task, value, str(i)) for i, value in enumerate(values)])
                     for values in (labels, predictions))  # fmt: skip
     row = {"num_documents": len(truth)} | {name: metric(name, truth, guess) for name in metrics}
     row["score"] = float(np.mean([row[name] for name in metrics]))
@@ -218,12 +222,6 @@ def majority(task: str, train_labels: Sequence, labels: Sequence) -> dict[str, f
     """Return the scores of always giving the most frequent label of training: the baseline that costs nothing."""
     ((frequent, _),) = Counter(train_labels).most_common(1)
     return scores(task, [frequent] * len(labels), labels)
-
-
-def _number(task: str, value: object, row_id: str) -> float:
-    """Return the number that the metrics compare: a label word's place, or the similarity itself."""
-    found = _read_label(task, value, row_id)
-    return found if task == "stsb" else TASKS[task].labels.index(found)
 
 
 def metric(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
