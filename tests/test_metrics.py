@@ -38,10 +38,6 @@ def test_lists_that_do_not_fit_are_rejected(function, lists, named):
         function(*lists)
 
 
-def test_lead_words():
-    assert metrics.lead_words(["one  two\nthree", "one", ""], 2) == ["one two", "one", ""]
-
-
 # --------------------------------------------------------------------------------------------------- text diagnostics
 
 
