@@ -1,3 +1,5 @@
+"""Summaries in bulk against `generate` one by one; `make_documents` and `save` serve other tests too."""
+
 import pytest
 import torch
 from tiny_models import EOS, WORDS, tiny_bart, tiny_tokenizer
@@ -20,52 +22,32 @@ def save(model, tokenizer, folder):
     return folder
 
 
+def inputs_of(tokenizer, document: str, length: int) -> dict:
+    encoded = tokenizer(document, truncation=True, max_length=length, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 1, "max_new_tokens": 9}], ids=["own settings", "greedy"])
 def test_summarize_equals_generate_one_by_one(settings):
     model, tokenizer = tiny_bart(), tiny_tokenizer()
-    documents = make_documents(9)
+    documents, seen = make_documents(9), []
     documents[3] = "  "
-    seen = []
-    summaries = generation.summarize(
-        model,
-        tokenizer,
-        documents,
-        max_source_length=16,
-        batch_size=4,
-        progress=lambda *done: seen.append(done),
-        **settings,
-    )
-    assert summaries[3] == ""
-    assert len(set(summaries)) > 3  # the order would not show otherwise
+    model.train()  # dropout must be off for the summaries, and on again after them
+    options = {"batch_size": 4, "prefix": "the list ", "progress": lambda *done: seen.append(done)}
+    summaries = generation.summarize(model, tokenizer, documents, max_source_length=16, **options, **settings)
+    assert model.training and seen == [(5, 9), (9, 9)]
+    assert summaries[3] == "" and len(set(summaries)) > 3  # the order would not show otherwise
+    model.eval()
     for document, summary in zip(documents, summaries, strict=True):
         if document.strip():
-            inputs = tokenizer(document, truncation=True, max_length=16, return_tensors="pt")
             with torch.no_grad():
-                ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+                ids = model.generate(**inputs_of(tokenizer, "the list " + document, 16), **settings)
             assert summary == tokenizer.decode(ids[0], skip_special_tokens=True)
-    assert seen == [(5, 9), (9, 9)]
-
-
-def test_summarize_restores_training_mode_and_uses_the_prefix():
-    model, tokenizer = tiny_bart().train(), tiny_tokenizer()
-    documents = make_documents(3)
-    plain = generation.summarize(model, tokenizer, ["the list " + d for d in documents], max_source_length=20, **GREEDY)
-    assert (
-        generation.summarize(model, tokenizer, documents, max_source_length=20, prefix="the list ", **GREEDY) == plain
-    )
-    assert model.training
-
-
-def test_summarize_only_empty_documents():
-    seen = []
-    result = generation.summarize(
-        tiny_bart(), tiny_tokenizer(), ["", None], max_source_length=8, progress=lambda *done: seen.append(done)
-    )
-    assert result == ["", ""] and seen == [(2, 2)]
+    assert generation.summarize(model, tokenizer, ["", None], max_source_length=16) == ["", ""]
 
 
 @pytest.mark.parametrize("length", [1, 65])
-def test_summarize_refuses_impossible_source_lengths(length):
+def test_impossible_source_lengths_are_rejected(length):
     with pytest.raises(artifacts.InputError, match=str(length)):
         generation.summarize(tiny_bart(), tiny_tokenizer(), ["the"], max_source_length=length)
 
@@ -81,13 +63,11 @@ def test_new_line_token_of_pegasus():
 def test_candidates_are_the_beams_of_generate():
     model, tokenizer = tiny_bart(), tiny_tokenizer()
     documents = [*make_documents(5), ""]
-    texts, scores = generation.summarize_with_scores(
-        model, tokenizer, documents, 24, batch_size=2, num_candidates=3, num_beams=4
-    )
+    options = {"batch_size": 2, "num_candidates": 3, "num_beams": 4}
+    texts, scores = generation.summarize_with_scores(model, tokenizer, documents, 24, **options)
     assert texts[15:] == [""] * 3 and scores[15:] == [None] * 3
     for i, document in enumerate(documents[:5]):
-        inputs = tokenizer(document, truncation=True, max_length=24, return_tensors="pt")
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        inputs = inputs_of(tokenizer, document, 24)
         with torch.no_grad():
             ids = model.generate(**inputs, num_beams=4, num_return_sequences=3)
             log_probs = model(**{k: v.repeat(3, 1) for k, v in inputs.items()}, decoder_input_ids=ids[:, :-1]).logits

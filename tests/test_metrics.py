@@ -13,46 +13,29 @@ from distill_utils.evaluation import metrics, scoring
 # -------------------------------------------------------------------------------------------------------------- ROUGE
 
 
-def test_rouge_by_hand_and_in_the_right_order():
-    # 2 of 4 prediction words stand in the reference of 2: precision 1/2, recall 1, F1 2/3; bigrams 1/3 and 1: F1 1/2.
-    scores = metrics.rouge_scores(["red list of names", "", "runs"], ["red list", "red list", "running"])
-    assert scores["rouge1"] == pytest.approx([200 / 3, 0, 100])  # the stemmer makes run of both
-    assert scores["rouge2"] == pytest.approx([50, 0, 0])
-    assert scores["rougeL"] == pytest.approx([200 / 3, 0, 100])
-    assert all(values.shape == (3,) for values in scores.values())
-    found = rouge_scorer.RougeScorer(["rouge1"]).score("red list", "red list of names")["rouge1"]
-    assert (found.precision, found.recall) == (0.5, 1.0)  # order of the library: target, prediction
-
-
 def test_rouge_lsum_takes_sentences_apart():
     reference, prediction = "The cat sat. The dog ran.", "The dog ran. The cat sat."
     scores = metrics.rouge_scores([prediction], [reference])
     assert scores["rougeL"][0] == pytest.approx(50)  # the longest common run of words is one sentence of two
     assert scores["rougeLsum"][0] == pytest.approx(100)
-    lines = metrics.rouge_scores([prediction.replace(". ", ".\n")], [reference.replace(". ", ".\n")])
-    assert lines["rougeLsum"][0] == pytest.approx(100)
 
 
 def test_rouge_equals_rouge_score_itself():
     generator = np.random.default_rng(0)
     vocabulary = ["running", "runs", "list", "lists", "of", "names.", "The", "value"]
-    texts = [" ".join(generator.choice(vocabulary, generator.integers(1, 14))) for _ in range(60)]
+    texts = ["", *(" ".join(generator.choice(vocabulary, generator.integers(1, 14))) for _ in range(59))]
     scores = metrics.rouge_scores(texts[:30], texts[30:])
     scorer = rouge_scorer.RougeScorer(list(metrics.METRICS), use_stemmer=True)
-    for i in range(30):
-        expected = scorer.score(*map(metrics.split_sentences, (texts[30 + i], texts[i])))
-        for metric in metrics.METRICS:
-            assert scores[metric][i] == pytest.approx(100 * expected[metric].fmeasure)
+    expected = [scorer.score(*map(metrics.split_sentences, pair)) for pair in zip(texts[30:], texts[:30], strict=True)]
+    for metric in metrics.METRICS:
+        assert scores[metric] == pytest.approx(np.array([100 * found[metric].fmeasure for found in expected]))
 
 
-@pytest.mark.parametrize("predictions, references", [(["a"], ["a", "b"]), ([], [])])
-def test_rouge_refuses_lists_that_do_not_fit(predictions, references):
-    with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
-        metrics.rouge_scores(predictions, references)
-
-
-def test_lead_words():
-    assert metrics.lead_words(["one  two\nthree", "one", ""], 2) == ["one two", "one", ""]
+@pytest.mark.parametrize("function", [metrics.rouge_scores, metrics.text_diagnostics])
+@pytest.mark.parametrize(("lists", "named"), [((["a"], ["a", "b"]), "1|2"), (([], []), "0")])
+def test_lists_that_do_not_fit_are_rejected(function, lists, named):
+    with pytest.raises(ValueError, match=f"({named}) predictions"):
+        function(*lists)
 
 
 # --------------------------------------------------------------------------------------------------- text diagnostics
@@ -75,15 +58,13 @@ def test_fragments_coverage_and_density_by_hand():
 
 def test_diagnostics_numbers_names_empty_and_repeating():
     document = "Read up to 1,000 rows with numpy.ndarray from MySQL. Uses read_rows and 2.5 seconds. In Paris."
-    found = metrics.text_diagnostics(
-        [document] * 4,
-        [
-            "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
-            "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
-            "",
-            "rows rows rows rows of",
-        ],
-    )
+    written = [
+        "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
+        "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
+        "",
+        "rows rows rows rows of",
+    ]
+    found = metrics.text_diagnostics([document] * 4, written)
     assert found["numbers_supported"] == pytest.approx(2 / 3)  # 1,000 and 2.5, not 25
     assert found["names_supported"] == pytest.approx(3 / 4)  # numpy.ndarray, read_rows, Paris, not PostgreSQL
     assert (found["empty"], found["repeating"]) == (0.25, 0.25)
@@ -98,12 +79,9 @@ def test_places_to_mark_by_hand():
     assert metrics.spans_to_mark(document, teacher, teacher)["differs"] == []
 
 
-def test_diagnostics_hold_no_nan():
-    for predictions in ([""], ["plain words"]):
-        found = metrics.text_diagnostics(["some text"], predictions)
-        json.dumps(found, allow_nan=False)
-        assert found["numbers_supported"] is None and found["names_supported"] is None
-    assert metrics.text_diagnostics(["some text"], [""])["coverage"] is None
+def test_what_no_output_has_is_none():
+    found = metrics.text_diagnostics(["some text"], [""])
+    assert {name for name, value in found.items() if value is not None} == {"words", "empty", "repeating"}
 
 
 def test_evaluate_summaries_gives_one_flat_row():

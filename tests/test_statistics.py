@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from scipy.stats import spearmanr
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
@@ -19,14 +18,10 @@ def test_bootstrap_interval_against_scipy_and_normal_theory():
     assert mean == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.06 * error)
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
-    assert statistics.bootstrap_interval(values, seed=3) == statistics.bootstrap_interval(values, seed=3)
     narrow = statistics.bootstrap_interval(values, confidence=0.5)
-    assert low < narrow[1] < mean < narrow[2] < high
-
-
-def test_bootstrap_in_several_parts_is_still_a_bootstrap():
-    values = np.random.default_rng(1).normal(size=50_000)  # 80 draws at a time
-    mean, low, high = statistics.bootstrap_interval(values, num_samples=300)
+    assert low < narrow[1] < mean < narrow[2] < high and narrow == statistics.bootstrap_interval(values, confidence=0.5)
+    many = np.random.default_rng(1).normal(size=50_000)  # 80 draws at a time
+    mean, low, high = statistics.bootstrap_interval(many, num_samples=300)
     assert high - low == pytest.approx(2 * 1.96 / 50_000**0.5, rel=0.2) and low < mean < high
 
 
@@ -38,14 +33,10 @@ def test_one_seed_against_the_paired_t_test():
         found = statistics.compare(values, baseline, num_samples=20_000)
         expected = scipy.stats.ttest_rel(values, baseline)
         assert found["difference"] == pytest.approx((values - baseline).mean())
-        assert found["low"] < found["difference"] < found["high"]
         assert found["p_value"] == pytest.approx(expected.pvalue, abs=0.02)
         assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.01)
     better = statistics.compare(baseline + 1, baseline)
     assert better["low"] == pytest.approx(1) and better["p_value"] == pytest.approx(2 / 1001)
-    assert statistics.compare(baseline, baseline)["p_value"] == 1
-    with pytest.raises(ValueError, match="same documents"):
-        statistics.compare(baseline, baseline[:10])
 
 
 def test_holm_by_hand():
@@ -70,20 +61,12 @@ def test_cka_equals_its_definition_and_keeps_its_invariances():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(40, 6)) + 3.0
     y = x @ generator.normal(size=(6, 9)) + generator.normal(size=(40, 9))
-    found = statistics.cka([torch.tensor(x), torch.tensor(y)])
-    assert found[0, 1] == found[1, 0] == pytest.approx(naive_cka(x, y), rel=1e-9)
-    assert np.allclose(np.diag(found), 1.0)
     rotation = np.linalg.qr(generator.normal(size=(6, 6)))[0]
-    turned = statistics.cka([torch.tensor(x @ rotation * 7.0 - 5.0), torch.tensor(y)])
-    assert turned[0, 1] == pytest.approx(found[0, 1], rel=1e-9)
-
-
-def test_cka_of_unrelated_states_is_small_even_when_they_are_wide():
-    generator = torch.Generator().manual_seed(0)
-    found = statistics.cka([torch.randn(64, 256, generator=generator) for _ in range(2)])
-    assert abs(found[0, 1]) < 0.1  # the plain estimator says about 0.8 here
-    with pytest.raises(InputError, match="3 tokens are too few"):
-        statistics.cka([torch.randn(3, 4)])
+    found = statistics.cka([torch.tensor(states) for states in (x, y, x @ rotation * 7.0 - 5.0)])
+    assert found[0, 1] == found[1, 0] == pytest.approx(naive_cka(x, y), rel=1e-9)
+    assert np.allclose(np.diag(found), 1.0) and found[2, 1] == pytest.approx(found[0, 1], rel=1e-9)
+    wide = statistics.cka([torch.tensor(generator.normal(size=(64, 256))) for _ in range(2)])
+    assert abs(wide[0, 1]) < 0.1  # unrelated; the plain estimator says about 0.8 here
 
 
 def test_rank_correlation():
@@ -93,7 +76,7 @@ def test_rank_correlation():
 
     x, y = [3.0, 1.0, 2.0, 5.0, 4.0, 4.0], [1.0, 1.5, 0.0, 2.0, 3.0, 2.5]
     found = statistics.rank_correlation(x, y)
-    assert found["rho"] == pytest.approx(spearmanr(x, y).statistic)
+    assert found["rho"] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     assert found["low"] <= found["rho"] <= found["high"] and 0 < found["p_value"] <= 1
     for few in (([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), ([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])):
         assert statistics.rank_correlation(*few)["rho"] is None
@@ -107,6 +90,20 @@ def planted(num_seeds: int, seed_sd: float = 1.0, num_documents: int = 60, seed:
     generator = np.random.default_rng(seed)
     seeds, documents = generator.normal(0, seed_sd, (num_seeds, 1)), generator.normal(size=(1, num_documents))
     return seeds + documents + generator.normal(size=(num_seeds, num_documents))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "named"),
+    [
+        (statistics.compare, (np.ones(9), np.ones(8)), "8 of the baseline"),
+        (statistics.compare, (planted(2), planted(3)), "2 seeds against 3"),
+        (statistics.bootstrap_interval, (np.ones((1, 0)),), "no values"),
+        (statistics.cka, ([torch.randn(3, 4)],), "3 tokens"),
+    ],
+)
+def test_what_cannot_be_compared_is_rejected(function, arguments, named):
+    with pytest.raises((ValueError, InputError), match=named):
+        function(*arguments)
 
 
 def naive_interval(values: np.ndarray, num_samples: int) -> tuple[float, float, float]:
@@ -128,46 +125,30 @@ def naive_interval(values: np.ndarray, num_samples: int) -> tuple[float, float, 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
 @pytest.mark.parametrize("seed_sd", [0.0, 0.2, 2.0])
 def test_interval_over_seeds_against_loops(num_seeds, seed_sd):
-    values = planted(num_seeds, seed_sd)
+    values, baseline = planted(num_seeds, seed_sd), planted(num_seeds, seed=1)
     assert statistics.bootstrap_interval(values, 300) == pytest.approx(naive_interval(values, 300), rel=1e-6)
-    baseline = planted(num_seeds, seed=1)
-    test = statistics.compare(values, baseline, 300)
-    assert [test[name] for name in ("difference", "low", "high")] == pytest.approx(
-        naive_interval(values - baseline, 300), rel=1e-6
-    )
-    assert (test["p_value"] < 0.05) == (test["low"] > 0 or test["high"] < 0)
+    test, expected = statistics.compare(values, baseline, 300), naive_interval(values - baseline, 300)
+    assert (test["difference"], test["low"], test["high"]) == pytest.approx(expected, rel=1e-6)
+    assert (test["p_value"] < 0.05) == (statistics.effect_sign(test) != 0)
 
 
 def test_properties_of_a_comparison():
     one, baseline = planted(1), planted(1, seed=1)
-    assert statistics.compare(one, baseline) == statistics.compare(one[0], baseline[0])
     test = statistics.compare(one, baseline)
-    assert test["seeds"] == 1
-    ends = tuple(test[name] for name in ("difference", "low", "high"))
-    assert statistics.bootstrap_interval((one - baseline)[0]) == pytest.approx(ends)
+    assert test["seeds"] == 1 and test == statistics.compare(one[0], baseline[0])
     same = statistics.compare(planted(3), planted(3))
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
     equal = statistics.compare(np.repeat(one, 3, axis=0), baseline)  # seeds that change nothing add nothing
     assert {**equal, "seeds": 1} == pytest.approx(test) and equal["seeds"] == 3
-    effects, documents = np.array([-1.0, 1.0, 0.0, -1.0, 1.0, 0.0]), np.random.default_rng(0).normal(size=60)
-    ends = [statistics.bootstrap_interval(documents + effects[:n, None]) for n in (2, 3, 6)]
-    widths = [high - low for _, low, high in ends]
-    assert widths[0] > 2 * widths[1] > 4 * widths[2] > 0  # Student's t of 1, 2 and 5 degrees of freedom
-    with pytest.raises(ValueError, match="2 seeds against 3 of the baseline: compare the same seeds"):
-        statistics.compare(planted(2), planted(3))
 
 
 @pytest.mark.parametrize("seed_sd", [0.0, 0.15, 3.0])  # none, as much as documents, all that counts
 def test_coverage_with_three_seeds(seed_sd):
-    inside, without_seeds = [], []
+    inside = []
     for repetition in range(700):
-        values = planted(3, seed_sd, seed=repetition)
-        _, low, high = statistics.bootstrap_interval(values, 300)
+        _, low, high = statistics.bootstrap_interval(planted(3, seed_sd, seed=repetition), 300)
         inside.append(low <= 0 <= high)
-        _, low, high = statistics.bootstrap_interval(values.mean(0), 300)
-        without_seeds.append(low <= 0 <= high)
     assert 0.93 <= np.mean(inside) <= 0.97
-    assert np.mean(without_seeds) < {0.0: 0.97, 0.15: 0.93, 3.0: 0.2}[seed_sd]
 
 
 def test_share_of_a_baseline_against_a_bootstrap_of_the_ratio():
@@ -190,21 +171,9 @@ def test_share_of_a_baseline_against_a_bootstrap_of_the_ratio():
     assert seeds["share"] == pytest.approx(found["share"]) and seeds["share_low"] < found["share_low"] - 0.05
 
 
-def test_a_system_at_the_margin_is_rarely_shown_to_be_not_worse():
-    shown = []
-    for seed in range(400):
-        generator = np.random.default_rng(seed)
-        baseline = generator.normal(10, 6, size=150)
-        values = 9.5 + generator.normal(0, 0.05, (3, 1)) + (baseline - 10) + generator.normal(0, 1, (3, 150))
-        shown.append(statistics.share_of(values, baseline)["not_worse_5_percent"])
-    assert np.mean(shown) < 0.045  # 2.5 % and what 400 draws and few documents add
-
-
 def test_detectable_difference():
     # 1.96 + 0.84 standard errors; the rough figures of ROUGE-2 are those of the 2,200 test documents of pydocs.
     assert statistics.detectable_difference(2200, 1) == pytest.approx(2.8016 * 12.7 / 2200**0.5, rel=1e-4)
-    by_seeds = [statistics.detectable_difference(2200, seeds) for seeds in (2, 3, 5)]
-    assert by_seeds == sorted(by_seeds, reverse=True) and by_seeds[-1] > statistics.detectable_difference(2200, 1)
     for num_seeds, seed_sd in ((1, 0.0), (3, 0.3)):
         size = statistics.detectable_difference(60, num_seeds, 1.0, seed_sd)
         shown = []
@@ -213,23 +182,17 @@ def test_detectable_difference():
             values = size + generator.normal(0, seed_sd, (num_seeds, 1)) + generator.normal(size=60)
             shown.append(statistics.compare(values, np.zeros(60), 300)["low"] > 0)
         assert np.mean(shown) == pytest.approx(0.8, abs=0.05)
-    measured = statistics.before_training(100, 1, [0.0, 10.0] * 30)
-    assert f"{0.28016 * 5 * (60 / 59) ** 0.5:.2f} ROUGE-2" in measured
-    assert "5.0 ROUGE-2 per document, measured" in measured
+    assert f"{0.28016 * 5 * (60 / 59) ** 0.5:.2f}" in statistics.before_training(100, 1, [0.0, 10.0] * 30)
     for differences in ([0.0] * 60, [0.0, 10.0]):  # equal systems, few documents
-        assert "12.7 ROUGE-2 per document, rough" in statistics.before_training(100, 1, differences)
+        assert "12.7" in statistics.before_training(100, 1, differences)
 
 
 def test_words_follow_the_interval():
-    for low, high, sign in ((-1.0, 0.5, 0), (-2.0, -1.0, -1), (1.0, 2.0, 1)):
-        assert statistics.effect_sign({"low": low, "high": high}) == sign
-    fixed = {"difference": -0.5, "low": -0.9, "high": -0.1}
-    assert statistics.format_comparison("kd", fixed, "sft") == "kd loses to sft (-0.50, -0.90 to -0.10)"
-    assert statistics.format_comparison("kd", fixed, "sft", lower_is_better=True).startswith("kd beats sft")
-    assert statistics.how_sure(fixed) == "that it is worse is real (0.5, from 0.1 to 0.9)"
-    assert statistics.how_sure(fixed | {"low": -0.5, "high": 0.04}).startswith(
-        "whether it is worse is open (-0.5, from"
-    )
-    assert "from 0.04 to" in statistics.how_sure(fixed | {"low": 0.04, "high": 0.9})
-    assert statistics.interval_scope(1) == "one seed: intervals over documents only"
-    assert statistics.interval_scope(3, "windows") == "3 seeds: intervals over windows and seeds"
+    worse = {"difference": -0.5, "low": -0.9, "high": -0.1}
+    for change, sign in (({}, -1), ({"high": 0.04}, 0), ({"low": 0.04, "high": 0.9}, 1)):
+        test = worse | change
+        assert statistics.effect_sign(test) == sign
+        assert ("open" in statistics.how_sure(test)) == (sign == 0)
+        assert ("loses" in statistics.format_comparison("kd", test, "sft")) == (sign < 0)
+        assert ("beats" in statistics.format_comparison("kd", test, "sft", lower_is_better=True)) == (sign < 0)
+    assert "from 0.04 to" in statistics.how_sure(worse | {"low": 0.04, "high": 0.9})  # not "0.0"

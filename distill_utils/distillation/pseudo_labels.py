@@ -92,7 +92,7 @@ def pseudo_labels(
     if not (source / "config.json").is_file():
         source = folder / "model"
         save_model(*load_model(str(model_folder)), source)
-    config = ctranslate.read_config(source)
+    config = artifacts.read_json(source / "config.json")
     generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
     engine = _choose_engine(source, engine)
     if temperature is not None:  # the penalty is for beams

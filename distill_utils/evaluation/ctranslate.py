@@ -13,13 +13,7 @@ from transformers import GenerationConfig
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
-from distill_utils.evaluation.generation import (
-    as_list,
-    batches_by_length,
-    decoding_settings,
-    to_text,
-    tokenize_documents,
-)
+from distill_utils.evaluation import generation
 
 # What CTranslate2 reads from old configuration files: (normalize_before, normalize_embedding), as the classes compute.
 # Marian is left out: the converter takes the start token's embedding for zero, which fine-tuning changes (tied head).
@@ -52,20 +46,19 @@ def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantiza
     if not (model_folder / "config.json").is_file():
         raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
     check_convertible(model_folder)
-    converter = _converter(model_folder, quantization)
+    converter = _converter(model_folder)
     with artifacts.folder_atomic(output_folder) as temporary:
         converter.convert(str(temporary), quantization=quantization, force=True)
         read_generation_config(model_folder).save_pretrained(temporary)
     return output_folder
 
 
-def _converter(model_folder: Path, quantization: str):
+def _converter(model_folder: Path):
     from ctranslate2.converters import TransformersConverter
 
     class FixedConverter(TransformersConverter):
         def load_model(self, model_class, name, **kwargs):
-            if quantization not in ("float16", "bfloat16"):
-                kwargs["dtype"] = torch.float32
+            kwargs["dtype"] = torch.float32
             model = model_class.from_pretrained(name, use_safetensors=True, **kwargs)
             config = model.config
             if config.model_type in T5_TYPES:
@@ -86,16 +79,12 @@ def _converter(model_folder: Path, quantization: str):
         def _load(self):
             specification = super()._load()
             start = read_generation_config(model_folder).decoder_start_token_id
-            start = read_config(model_folder).get("decoder_start_token_id") if start is None else start
+            if start is None:
+                start = artifacts.read_json(model_folder / "config.json").get("decoder_start_token_id")
             specification.config.decoder_start_token = self.tokenizer.convert_ids_to_tokens(start)
             return specification
 
     return FixedConverter(str(model_folder))
-
-
-def read_config(model_folder: Path | str) -> dict:
-    """Read a saved model's config.json as a plain dictionary."""
-    return artifacts.read_json(Path(model_folder) / "config.json")
 
 
 def read_generation_config(model_folder: Path | str) -> GenerationConfig:
@@ -107,7 +96,7 @@ def read_generation_config(model_folder: Path | str) -> GenerationConfig:
 
 def check_convertible(model_folder: Path) -> None:
     """Raise ValueError naming the first thing of a saved model that CTranslate2 cannot express."""
-    config = read_config(model_folder)
+    config = artifacts.read_json(model_folder / "config.json")
     kind = config.get("model_type")
     if kind not in (*LEGACY_NORM_FIELDS, *T5_TYPES):
         raise ValueError(f"architecture {kind!r} is not converted to CTranslate2 here: use engine='transformers'")
@@ -115,9 +104,8 @@ def check_convertible(model_folder: Path) -> None:
     if kind not in T5_TYPES and heads[0] != heads[1]:
         raise ValueError(f"CTranslate2 needs equal attention heads, not {heads}: use engine='transformers'")
     settings = read_generation_config(model_folder).to_dict()
-    found = {name: settings.get(name) for name in UNSUPPORTED_SETTINGS}
-    found = {name: value for name, value in found.items() if value not in (None, UNSUPPORTED_SETTINGS[name])}
-    if found:
+    neutral = UNSUPPORTED_SETTINGS.items()
+    if found := {name: settings[name] for name, value in neutral if settings.get(name) not in (None, value)}:
         raise ValueError(f"CTranslate2 has no generation setting like {found}: use engine='transformers'")
 
 
@@ -147,8 +135,7 @@ def summarize_ctranslate2(
     forced tokens and the repetition penalty always are. Lengths mean what they mean to `generate`: `max_new_tokens`
     counts a forced first token and the forced end, and `min_length` counts the decoder's start token too. Beam search
     stops early (as `early_stopping=True` does), so beam outputs agree with `generate` over a corpus, not string by
-    string. Runs on the CPU. Scores (see generation.py) are None for empty documents. A document's candidates follow one
-    another, best first: as beam search ranks them, samples by score.
+    string. Runs on the CPU. Scores, candidates and empty documents are as in `summarize_with_scores`.
 
     Args:
         batch_tokens: padded source tokens a batch; beams and sampled candidates multiply the memory.
@@ -160,9 +147,9 @@ def summarize_ctranslate2(
     import ctranslate2
 
     settings = GenerationConfig.from_pretrained(folder)
-    decoding = decoding_settings(settings, **decoding)
-    source_ids = tokenize_documents(tokenizer, documents, max_source_length, prefix)
-    first = tokenizer.convert_ids_to_tokens(as_list(settings.forced_bos_token_id))
+    decoding = generation.decoding_settings(settings, **decoding)
+    source_ids = generation.tokenize_documents(tokenizer, documents, max_source_length, prefix)
+    first = tokenizer.convert_ids_to_tokens(generation.as_list(settings.forced_bos_token_id))
     sampling = {}
     if temperature is not None:
         ctranslate2.set_random_seed(seed)
@@ -171,7 +158,7 @@ def summarize_ctranslate2(
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
     translator = translator or load_translator(folder, one_worker=temperature is not None)
     waiting = []
-    for chosen in batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
+    for chosen in generation.batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
         futures = translator.translate_batch(
             [tokenizer.convert_ids_to_tokens(source_ids[i]) for i in chosen],
             target_prefix=[first] * len(chosen) if first else None,
@@ -186,7 +173,7 @@ def summarize_ctranslate2(
             max_input_length=0,
             return_scores=True,
             return_end_token=True,
-            end_token=as_list(settings.eos_token_id) or None,
+            end_token=generation.as_list(settings.eos_token_id) or None,
             asynchronous=True,
             **sampling,
         )
@@ -195,8 +182,8 @@ def summarize_ctranslate2(
     for done, (i, future) in enumerate(waiting, start=len(documents) - len(waiting) + 1):
         result = future.result()
         for place, tokens in enumerate(result.hypotheses, start=i * num_candidates):
-            summaries[place] = to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
-            # the engine divides the sum by length ** penalty, the prefix counted with 0
+            summaries[place] = generation.to_text(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+            # The engine divides the sum by length ** penalty, the prefix counted with 0.
             total = result.scores[place - i * num_candidates] * len(tokens) ** decoding["length_penalty"]
             scores[place] = round(total / max(1, len(tokens) - len(first)), 6)
         if progress and (done % 16 == 0 or done == len(documents)):
@@ -219,9 +206,7 @@ def score_ctranslate2(
     folder: Path | str, source_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]], tokenizer
 ) -> list[list[float]]:
     """Return the natural log-probability of every target token given its source; targets end with the end token."""
-    import ctranslate2
-
-    translator = ctranslate2.Translator(str(folder), intra_threads=torch.get_num_threads())
     source = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in source_ids]
     target = [tokenizer.convert_ids_to_tokens(list(ids[:-1])) for ids in target_ids]  # the engine adds the end token
-    return [result.log_probs for result in translator.score_batch(source, target, max_batch_size=16)]
+    results = load_translator(folder, one_worker=True).score_batch(source, target, max_batch_size=16)
+    return [result.log_probs for result in results]

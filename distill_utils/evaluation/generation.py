@@ -166,8 +166,6 @@ def batches_by_length(
     """Yield positions, longest first, of at most `batch_size` rows or `batch_tokens` padded tokens; skip length 0."""
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i))
     done = len(lengths) - len(order)
-    if progress and not order:
-        progress(done, done)
     while order:
         size = batch_size or max(1, batch_tokens // lengths[order[0]])
         chosen, order = order[:size], order[size:]

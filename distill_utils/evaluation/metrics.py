@@ -82,16 +82,18 @@ def text_diagnostics(documents: Sequence[str], predictions: Sequence[str]) -> di
     _check_lengths(predictions, documents, "documents")
     pairs = [(words(document), words(prediction)) for document, prediction in zip(documents, predictions, strict=True)]
     fragments = [(np.array(fragment_lengths(*pair)), len(pair[1])) for pair in pairs if pair[1]]
-    row = {"words": _mean([len(summary) for _, summary in pairs])}
-    row |= {"empty": _mean(list(map(is_empty, predictions))), "repeating": _mean(list(map(is_repeating, predictions)))}
-    for n in (1, 2, 3):
-        row[f"novel_{n}gram"] = _mean([novel for pair in pairs for novel in _novel(*pair, n)])
-    row["coverage"] = _mean([lengths.sum() / written for lengths, written in fragments])
-    row["density"] = _mean([(lengths**2).sum() / written for lengths, written in fragments])
     checked = [facts_written(document, prediction) for document, prediction in zip(documents, predictions, strict=True)]
-    for kind in ("numbers", "names"):
-        row[f"{kind}_supported"] = _mean([known for found in checked for _, known in found[kind]])
-    return row
+    counted = {
+        "words": [len(summary) for _, summary in pairs],
+        "empty": list(map(is_empty, predictions)),
+        "repeating": list(map(is_repeating, predictions)),
+        **{f"novel_{n}gram": [novel for pair in pairs for novel in _novel(*pair, n)] for n in (1, 2, 3)},
+        "coverage": [lengths.sum() / written for lengths, written in fragments],
+        "density": [(lengths**2).sum() / written for lengths, written in fragments],
+        "numbers_supported": [known for found in checked for _, known in found["numbers"]],
+        "names_supported": [known for found in checked for _, known in found["names"]],
+    }
+    return {name: float(np.mean(values)) if values else None for name, values in counted.items()}
 
 
 def facts_written(document: str, prediction: str) -> dict[str, list[tuple[re.Match, bool]]]:
@@ -149,10 +151,6 @@ def _novel(source: list[str], summary: list[str], n: int) -> list[bool]:
     written, known = (list(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (summary, source))
     known = set(known)
     return [ngram not in known for ngram in written]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
 
 
 def _names(text: str) -> list[re.Match]:

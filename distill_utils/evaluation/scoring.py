@@ -4,6 +4,7 @@ Out of scope: what the machine could do at best (planning/machine.py).
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 
@@ -43,23 +45,19 @@ def evaluate_model(
 
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
-
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
         options = {"max_source_length": max_source_length, "prefix": prefix}
         predictions = summarize(model, tokenizer, documents, **options, progress=progress, **generation_settings)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)
-        few, speed = documents[:num_speed], {}
-        if few:
-            speed = measure_speed(model, tokenizer, few, **options, **generation_settings)
-        lines = [
-            json.dumps({"id": i, "document": d, "reference": r, "prediction": p}, ensure_ascii=False)
-            for i, d, r, p in zip(test["id"], documents, references, predictions, strict=True)
-        ]
-        write_atomic(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+        if num_speed:
+            row |= measure_speed(model, tokenizer, documents[:num_speed], **options, **generation_settings)
+        columns = {"id": list(test["id"]), "document": documents, "reference": references, "prediction": predictions}
+        lines = pd.DataFrame(columns).to_json(orient="records", lines=True, force_ascii=False)
+        write_atomic(folder / "predictions.jsonl", lines)
         rounded = {metric: [round(float(score), 4) for score in values] for metric, values in scores.items()}
         write_atomic(folder / "scores.json", json.dumps(rounded))
-        return {**row, **speed}
+        return row
 
     return artifact(f"test-{name}", settings, build)
 
@@ -133,17 +131,17 @@ def interleaved_latency_ms(
     counts, since what disturbs a measurement only adds to it, and of documents the median. No repeat begins after
     `max_seconds`: large models on a processor are slow, and their times steady.
     """
-    found = {name: np.full((repeats, len(documents)), np.inf) for name in runs}
+    best = {name: [math.inf] * len(documents) for name in runs}
     began = time.perf_counter()
-    for repeat in range(-1, repeats):  # the first turn is a warm-up: kernels, caches, allocator
-        if repeat > 0 and time.perf_counter() - began > max_seconds:
+    for run in runs.values():  # a warm-up: kernels, caches, allocator
+        run(documents[:1])
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - began > max_seconds:
             break
-        for i, text in enumerate(documents[:1] if repeat < 0 else documents):
+        for i, text in enumerate(documents):
             for name, run in runs.items():
-                spent = timed(partial(run, [text]), device)
-                if repeat >= 0:
-                    found[name][repeat, i] = spent
-    return {name: 1000 * float(np.median(times.min(0))) for name, times in found.items()}
+                best[name][i] = min(best[name][i], timed(partial(run, [text]), device))
+    return {name: 1000 * float(np.median(times)) for name, times in best.items()}
 
 
 def decoding_runs(model, tokenizer, num_new_tokens: int, options: dict, **generation_settings) -> dict[str, Callable]:
@@ -156,7 +154,7 @@ def decoding_runs(model, tokenizer, num_new_tokens: int, options: dict, **genera
 
 def measure_speed(
     model, tokenizer, documents: Sequence[str], *, max_source_length: int, num_new_tokens: int = 16, repeats: int = 3,
-    batch_size: int = 16, prefix: str = "", dtype: torch.dtype | None = None, **generation_settings,
+    batch_size: int = 16, prefix: str = "", **generation_settings,
 ) -> dict[str, float | None]:  # fmt: skip
     """Time a model on documents; every number is after one untimed pass, and tokenisation is part of it.
 
@@ -169,15 +167,14 @@ def measure_speed(
     if not documents:
         raise ValueError("no documents to time: give at least one")
     device, on_cuda = model.device, model.device.type == "cuda"
-    options = {"max_source_length": max_source_length, "prefix": prefix, "dtype": dtype, "batch_size": batch_size}
+    options = {"max_source_length": max_source_length, "prefix": prefix, "batch_size": batch_size}
     runs = decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
     own = runs["latency_ms"]
-    cast = dtype or ("auto" if on_cuda else None)
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> None:
         inputs = tokenizer(prefix + texts[0], truncation=True, max_length=max_source_length, return_tensors="pt")
-        with mixed_precision(device, cast):
+        with mixed_precision(device, "auto" if on_cuda else None):
             model.get_encoder()(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
 
     if on_cuda:

@@ -57,14 +57,12 @@ def draft_and_check(
     """Write summaries as `generate` with one beam does, which calls this with its logits processors and stop rules."""
     models = [model] if student is None else [model, student]
     caches = {each: EncoderDecoderCache(DynamicCache(), DynamicCache()) for each in models}
-    fed = dict.fromkeys(models, 0)  # tokens in each cache
     encoded = {name: inputs[name] for name in ("encoder_outputs", "attention_mask")}
 
     def logits_after(each: PreTrainedModel, ids: Tensor, last: int) -> Tensor:
         """Return (batch, last, vocabulary): the scores of what follows the last tokens."""
-        cached = {"past_key_values": caches[each], "use_cache": True}
-        out = each(decoder_input_ids=ids[:, fed[each] :], **encoded, **cached)
-        fed[each] = ids.shape[1]
+        unread = ids[:, caches[each].get_seq_length() :]
+        out = each(decoder_input_ids=unread, past_key_values=caches[each], use_cache=True, **encoded)
         return out.logits[:, -last:].float()
 
     ids, pad = input_ids, generation_config.pad_token_id
@@ -73,8 +71,10 @@ def draft_and_check(
         length = ids.shape[1]
         draft = ids
         for _ in range(min(num_drafted, generation_config.max_length - length - 1)):
-            scores = logits_after(student, draft, 1)[:, 0] if student is not None else None
-            drafted = _copied(draft, seen["source"]) if scores is None else logits_processor(draft, scores).argmax(-1)
+            if student is None:
+                drafted = _copied(draft, seen["source"])
+            else:
+                drafted = logits_processor(draft, logits_after(student, draft, 1)[:, 0]).argmax(-1)
             draft = torch.cat([draft, torch.where(unfinished, drafted, pad)[:, None]], 1)
         places = draft.shape[1] - length
         checked = logits_after(model, draft, places + 1)
@@ -84,18 +84,15 @@ def draft_and_check(
             chosen = torch.where(unfinished, chosen, pad)
             ids = torch.cat([ids, chosen[:, None]], 1)
             found["tokens"] += int(unfinished.sum())
-            same = (chosen == draft[:, length + place]) | ~unfinished if place < places else None
-            if same is not None:
+            if place < places:
+                same = (chosen == draft[:, length + place]) | ~unfinished
                 found["tried"][place] += int(unfinished.sum())
                 found["accepted"][place] += int((same & unfinished).sum())
             unfinished = unfinished & ~stopping_criteria(ids, None)
-            if same is None or not same.all() or not unfinished.any():
+            if place == places or not same.all() or not unfinished.any():
                 break
-        for each, cache in caches.items():  # a cache holds what was drafted in vain
-            surplus = fed[each] - (ids.shape[1] - 1)
-            if surplus > 0:
-                cache.crop(-surplus)
-                fed[each] -= surplus
+        for cache in caches.values():  # a cache holds what was drafted in vain
+            cache.crop(-max(0, cache.get_seq_length() - (ids.shape[1] - 1)))
     return ids
 
 
@@ -116,7 +113,8 @@ def measure_speculation(
         for name, student in drafters.items():
             ways[name] = partial(summarize_speculatively, teacher, tokenizer, documents, student, num_drafted, **own)
         plain, found = ways[""](), {name: ways[name]() for name in drafters}
-        spent = {name: min(times) for name, times in _in_turns(ways, turns, teacher.device).items()}
+        times = [{name: timed(run, teacher.device) for name, run in ways.items()} for _ in range(turns)]
+        spent = {name: min(turn[name] for turn in times) for name in ways}
         for name, (written, counts) in found.items():
             accepted = [100 * counts["accepted"][place] / tried for place, tried in sorted(counts["tried"].items())]
             rows.append({
@@ -125,14 +123,6 @@ def measure_speculation(
                 "equal": 100 * sum(a == b for a, b in zip(written, plain, strict=True)) / len(plain),
             })  # fmt: skip
     return rows
-
-
-def _in_turns(ways: Mapping, turns: int, device: torch.device) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(turns):
-        for name, run in ways.items():
-            times[name].append(timed(run, device))
-    return times
 
 
 def _copied(ids: Tensor, source_ids: Tensor) -> Tensor:

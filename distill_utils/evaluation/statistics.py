@@ -6,6 +6,7 @@ Out of scope: what is scored (metrics.py, tasks.py). Most functions take plain a
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
@@ -19,7 +20,7 @@ DOCUMENT_SD, SEED_SD = 12.7, 0.15
 
 
 def bootstrap_interval(
-    values: np.ndarray, num_samples: int = 1000, seed: int = 0, confidence: float = 0.95
+    values: np.ndarray, num_samples: int = 1000, confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Return (mean, low, high) of a system's scores, (documents,) or (seeds, documents).
 
@@ -28,11 +29,12 @@ def bootstrap_interval(
     the bootstrap's, of the means over seeds, and Student's t times the standard error that seeds add. A bootstrap of
     three seeds covers three quarters where seeds dominate, this form 93 to 97 % (tests/test_statistics.py).
     """
-    mean, drawn, seed_error, num_seeds = _draw(np.atleast_2d(values), num_samples, seed)
-    return (mean, *_ends(mean, drawn, seed_error, num_seeds, 1 - confidence))
+    values, level = np.atleast_2d(values), 1 - confidence
+    drawn, mean = _bootstrap_means(values.mean(0), num_samples), float(values.mean())
+    return (mean, *_ends(mean, drawn, _seed_reach(level, values), level))
 
 
-def compare(values: np.ndarray, baseline: np.ndarray, num_samples: int = 1000, seed: int = 0) -> dict:
+def compare(values: np.ndarray, baseline: np.ndarray, num_samples: int = 1000) -> dict:
     """Compare two systems on the same documents and, where both have several, on the same seeds.
 
     Each is (documents,) or (seeds, documents); one with a single row stands against every seed of the other.
@@ -41,16 +43,16 @@ def compare(values: np.ndarray, baseline: np.ndarray, num_samples: int = 1000, s
     says whether the difference has one sign in every seed. Raises ValueError for other documents or seeds.
     """
     differences = np.subtract(*_paired(values, baseline))
-    mean, drawn, seed_error, num_seeds = _draw(differences, num_samples, seed)
-    low, high = _ends(mean, drawn, seed_error, num_seeds, 0.05)
+    drawn, mean = _bootstrap_means(differences.mean(0), num_samples), float(differences.mean())
+    low, high = _ends(mean, drawn, _seed_reach(0.05, differences))
     tails = np.sort(drawn if mean > 0 else -drawn)[: num_samples // 2]
     ranks = np.arange(len(tails)) + 1  # 0 lies inside the interval that leaves out so many draws at each end
-    reach = _t(2 * ranks / (num_samples + 1), num_seeds) * seed_error
+    reach = _seed_reach(2 * ranks / (num_samples + 1), differences)
     inside = abs(mean) <= np.hypot(np.maximum(abs(mean) - tails, 0), reach)
-    found = {"difference": mean, "low": low, "high": high}
-    found["p_value"] = min(1.0, float(2 * (inside.sum() + 1) / (num_samples + 1)))
+    p_value = min(1.0, float(2 * (inside.sum() + 1) / (num_samples + 1)))
     signs = np.sign(differences.mean(1))
-    return {**found, "seeds": num_seeds, "seeds_agree": bool((signs == signs[0]).all())}
+    agree = {"seeds": len(signs), "seeds_agree": bool((signs == signs[0]).all())}
+    return {"difference": mean, "low": low, "high": high, "p_value": p_value, **agree}
 
 
 def share_of(values: np.ndarray, baseline: np.ndarray) -> dict:
@@ -77,8 +79,11 @@ def detectable_difference(
     `document_sd` is the standard deviation of the paired difference per document, `seed_sd` of its mean per seed.
     """
     documents = document_sd / num_documents**0.5
-    seeds = seed_sd / num_seeds**0.5 if num_seeds > 1 else 0.0
-    shown_from = np.hypot(stats.norm.ppf(0.975) * documents, _t(0.05, num_seeds) * seeds)
+    seeds, reach = 0.0, 0.0
+    if num_seeds > 1:
+        seeds = seed_sd / num_seeds**0.5
+        reach = stats.t.ppf(0.975, num_seeds - 1) * seeds
+    shown_from = np.hypot(stats.norm.ppf(0.975) * documents, reach)
     return float(shown_from + stats.norm.ppf(0.8) * np.hypot(documents, seeds))
 
 
@@ -108,65 +113,61 @@ def _paired(values: np.ndarray, baseline: np.ndarray) -> tuple[np.ndarray, np.nd
     return tuple(np.broadcast_arrays(ours, theirs))
 
 
-def _draw(values: np.ndarray, num_samples: int, seed: int) -> tuple[float, np.ndarray, float, int]:
-    """Return mean, bootstrap means over documents, the seeds' standard error, and their number."""
-    drawn = _bootstrap_means(values.mean(0), num_samples, seed)
-    return float(values.mean()), drawn, _seed_error(values), len(values)
+def _bootstrap_means(values: np.ndarray, num_samples: int) -> np.ndarray:
+    """Return means over documents drawn with replacement, (samples,)."""
+    if not len(values):
+        raise ValueError("no values to draw from: score at least one document")
+    generator = np.random.default_rng(0)
+    rows = max(1, 4_000_000 // len(values))  # draws at a time, for memory
+    sizes = [min(rows, num_samples - start) for start in range(0, num_samples, rows)]
+    draws = (generator.integers(len(values), size=(size, len(values))) for size in sizes)
+    return np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
 
 
-def _seed_error(*parts: np.ndarray) -> float:
-    """Return the standard error that seeds add to the mean over parts, each (seeds, documents).
+def _seed_reach(level, *parts: np.ndarray):
+    """Return how far seeds widen an interval of a two-sided level, of the mean over parts, each (seeds, documents).
 
-    It is the between-seed component of a two-way analysis of variance without replication, at least 0: what documents
-    add to the variance between seeds is taken off, as the interval over documents has it. 0 for one seed.
+    It is Student's t times the between-seed component of a two-way analysis of variance without replication, at least
+    0: what documents add to the variance between seeds is taken off, as the interval over documents has it. 0 for one.
     """
-    if len(parts[0]) == 1:
+    num_seeds = len(parts[0])
+    if num_seeds == 1:
         return 0.0
     between = np.mean([part.mean(1) for part in parts], axis=0).var(ddof=1)
     noise = [(part.var(0, ddof=1).mean() - part.mean(1).var(ddof=1)) / max(part.shape[1] - 1, 1) for part in parts]
-    return float(np.sqrt(max(between - sum(noise) / len(parts) ** 2, 0.0) / len(parts[0])))
+    error = float(np.sqrt(max(between - sum(noise) / len(parts) ** 2, 0.0) / num_seeds))
+    return stats.t.ppf(1 - np.asarray(level) / 2, num_seeds - 1) * error
 
 
-def _t(level, num_seeds: int):
-    """Return Student's t at a two-sided level, 0 for one seed."""
-    return stats.t.ppf(1 - np.asarray(level) / 2, num_seeds - 1) if num_seeds > 1 else 0.0
-
-
-def _ends(mean: float, drawn: np.ndarray, seed_error: float, num_seeds: int, level: float) -> tuple[float, float]:
+def _ends(mean: float, drawn: np.ndarray, reach: float, level: float = 0.05) -> tuple[float, float]:
     low, high = np.quantile(drawn, [level / 2, 1 - level / 2])
-    if not seed_error:
+    if not reach:
         return float(low), float(high)
-    reach = _t(level, num_seeds) * seed_error
     return float(mean - np.hypot(max(mean - low, 0), reach)), float(mean + np.hypot(max(high - mean, 0), reach))
 
 
-def share_of_gap(
-    ours: Mapping[str, np.ndarray], low: Mapping[str, np.ndarray], high: Mapping[str, np.ndarray],
-    num_samples: int = 1000,
-) -> dict:  # fmt: skip
+def share_of_gap(ours: Mapping[str, np.ndarray], low: Mapping[str, np.ndarray], high: Mapping[str, np.ndarray]) -> dict:
     """Return which share of the way from `low` to `high` a system goes, mean over tasks, with its interval.
 
     Each is {task: scores (seeds, documents)}, of the same seeds everywhere. Every draw takes new documents of every
     task; seeds widen the interval as in `bootstrap_interval`. A task where `high` is not above `low` says nothing and
     is left out; `tasks` names those that count.
     """
-    generator, shares, parts, used = np.random.default_rng(0), [], [], []
-    for task, scores in ours.items():
-        if compare(high[task], low[task])["low"] <= 0:
-            continue
-        gain, gap = np.atleast_2d(scores - low[task]), np.atleast_2d(high[task] - low[task])
+    generator, shares, parts = np.random.default_rng(0), [], []
+    used = [task for task in ours if compare(high[task], low[task])["low"] > 0]
+    for task in used:
+        gain, gap = np.atleast_2d(ours[task] - low[task]), np.atleast_2d(high[task] - low[task])
         share = gain.mean() / gap.mean()
         parts.append((gain - share * gap) / gap.mean())
         gain, gap = gain.mean(0), gap.mean(0)
-        drawn = generator.integers(len(gain), size=(num_samples, len(gain)))
+        drawn = generator.integers(len(gain), size=(1000, len(gain)))
         drawn_shares = gain[drawn].mean(1) / np.maximum(gap[drawn].mean(1), 1e-9)
         shares.append(np.append(drawn_shares, share))
-        used.append(task)
     if not used:
         return {"share": None, "low": None, "high": None, "tasks": []}
     *drawn, mean = np.mean(shares, axis=0)
-    interval = _ends(mean, drawn, _seed_error(*parts), len(parts[0]), 0.05)
-    return {"share": float(mean), "low": interval[0], "high": interval[1], "tasks": used}
+    ends = _ends(mean, drawn, _seed_reach(0.05, *parts))
+    return {"share": float(mean), "low": ends[0], "high": ends[1], "tasks": used}
 
 
 def effect_sign(test: Mapping) -> int:
@@ -217,24 +218,10 @@ def format_share(test: Mapping) -> tuple[str, str]:
     return f"{share} % ({low} to {high})", "shown" if test["not_worse_5_percent"] else says
 
 
-def _bootstrap_means(values: Sequence[float], num_samples: int, seed: int) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        raise ValueError("no values to draw from: score at least one document")
-    generator = np.random.default_rng(seed)
-    rows = max(1, 4_000_000 // len(values))  # draws at a time, for memory
-    sizes = [min(rows, num_samples - start) for start in range(0, num_samples, rows)]
-    draws = (generator.integers(len(values), size=(size, len(values))) for size in sizes)
-    return np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's (1979) adjusted p-values: how surprising each is, given how many were looked at."""
-    order, worst, adjusted = np.argsort(p_values), 0.0, [0.0] * len(p_values)
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = worst
-    return adjusted
+    ordered = pd.Series(p_values, dtype=float).sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).sort_index().tolist()
 
 
 def input_output_similarity(states: Sequence[Tensor]) -> list[float]:
@@ -266,22 +253,19 @@ def cka(states: Sequence[Tensor]) -> np.ndarray:
     return hsic / np.outer(own, own)
 
 
-def rank_correlation(
-    scores: Sequence[float], outcomes: Sequence[float], num_samples: int = 2000, seed: int = 0
-) -> dict[str, float | None]:
+def rank_correlation(scores: Sequence[float], outcomes: Sequence[float]) -> dict[str, float | None]:
     """Return Spearman's `rho` of two values per map, its 95 % bootstrap interval over maps, and a `p_value`.
 
     All None with fewer than four maps or where one side does not vary: then nothing can be said.
     """
     x, y = np.asarray(scores, dtype=float), np.asarray(outcomes, dtype=float)
     if len(x) < 4 or not np.ptp(x) or not np.ptp(y):
-        return {"maps": len(x), "rho": None, "low": None, "high": None, "p_value": None}
-    drawn = np.random.default_rng(seed).integers(len(x), size=(num_samples, len(x)))
+        return {"maps": len(x)} | dict.fromkeys(("rho", "low", "high", "p_value"))
+    drawn = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
     low, high = np.nanquantile(_spearman(x[drawn], y[drawn]), [0.025, 0.975])
     test = stats.permutation_test(
-        (x,), lambda x, axis: _spearman(x, y), vectorized=True, permutation_type="pairings", n_resamples=num_samples,
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
+        (x,), lambda x, axis: _spearman(x, y), vectorized=True, permutation_type="pairings", n_resamples=2000, rng=0
+    )
     values = {"rho": _spearman(x, y), "low": low, "high": high, "p_value": test.pvalue}
     return {"maps": len(x), **{name: float(value) for name, value in values.items()}}
 

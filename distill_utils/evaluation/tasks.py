@@ -6,15 +6,13 @@ Out of scope: how the embedded tasks are made (pydocs.py), and fine-tuning, whic
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.stats import pearsonr, rankdata, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from scipy.stats import rankdata
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -49,13 +47,6 @@ TASKS = {
     "qnli": Task(("question", "sentence"), ("entailment", "not_entailment")),
     "rte": Task(TWO, ("entailment", "not_entailment")),
     "cola": Task(ONE, ("unacceptable", "acceptable"), ("matthews",)),
-}
-METRICS = {
-    "accuracy": accuracy_score,
-    "f1": partial(f1_score, zero_division=0.0),  # of the second label word: equivalent, duplicate
-    "matthews": matthews_corrcoef,
-    "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic,
-    "spearman": lambda labels, predictions: spearmanr(labels, predictions).statistic,
 }
 HUB_NAME = "nyu-mll/glue"
 HUB_TEST = {"mnli": "validation_matched", "mnli_mismatched": "validation_mismatched"}  # the others: validation
@@ -118,7 +109,10 @@ def to_text(task: str, rows: Dataset) -> Dataset:
              for name, column in sorted(zip(known.columns, columns, strict=True))]  # fmt: skip
     documents = [" ".join([task.partition("_")[0], *parts]).strip() for parts in zip(*texts, strict=True)]
     labels = [_read_label(task, value, i) for i, value in zip(ids, rows["label"], strict=True)]
-    summaries = [f"{round(value * 5) / 5:.1f}" for value in labels] if task == "stsb" else labels
+    if task == "stsb":
+        summaries = [f"{round(value * 5) / 5:.1f}" for value in labels]
+    else:
+        labels = summaries = [known.labels[place] for place in labels]
     return Dataset.from_dict({"id": ids, "document": documents, "summary": summaries, "label": labels})
 
 
@@ -128,7 +122,8 @@ def _task(task: str) -> Task:
     return TASKS[task]
 
 
-def _read_label(task: str, value: object, row_id: str) -> str | float:
+def _read_label(task: str, value: object, row_id: str) -> float:
+    """Return the number that the metrics compare: a label word's place, or the similarity itself."""
     text, words = str(value).strip(), TASKS[task].labels
     try:
         number = float(text)
@@ -137,7 +132,7 @@ def _read_label(task: str, value: object, row_id: str) -> str | float:
     if task == "stsb" and 0 <= number <= 5:
         return number
     if task != "stsb" and (text in words or number in range(len(words))):
-        return text if text in words else words[int(number)]
+        return words.index(text) if text in words else int(number)
     known = "0 to 5" if task == "stsb" else ", ".join(f"{i} or {word!r}" for i, word in enumerate(words))
     raise InputError(f"label {value!r} of row {row_id} is outside of task {task!r}: known are {known}")
 
@@ -199,9 +194,7 @@ def label_scores(model, inputs: dict[str, torch.Tensor], candidates: Sequence[Se
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
-def scores(
-    task: str, predictions: Sequence, labels: Sequence, num_samples: int = 1000, seed: int = 0
-) -> dict[str, float]:
+def scores(task: str, predictions: Sequence, labels: Sequence, num_samples: int = 1000) -> dict[str, float]:
     """Return `num_documents`, the task's metrics, their mean `score` and its 95 % bootstrap interval, all x 100.
 
     Accuracy; accuracy and F1 for mrpc and qqp; Matthews correlation for cola; Pearson and Spearman for stsb. A
@@ -210,46 +203,35 @@ def scores(
     metrics = _task(task).metrics
     if len(predictions) != len(labels) or not len(labels):
         raise InputError(f"{len(predictions)} predictions for {len(labels)} labels: give one each, at least one")
-    truth, guess = (np.array([_number(task, value, i) for i, value in enumerate(values)])
+    truth, guess = (np.array([_read_label(task, value, str(i)) for i, value in enumerate(values)])
                     for values in (labels, predictions))  # fmt: skip
-    row = {"num_documents": len(truth)} | {name: _metric(name, truth, guess) for name in metrics}
+    row = {"num_documents": len(truth)} | {name: metric(name, truth, guess) for name in metrics}
     row["score"] = float(np.mean([row[name] for name in metrics]))
     if metrics == ("accuracy",):
-        _, row["score_low"], row["score_high"] = bootstrap_interval(100.0 * (truth == guess), num_samples, seed)
+        _, row["score_low"], row["score_high"] = bootstrap_interval(100.0 * (truth == guess), num_samples)
         return row
-    generator, draws = np.random.default_rng(seed), []  # no mean over documents: computed anew from each draw
+    generator, draws = np.random.default_rng(0), []  # no mean over documents: computed anew from each draw
     for _ in range(num_samples):
         drawn = generator.integers(len(truth), size=len(truth))
-        draws.append(np.mean([_quick_metric(name, truth[drawn], guess[drawn]) for name in metrics]))
-    row["score_low"], row["score_high"] = (float(100 * limit) for limit in np.quantile(draws, [0.025, 0.975]))
+        draws.append(np.mean([metric(name, truth[drawn], guess[drawn]) for name in metrics]))
+    row["score_low"], row["score_high"] = np.quantile(draws, [0.025, 0.975]).tolist()
     return row
 
 
-def majority(task: str, train_labels: Sequence, labels: Sequence, **options) -> dict[str, float]:
+def majority(task: str, train_labels: Sequence, labels: Sequence) -> dict[str, float]:
     """Return the scores of always giving the most frequent label of training: the baseline that costs nothing."""
     ((frequent, _),) = Counter(train_labels).most_common(1)
-    return scores(task, [frequent] * len(labels), labels, **options)
+    return scores(task, [frequent] * len(labels), labels)
 
 
-def _number(task: str, value: object, place: int) -> float:
-    """Return the number that the metrics compare: a label word's place, or the similarity itself."""
-    found = _read_label(task, value, f"{place}")
-    return found if task == "stsb" else TASKS[task].labels.index(found)
-
-
-def _metric(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
-    if name in ("matthews", "pearson", "spearman") and not (np.ptp(labels) and np.ptp(predictions)):
-        return 0.0  # undefined: a constant tells nothing apart
-    return 100 * float(METRICS[name](labels, predictions))
-
-
-def _quick_metric(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Return what METRICS gives, without the library's checks, which would cost seconds over a bootstrap."""
+def metric(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Return a metric x 100 of numbers, of f1 for the label 1; the libraries' checks cost seconds over a bootstrap."""
     if name == "accuracy":
-        return (labels == predictions).mean()
+        return 100 * float((labels == predictions).mean())
     if name == "f1":
-        return 2 * (labels * predictions).sum() / max((labels + predictions).sum(), 1)
+        return 100 * float(2 * (labels * predictions).sum() / max((labels + predictions).sum(), 1))
+    if not (np.ptp(labels) and np.ptp(predictions)):
+        return 0.0  # undefined: a constant tells nothing apart
     if name == "spearman":
         labels, predictions = rankdata(labels), rankdata(predictions)
-    a, b = labels - labels.mean(), predictions - predictions.mean()  # Matthews' is Pearson's of 0 and 1
-    return (a * b).sum() / max(np.sqrt((a**2).sum() * (b**2).sum()), 1e-9)
+    return 100 * float(np.corrcoef(labels, predictions)[0, 1])  # Matthews' is Pearson's of 0 and 1
