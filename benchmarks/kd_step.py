@@ -39,7 +39,7 @@ from transformers import (
 
 from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.distillation import objectives
-from distill_utils.distillation.teacher_states import with_states, write_states
+from distill_utils.distillation.teacher_cache import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode

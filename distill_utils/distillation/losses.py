@@ -134,7 +134,7 @@ def chunked_cached_losses(
 
     The rest of the vocabulary is one bucket that holds what is missing to 1, on both sides: a lower bound of the
     forward KL at the temperature of the targets, and equal to it when all ids are there. Probabilities that are shares
-    of samples (`targets.choose_targets`) add up to 1 and leave no rest: the gradient is then that of the forward KL in
+    of samples (`teacher_cache.choose_targets`) add up to 1 and leave no rest: the gradient is then that of the forward KL in
     expectation, whereas the value, KL(shares || q), is above it on average (Anshumann et al. 2025, Sparse Logit
     Sampling).
 

@@ -74,7 +74,7 @@ def kd(
     is the input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
     encoder's matched layers plus the mean over the decoder's, so its size does not depend on the depth (published: the
     sum). Empty lists of ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the
-    released code does by accident; a shared encoder never has any. A batch with decoder_states (teacher_states.py) has
+    released code does by accident; a shared encoder never has any. A batch with decoder_states (teacher_cache.py) has
     what the teacher's decoder makes of it, and only the teacher's output matrix is used.
     """
     check_options(divergence=divergence, jsd_beta=jsd_beta, match=match)
@@ -154,7 +154,7 @@ def kd_cached(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation from cached targets: `kd` without hidden states, the teacher unused.
 
-    The batch comes from `targets.with_targets` and carries target_ids and target_probs (batch, target, k), and the
+    The batch comes from `teacher_cache.with_targets` and carries target_ids and target_probs (batch, target, k), and the
     target_temperature they were made with. `kl_loss` is a lower bound of the forward KL, or an unbiased estimate of its
     gradient (`losses.chunked_cached_losses`).
     """
@@ -246,7 +246,7 @@ def encode(
     """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
     Dropout is as the model's modes say: those of `training.loop.train_mode` for a student, `teacher_mode`'s else.
-    A batch with encoder_states (teacher_states.py) has the former already.
+    A batch with encoder_states (teacher_cache.py) has the former already.
     """
     if "encoder_states" in batch and not layer_ids:
         return batch["encoder_states"], []
