@@ -24,7 +24,7 @@ from distill_utils.data.batches import pair_stream, tokenize_pairs
 from distill_utils.data.loading import load_pairs
 from distill_utils.device import amp_dtype, device, seed_everything
 from distill_utils.distillation import objectives
-from distill_utils.distillation.teacher_states import with_states
+from distill_utils.distillation.teacher_cache import with_states
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.models import students

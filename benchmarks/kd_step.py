@@ -38,7 +38,7 @@ from transformers import (
 
 from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.distillation import objectives
-from distill_utils.distillation.teacher_states import with_states, write_states
+from distill_utils.distillation.teacher_cache import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.planning.measure import T5_SIZES, model_config

@@ -52,30 +52,23 @@ def test_sft_equals_the_models_own_loss_with_gradients(family):
 
 
 @each_family
-def test_a_teacher_teaches_itself_nothing(family):
-    teacher, batch = FAMILIES[family](3, 3), tiny_batch()
-    student, encoder_ids, decoder_ids = init_student(teacher, 3, 3)
-    losses = kd(student, teacher, batch, encoder_layer_ids=encoder_ids, decoder_layer_ids=decoder_ids)
-    assert losses["kl_loss"].item() == pytest.approx(0.0, abs=1e-5)  # attention kernels with and without gradients may
-    assert losses["hidden_loss"].item() == pytest.approx(0.0, abs=1e-8)  # differ in the last bits
-    assert losses["loss"].item() == pytest.approx(0.2 * teacher(**batch).loss.item(), rel=1e-5)
-    losses = pl_kl(student, teacher, batch)
-    assert losses["kl_loss"].item() == pytest.approx(0.0, abs=1e-5)
-    assert losses["loss"].item() == pytest.approx(0.8 * teacher(**batch).loss.item(), rel=1e-5)
-
-
-@each_family
-def test_kd_equals_dense_losses_on_the_models_own_outputs(family):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_kd_and_pl_kl_equal_dense_losses_on_the_models_own_outputs(family, divergence):
     teacher, batch = FAMILIES[family](3, 3), tiny_batch(padding=1)
     student, _, _ = init_student(teacher, 2, 2)
-    losses = kd(student, teacher, batch, encoder_layer_ids=[1, 0], decoder_layer_ids=[0, 1])
+    options = {"divergence": divergence, "jsd_beta": 0.3}
+    found = kd(student, teacher, batch, encoder_layer_ids=[1, 0], decoder_layer_ids=[0, 1], **options)
+    labelled = pl_kl(student, teacher, batch, **options)
     with torch.no_grad():
-        ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
-    labels = batch["labels"]
-    ce, kl = ce_loss(ours.logits, labels).float(), kl_loss(ours.logits, theirs.logits, labels, 2.0).float()
-    torch.testing.assert_close(losses["ce_loss"], ce)
-    torch.testing.assert_close(losses["kl_loss"], kl)
-    torch.testing.assert_close(losses["loss"], 0.2 * ce + 0.8 * kl + 3.0 * losses["hidden_loss"])
+        ours, theirs = (model(**batch).logits for model in (student, teacher))
+    ce, kl = (x.float() for x in (
+        ce_loss(ours, batch["labels"]), kl_loss(ours, theirs, batch["labels"], 2.0, divergence, 0.3)
+    ))  # fmt: skip
+    for losses in (found, labelled):
+        torch.testing.assert_close(losses["ce_loss"], ce)
+        torch.testing.assert_close(losses["kl_loss"], kl)
+    torch.testing.assert_close(found["loss"], 0.2 * ce + 0.8 * kl + 3.0 * found["hidden_loss"])
+    torch.testing.assert_close(labelled["loss"], 0.8 * ce + kl)
 
 
 @each_family
@@ -152,21 +145,6 @@ def test_matched_states_are_the_models_own(family, match, normalize):
         states = [(ours[stack][i + shift], theirs[stack][j + shift]) for i, j in pairs]
         expected += sum(hidden_loss(*pair, mask, normalize) for pair in states) / 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@each_family
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_objectives_use_the_divergence_they_are_given(family, divergence):
-    teacher, batch = FAMILIES[family](2, 2), tiny_batch()
-    student, _, _ = init_student(teacher, 2, 1)
-    with torch.no_grad():
-        ours, theirs = (model(**batch).logits for model in (student, teacher))
-    expected = kl_loss(ours, theirs, batch["labels"], 2.0, divergence, 0.3).float()
-    options = {"divergence": divergence, "jsd_beta": 0.3}
-    torch.testing.assert_close(pl_kl(student, teacher, batch, **options)["kl_loss"], expected)
-    torch.testing.assert_close(
-        kd(student, teacher, batch, encoder_layer_ids=[1], decoder_layer_ids=[1], **options)["kl_loss"], expected
-    )
 
 
 def test_a_term_of_weight_zero_is_neither_computed_nor_returned(monkeypatch):
@@ -277,19 +255,34 @@ def test_sampling_leaves_modes_settings_and_gradients_of_the_training_pass_alone
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-def test_unknown_options_are_rejected_before_any_pass():
-    for options, message in (
-        ({"divergence": "kl"}, "divergence 'kl' is unknown: use forward_kl, reverse_kl, jsd, tvd"),
-        ({"jsd_beta": 1.5}, "jsd_beta 1.5 is not between 0 and 1"),
-        ({"match": "middle"}, "match 'middle' is unknown: use outputs, inputs"),
-    ):
-        with pytest.raises(InputError, match=message):
-            ALL_KD(None, None, tiny_batch(), **options)
-    with pytest.raises(InputError, match="every weight of the objective is 0: make one"):
-        pl_kl(tiny_bart(), None, tiny_batch(), ce_weight=0.0, kl_weight=0.0)
-    for share in (0.0, 1.5):
-        with pytest.raises(InputError, match=f"share {share} of own samples"):
-            OWN(None, None, tiny_batch(), share=share)
+@pytest.mark.parametrize(
+    ("objective", "options", "named"),
+    [
+        (ALL_KD, {"divergence": "kl"}, "'kl'"),
+        (ALL_KD, {"jsd_beta": 1.5}, "jsd_beta 1.5 "),
+        (ALL_KD, {"match": "middle"}, "'middle'"),
+        (OWN, {"share": 0.0}, "share 0.0 "),
+        (OWN, {"share": 1.5}, "share 1.5 "),
+    ],
+)
+def test_unknown_options_are_rejected_before_any_pass(objective, options, named):
+    with pytest.raises(InputError, match=named):
+        objective(None, None, tiny_batch(), **options)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "options", "named"),
+    [
+        (pl_kl, {}, {"ce_weight": 0.0, "kl_weight": 0.0}, "every weight"),
+        (RELATED, {}, ONLY["cross_loss"] | {"cross_weight": 0.0}, "every weight"),
+        (miniend, {}, {"num_relation_heads": 3}, "num_relation_heads 3 .* 16 .* 16 "),
+        (RELATED, {"d_model": 8}, {"hidden_weight": 1.0}, "need the same width"),
+        (RELATED, {"vocab_size": 97}, {"kl_weight": 1.0}, "student has 96 .* teacher 97"),
+    ],
+)
+def test_what_cannot_be_compared_is_rejected(objective, teacher, options, named):
+    with pytest.raises(ValueError, match=named):
+        objective(tiny_bart(2, 2), tiny_bart(2, 2, **teacher), tiny_batch(), **options)
 
 
 @each_family
@@ -460,20 +453,6 @@ def test_miniend_runs_no_further_than_its_terms_need(family):
     scratch = miniend(student, None, batch, **ONLY["cross_loss"] | {"cross_weight": 0.0}, ce_weight=1.0)
     torch.testing.assert_close(scratch["loss"], student(**batch).loss)
     assert not any(module._forward_hooks and "capture" in str(module._forward_hooks) for module in teacher.modules())
-
-
-def test_miniend_rejects_what_cannot_be_compared():
-    teacher, batch = tiny_bart(2, 2), tiny_batch()
-    with pytest.raises(
-        ValueError, match="num_relation_heads 3 does not divide the inner widths 16 of the student and 16"
-    ):
-        miniend(teacher, teacher, batch, num_relation_heads=3)
-    with pytest.raises(ValueError, match="need the same width"):
-        RELATED(tiny_bart(2, 2, d_model=8), teacher, batch, hidden_weight=1.0)
-    with pytest.raises(ValueError, match="student has 96 vocabulary entries and teacher 97"):
-        RELATED(teacher, tiny_bart(2, 2, vocab_size=97), batch, kl_weight=1.0)
-    with pytest.raises(InputError, match="every weight of the objective is 0"):
-        RELATED(teacher, None, batch, **ONLY["cross_loss"] | {"cross_weight": 0.0})
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5ForConditionalGeneration
 
 from distill_utils.artifacts import InputError
-from distill_utils.distillation import objectives, targets
+from distill_utils.distillation import objectives, teacher_cache
 from distill_utils.experiments import miniend
 from distill_utils.planning import plan, step
 
@@ -196,7 +196,7 @@ def test_labels_are_bound_by_bytes_in_small_batches():
 def test_target_cache_is_what_the_writer_writes(tmp_path):
     teacher = tiny_models.tiny_t5()
     rows = [{"id": str(i), "input_ids": [5, 6, 7], "labels": [8, 9, 2]} for i in range(4)]
-    targets.write_targets(
+    teacher_cache.write_targets(
         tmp_path / "targets", teacher, datasets.Dataset.from_list(rows),
         pad_token_id=0, temperature=1.0, top_k=5, batch_size=2,
     )  # fmt: skip

@@ -64,28 +64,24 @@ def chunked_token_losses(
 
     `kl_loss` is a divergence between teacher p and student q. `forward_kl` is KL(p || q), `reverse_kl` KL(q || p).
     `jsd` is b KL(p || m) + (1 - b) KL(q || m) with the mixture m = b p + (1 - b) q and b = `jsd_beta` (Agarwal et al.
-    2024, GKD): b times the forward KL for small b, 1 - b times the reverse near 1. `tvd` is half the sum of |p - q|,
-    without unit (Wen et al. 2023).
+    2024, GKD). `tvd` is half the sum of |p - q|, without unit (Wen et al. 2023).
 
-    Both distributions are softened by the temperature. The result is multiplied by its square, which keeps the size of
-    the gradient when it changes (Hinton et al. 2015, section 2). TVD is multiplied by the temperature itself: its
-    gradient holds the sign of p - q, not the difference, and so shrinks by one power only. With `mix` below 1 the
-    target is the softmax of (1 - mix) times the student's logits, held fixed, plus mix times the teacher's (Shing et
-    al. 2025, TAID).
+    Both distributions are softened by the temperature, and the result is multiplied by its square, which keeps the size
+    of the gradient (Hinton et al. 2015, section 2); TVD by the temperature itself, because its gradient holds only the
+    sign of p - q. With `mix` below 1 the target is the softmax of (1 - mix) times the student's logits, held fixed,
+    plus mix times the teacher's (Shing et al. 2025, TAID). `label_smoothing` gives all tokens a share of the target of
+    the cross-entropy.
 
     Padding is dropped before the projection; then `chunk_tokens` tokens at a time are projected, and again in the
     backward pass, so the peak is (chunk_tokens, vocab) instead of (batch, target, vocab). The teacher has no gradient.
-    `label_smoothing` gives all tokens a share of the target of the cross-entropy, and stays a mean over tokens. Without
-    any valid token the losses are 0 and still have a gradient path.
+    Without any valid token the losses are 0 and still have a gradient path.
 
     `weights`, those of `ce_loss` and `kl_loss`, add their sum as `loss`, which then should be the only one to be
     differentiated; a cross-entropy of weight 0 is left out. With forward KL and a projection that is not trained,
     gradients are taken along with the values: no logits are kept or made again.
 
-    Raises ValueError for shapes that do not fit or an unknown divergence.
-
     Shapes: hidden (batch, target, dim), labels (batch, target) with -100 for padding; the projections map (tokens, dim)
-    to (tokens, vocab).
+    to (tokens, vocab). Raises ValueError for shapes that do not fit or an unknown divergence.
     """
     check_divergence(divergence, jsd_beta)
     valid = _valid_tokens(labels, student_hidden)
@@ -134,15 +130,13 @@ def chunked_cached_losses(
 
     The rest of the vocabulary is one bucket that holds what is missing to 1, on both sides: a lower bound of the
     forward KL at the temperature of the targets, and equal to it when all ids are there. Probabilities that are shares
-    of samples (`targets.choose_targets`) add up to 1 and leave no rest: the gradient is then that of the forward KL in
-    expectation, whereas the value, KL(shares || q), is above it on average (Anshumann et al. 2025, Sparse Logit
-    Sampling).
+    of samples (`teacher_cache.choose_targets`) leave no rest: the gradient is then that of the forward KL in
+    expectation, whereas the value, KL(shares || q), is above it on average (Anshumann et al. 2025).
 
     Shapes: hidden (batch, target, dim), labels (batch, target), ids and probabilities (batch, target, k). An id may
     come twice with probability 0, as padding.
     """
-    valid = _valid_tokens(labels, student_hidden)
-    _valid_tokens(labels, target_ids)
+    valid = _valid_tokens(labels, student_hidden) & _valid_tokens(labels, target_ids)
 
     def chunk_sums(student_hidden: Tensor, labels: Tensor, ids: Tensor, probs: Tensor) -> dict[str, Tensor]:
         logits = student_project(student_hidden)  # (chunk, vocab)
@@ -223,7 +217,7 @@ class _RelationLoss(torch.autograd.Function):
             for x, scale, scores, relation in zip(vectors, scales, (s, t), (q, p), strict=True):
                 torch.bmm((x * scale).flatten(0, 1), x.mT.flatten(0, 1), out=scores.flatten(0, 1))
                 torch.softmax(scores.add_(bias[chunk[0]]), -1, out=relation)
-                log_sums.append(scores.amax(-1, True) - relation.amax(-1, True).log())  # what log_softmax subtracts
+                log_sums.append(_log_sum(scores, relation)[..., None])  # what log_softmax subtracts
 
             row_weight = weight[chunk[0], None, :, None]
             log_ratio = t.sub_(s).add_(log_sums[0] - log_sums[1])

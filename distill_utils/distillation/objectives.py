@@ -44,12 +44,9 @@ def sft(
     student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], *, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
     """Shrink and fine-tune: cross-entropy on the labels, the teacher unused (Shleifer & Rush 2020)."""
-    encoded, _ = encode(student, batch)
-    decoded, _ = decode(student, batch, encoded)
-    project_student = partial(project, student)
-    return chunked_token_losses(
-        decoded, project_student, batch["labels"], weights=(1.0, 0.0), label_smoothing=label_smoothing
-    )
+    decoded, _ = decode(student, batch, encode(student, batch)[0])
+    options = {"weights": (1.0, 0.0), "label_smoothing": label_smoothing}
+    return chunked_token_losses(decoded, partial(project, student), batch["labels"], **options)
 
 
 def kd(
@@ -70,12 +67,11 @@ def kd(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation: labels, the teacher's distribution and its hidden states (Shleifer & Rush 2020).
 
-    The output of student layer i imitates the output of teacher layer ids[i]; with `match="inputs"`, as published, it
-    is the input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
-    encoder's matched layers plus the mean over the decoder's, so its size does not depend on the depth (published: the
-    sum). Empty lists of ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the
-    released code does by accident; a shared encoder never has any. A batch with decoder_states (teacher_states.py) has
-    what the teacher's decoder makes of it, and only the teacher's output matrix is used.
+    The output of student layer i imitates that of teacher layer ids[i]; with `match="inputs"`, as published, it is the
+    input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
+    encoder's matched layers plus the mean over the decoder's, whatever the depth (published: the sum). Empty lists of
+    ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the released code does by
+    accident; a shared encoder never has any. A batch with decoder_states (teacher_cache.py) spares the teacher's pass.
     """
     check_options(divergence=divergence, jsd_beta=jsd_beta, match=match)
     labels = batch["labels"]
@@ -102,10 +98,9 @@ def kd(
             weights=(ce_weight, kl_weight), label_smoothing=label_smoothing,
         )  # fmt: skip
     if hidden_weight:
-        mask = batch["attention_mask"]
+        mask, target_mask = batch["attention_mask"], labels != IGNORED
         losses["hidden_loss"] = match_layers(encoder_hidden, teacher_encoder_hidden, mask, normalize_hidden)
-        mask = labels != IGNORED
-        losses["hidden_loss"] += match_layers(decoder_hidden, teacher_decoder_hidden, mask, normalize_hidden)
+        losses["hidden_loss"] += match_layers(decoder_hidden, teacher_decoder_hidden, target_mask, normalize_hidden)
     return weighted_loss(losses, loss=1.0, hidden_loss=hidden_weight)
 
 
@@ -154,12 +149,11 @@ def kd_cached(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Knowledge distillation from cached targets: `kd` without hidden states, the teacher unused.
 
-    The batch comes from `targets.with_targets` and carries target_ids and target_probs (batch, target, k), and the
+    The batch comes from `teacher_cache.with_targets`, with target_ids and target_probs (batch, target, k), and the
     target_temperature they were made with. `kl_loss` is a lower bound of the forward KL, or an unbiased estimate of its
     gradient (`losses.chunked_cached_losses`).
     """
-    encoded, _ = encode(student, batch)
-    decoded, _ = decode(student, batch, encoded)
+    decoded, _ = decode(student, batch, encode(student, batch)[0])
     losses = chunked_cached_losses(
         decoded, partial(project, student), batch["labels"], batch["target_ids"], batch["target_probs"],
         batch["target_temperature"], with_ce=ce_weight != 0,
@@ -222,7 +216,7 @@ def miniend(
 
 
 def check_options(
-    divergence: str = "forward_kl", jsd_beta: float = 0.5, match: str = "outputs", share: float = 1.0, **others
+    divergence: str = "forward_kl", jsd_beta: float = 0.5, match: str = "outputs", share: float = 1.0
 ) -> None:
     """Reject an unknown name or an impossible number among an objective's options, before anything is computed."""
     check_divergence(divergence, jsd_beta)
@@ -246,7 +240,7 @@ def encode(
     """Return the encoder's last hidden state (batch, source, dim) and the outputs (or inputs) of the given layers.
 
     Dropout is as the model's modes say: those of `training.loop.train_mode` for a student, `teacher_mode`'s else.
-    A batch with encoder_states (teacher_states.py) has the former already.
+    A batch with encoder_states (teacher_cache.py) has the former already.
     """
     if "encoder_states" in batch and not layer_ids:
         return batch["encoder_states"], []
@@ -262,13 +256,9 @@ def decode(
     """Return the decoder's last hidden state (batch, target, dim) and the outputs (or inputs) of the given layers."""
     inputs = batch.get("decoder_input_ids")  # only samples have their own
     inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"]) if inputs is None else inputs
+    source = {"encoder_hidden_states": encoded.to(model.dtype), "encoder_attention_mask": batch["attention_mask"]}
     with layer_outputs(decoder_layers(model), layer_ids, match) as states:
-        decoded = model.get_decoder()(
-            input_ids=inputs,
-            encoder_hidden_states=encoded.to(model.dtype),
-            encoder_attention_mask=batch["attention_mask"],
-            use_cache=False,
-        )
+        decoded = model.get_decoder()(input_ids=inputs, **source, use_cache=False)
     return decoded.last_hidden_state, [states[i] for i in layer_ids]
 
 
@@ -291,17 +281,10 @@ def forward_with_attention(
 
 
 def match_relations(
-    ours: dict[str, Tensor],
-    theirs: dict[str, Tensor],
-    sides: str,
-    masks: dict[str, Tensor],
-    num_relation_heads: int,
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], sides: str, masks: dict[str, Tensor], num_relation_heads: int
 ) -> Tensor:
-    """Return the mean `relation_loss` of queries, keys and values; `sides` names the mask of each (RELATION_TERMS).
-
-    Relations among target tokens are causal.
-    """
-    losses = [
+    """Return the mean `relation_loss` of queries, keys and values; `sides` names the mask of each (RELATION_TERMS)."""
+    losses = [  # relations among target tokens are causal
         relation_loss(ours[name], theirs[name], masks[side], num_relation_heads, causal=side == "t")
         for name, side in zip("qkv", sides, strict=True)
     ]
@@ -315,8 +298,7 @@ def grow_mix(
 
     As in TAID (Shing et al. 2025), it grows faster while `kl_loss` falls: by `rate` times the sigmoid of the loss's
     relative fall, averaged with momentum 0.99, times what is missing to 1. It never lies below the straight line from
-    `start` to 1 at the last update, which it cannot leave in runs of fewer than 1 / `rate` updates. The dictionary
-    holds all that the next update needs; beside the share these are `momentum` and `kl_loss`.
+    `start` to 1 at the last update. The dictionary holds all that the next update needs.
     """
     before, now = mixing.get("kl_loss", losses["kl_loss"]), losses["kl_loss"]
     momentum = 0.99 * mixing.get("momentum", 0.0) + 0.01 * (before - now) / max(before, 1e-15)

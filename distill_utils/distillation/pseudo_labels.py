@@ -42,32 +42,17 @@ MEASURES = {
 
 
 def pseudo_labels(
-    model_folder: Path | str,
-    dataset: Dataset,
-    folder: Path | str,
-    *,
-    max_source_length: int,
-    num_beams: int | None = None,
-    max_new_tokens: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    min_length: int | None = None,
-    num_candidates: int = 1,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    engine: str = "auto",
-    prefix: str = "",
-    quantization: str = "float32",
-    batch_size: int = 32,
-) -> Dataset:
+    model_folder: Path | str, dataset: Dataset, folder: Path | str, *, max_source_length: int,
+    num_candidates: int = 1, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+    seed: int = 0, engine: str = "auto", prefix: str = "", quantization: str = "float32", batch_size: int = 32,
+    **decoding: int | float | None,
+) -> Dataset:  # fmt: skip
     """Label a data set with the teacher's summaries; start again after a kill and it goes on where it stopped.
 
     Returns columns id, document, summary (the pseudo-label), reference (the summary before) and score, as they are in
     pseudo_labels.jsonl of the folder; labels come in shards until it is there. The folder is an artifact's
-    (`experiments.runs.label`), one for each set of arguments; another engine or data set is rejected there. Decoding
-    settings that are not given are the teacher's own. Shleifer & Rush 2020, section 3.3.
+    (`experiments.runs.label`), one for each set of arguments; another engine or data set is rejected there.
+    Shleifer & Rush 2020, section 3.3.
 
     With several candidates a document has so many rows, one after another, best first, with the ids `<id>#0`,
     `<id>#1`, ...: as beam search ranks them (by log-probability over length ** length_penalty), or independent samples
@@ -82,6 +67,7 @@ def pseudo_labels(
         engine: "ctranslate2", "transformers", or "auto": CTranslate2 on the CPU where the model converts, else
             `generate`, in bf16 on CUDA.
         quantization: weights in CTranslate2; "int8" is faster and changes some labels.
+        decoding: num_beams, max_new_tokens, length_penalty, no_repeat_ngram_size, min_length; else the teacher's own.
     """
     folder, source = Path(folder), find_folder(model_folder)
     if engine not in ("auto", "ctranslate2", "transformers"):
@@ -96,11 +82,8 @@ def pseudo_labels(
     generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
     engine = _choose_engine(source, engine)
     if temperature is not None:  # the penalty is for beams
-        num_beams, length_penalty = num_beams or 1, 1.0
-    decoding = generation.decoding_settings(
-        ctranslate.read_generation_config(source), num_beams=num_beams, max_new_tokens=max_new_tokens,
-        length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size, min_length=min_length,
-    )  # fmt: skip
+        decoding |= {"num_beams": decoding.get("num_beams") or 1, "length_penalty": 1.0}
+    decoding = generation.decoding_settings(ctranslate.read_generation_config(source), **decoding)
     settings = {
         "engine": engine,
         "quantization": quantization if engine == "ctranslate2" else str(_dtype()),
@@ -174,28 +157,25 @@ def cross_fit_halves(dataset: Dataset, seed: int = 0) -> tuple[Dataset, Dataset]
 def _write_shards(model_folder, dataset, folder, settings, batch_size) -> list[Path]:
     """Write the shards that are not there yet, each whole: JSON Lines of documents, labels, references and scores."""
     total, candidates = len(dataset), settings["num_candidates"]
-    shards = [folder / "shards" / f"{start:09d}.jsonl" for start in range(0, total, SHARD_SIZE)]
-    missing = [path for path in shards if not path.exists()]
+    shards = {start: folder / "shards" / f"{start:09d}.jsonl" for start in range(0, total, SHARD_SIZE)}
+    missing = {start: path for start, path in shards.items() if not path.exists()}
     label = _labeller(model_folder, folder, settings, batch_size) if missing else None
-    for path in missing:
-        start = int(path.stem)
+    for start, path in missing.items():
         rows = dataset.select(range(start, min(start + SHARD_SIZE, total)))
-
-        def report(done: int, _: int, start: int = start) -> None:
-            artifacts.report_progress(folder, "pseudo-labels", start + done, total, "documents")
-
         # The seed is the shard's own, so that a shard is the same whichever was written before it in this process.
         seed = int(artifacts.config_hash([settings["seed"], start])[:7], 16)
         options = {} if settings["temperature"] is None else {"seed": seed}
-        labels = zip(*label(rows["document"], progress=report, **options), strict=True)
+        options["progress"] = lambda done, _, start=start: artifacts.report_progress(
+            folder, "pseudo-labels", start + done, total, "documents"
+        )
         lines = []
-        for i, (text, score) in enumerate(labels):
+        for i, (text, score) in enumerate(zip(*label(rows["document"], **options), strict=True)):
             row = rows[i // candidates]
             id_ = row["id"] if candidates == 1 else f"{row['id']}#{i % candidates}"
             values = {"id": id_, "document": row["document"], "summary": text, "reference": row["summary"]}
             lines.append(json.dumps(values | {"score": score}, allow_nan=False) + "\n")
         artifacts.write_atomic(path, "".join(lines))
-    return shards
+    return list(shards.values())
 
 
 def _labeller(model_folder, folder, settings, batch_size) -> Callable:
@@ -214,8 +194,8 @@ def _labeller(model_folder, folder, settings, batch_size) -> Callable:
     options |= {"batch_size": batch_size, "dtype": torch.float32}  # no autocast: the weights have the dtype
     options["do_sample"] = settings["temperature"] is not None
     if options["do_sample"]:  # without top_k the library would fall back to one of its own
-        neutral = {"top_k": 0, "top_p": 1.0}
-        options |= {name: settings[name] if settings[name] is not None else neutral[name] for name in SAMPLING}
+        neutral = {"top_k": settings["top_k"] or 0, "top_p": settings["top_p"] or 1.0}
+        options |= {"temperature": settings["temperature"]} | neutral
     return partial(generation.summarize_with_scores, model, tokenizer, **options)
 
 
@@ -230,28 +210,24 @@ def _check_settings(path: Path, settings: dict) -> None:
 
 def _check_decoding(settings: dict, vocab_size: int | None) -> None:
     """Raise InputError where lengths, or beams, candidates and sampling, do not go together."""
-    if settings["min_length"] > settings["max_new_tokens"]:
-        raise InputError(
-            f"min_length {settings['min_length']} is beyond max_new_tokens {settings['max_new_tokens']}: raise "
-            "max_target_length, or give a smaller min_length"
-        )
     temperature, top_k, top_p = (settings[name] for name in SAMPLING)
     num_beams, num_candidates = settings["num_beams"], settings["num_candidates"]
+    shortest, longest = settings["min_length"], settings["max_new_tokens"]
+    if shortest > longest:
+        raise InputError(
+            f"min_length {shortest} is beyond max_new_tokens {longest}: raise max_target_length or lower it"
+        )
+    if num_candidates < 1 or (temperature is None and num_candidates > num_beams):
+        most = f"1 to {num_beams}, more num_beams, or a temperature to sample" if temperature is None else "at least 1"
+        raise InputError(f"num_candidates {num_candidates} of {num_beams} beams: give {most}")
     if temperature is None:
         if top_k is not None or top_p is not None:
             raise InputError(f"top_k {top_k} and top_p {top_p} are for sampling: give a temperature too, such as 1.0")
-        if not 1 <= num_candidates <= num_beams:
-            raise InputError(
-                f"num_candidates {num_candidates} of {num_beams} beams: give 1 to {num_beams}, more num_beams, "
-                "or a temperature to sample"
-            )
         return
     if temperature <= 0:
         raise InputError(f"temperature {temperature} draws nothing: give more than 0, or none for beams")
     if num_beams > 1:
         raise InputError(f"num_beams {num_beams} with a temperature: sampling has no beams, leave num_beams out")
-    if num_candidates < 1:
-        raise InputError(f"num_candidates {num_candidates} gives no label: give at least 1")
     if top_k is not None and top_p is not None:
         raise InputError(f"top_k {top_k} and top_p {top_p} together mean different things to the engines: give one")
     if top_k is not None and not 1 <= top_k <= (vocab_size or top_k):
@@ -280,8 +256,8 @@ def _dtype() -> torch.dtype:
 # ------------------------------------------------------------------------------------------------------------ filters
 
 
-def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> dict[str, list[float]]:
-    """Return the named measures, one value per label.
+def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
+    """Return the named measures, one row per label.
 
     `reference_rouge2`: ROUGE-2 F1 x 100 against the column `reference` (Distil-Whisper filters by an error rate so).
     `copy_rate`: share of the label's words in fragments copied from the document, single words included (coverage).
@@ -293,26 +269,21 @@ def measure_labels(dataset: Dataset, names: Sequence[str] = tuple(MEASURES)) -> 
     labels = dataset["summary"]
     references = dataset["reference"] if "reference" in dataset.column_names else [""] * len(dataset)
     missing = sum(not (reference or "").strip() for reference in references)
-    columns: dict[str, list[float]] = {}
+    measured = pd.DataFrame({"repeating": [float(generation.is_repeating(text)) for text in labels]})
     if "reference_rouge2" in names:
         if missing:
             raise InputError(f"reference_rouge2 needs references, {missing} of {len(dataset)} lack one: leave it out")
-        columns["reference_rouge2"] = metrics.rouge_scores(labels, references)["rouge2"].tolist()
-    if "repeating" in names:
-        columns["repeating"] = [float(generation.is_repeating(text)) for text in labels]
-    if set(names) <= columns.keys():
-        return columns
-
-    documents = dataset["document"]
-    found = pd.DataFrame([metrics.text_diagnostics([a], [b]) for a, b in zip(documents, labels, strict=True)])
-    lengths = [len(generation.words(text)) for text in (documents if missing else references)]
-    columns |= {
-        "copy_rate": found["coverage"].astype(float).fillna(0.0).tolist(),
-        "length_ratio": (found["words"] / pd.Series(lengths).clip(lower=1)).tolist(),
-        "unsupported_numbers": (1 - found["numbers_supported"].astype(float).fillna(1.0)).tolist(),
-        "unsupported_names": (1 - found["names_supported"].astype(float).fillna(1.0)).tolist(),
-    }
-    return {name: columns[name] for name in names}
+        measured["reference_rouge2"] = metrics.rouge_scores(labels, references)["rouge2"]
+    if not set(names) <= set(measured):
+        documents = dataset["document"]
+        pairs = zip(documents, labels, strict=True)
+        found = pd.DataFrame([metrics.text_diagnostics([document], [text]) for document, text in pairs], dtype=float)
+        lengths = [len(generation.words(text)) for text in (documents if missing else references)]
+        measured["copy_rate"] = found["coverage"].fillna(0.0)
+        measured["length_ratio"] = found["words"] / pd.Series(lengths).clip(lower=1)
+        measured["unsupported_numbers"] = 1 - found["numbers_supported"].fillna(1.0)
+        measured["unsupported_names"] = 1 - found["names_supported"].fillna(1.0)
+    return measured[list(names)]
 
 
 def filter_labels(dataset: Dataset, thresholds: dict[str, float | list[float]]) -> tuple[Dataset, dict[str, int]]:
@@ -325,15 +296,14 @@ def filter_labels(dataset: Dataset, thresholds: dict[str, float | list[float]]) 
     """
     bounds = bounds_of(thresholds)
     measured = measure_labels(dataset, list(thresholds))
-    reasons = ["empty" if generation.is_empty(text) else "kept" for text in dataset["summary"]]
-    for name, (low, high) in bounds.items():
-        for i, value in enumerate(measured[name]):
-            if reasons[i] == "kept" and not low <= value <= high:
-                reasons[i] = name
-    counts = {"total": len(reasons), **{name: reasons.count(name) for name in ("kept", "empty", *thresholds)}}
+    reasons = pd.Series(["empty" if generation.is_empty(text) else "kept" for text in dataset["summary"]])
+    for name, limits in bounds.items():
+        reasons[(reasons == "kept") & ~measured[name].between(*limits)] = name
+    counts = {"total": len(reasons)}
+    counts |= {name: int((reasons == name).sum()) for name in ("kept", "empty", *thresholds)}
     if not counts["kept"]:
         raise InputError(f"no pseudo-label is left, {counts}: widen a threshold, or train the teacher first")
-    return dataset.select([i for i, reason in enumerate(reasons) if reason == "kept"]), counts
+    return dataset.select(reasons.index[reasons == "kept"].tolist()), counts
 
 
 def threshold_rows(dataset: Dataset, thresholds: dict[str, float | list[float]]) -> pd.DataFrame:
@@ -344,12 +314,12 @@ def threshold_rows(dataset: Dataset, thresholds: dict[str, float | list[float]])
     """
     bounds = bounds_of(thresholds)
     measured = measure_labels(dataset, list(thresholds))
-    full = [i for i, text in enumerate(dataset["summary"]) if not generation.is_empty(text)]
+    measured = measured[[not generation.is_empty(text) for text in dataset["summary"]]]
     tables = []
     for name, (low, high) in bounds.items():
-        table = pd.DataFrame({"measure": name, "value": [measured[name][i] for i in full]})
-        table["removed"] = ~table["value"].between(low, high)
-        tables.append(table.assign(low=low, high=high, share_removed=table["removed"].mean()))
+        removed = ~measured[name].between(low, high)
+        table = pd.DataFrame({"measure": name, "value": measured[name], "removed": removed, "low": low, "high": high})
+        tables.append(table.assign(share_removed=removed.mean()))
     return pd.concat(tables, ignore_index=True)
 
 

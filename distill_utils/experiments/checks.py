@@ -23,8 +23,7 @@ from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
 from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
 from distill_utils.distillation.objectives import teacher_mode
-from distill_utils.distillation.targets import with_targets, write_targets
-from distill_utils.distillation.teacher_states import states_of
+from distill_utils.distillation.teacher_cache import states_of, with_targets, write_targets
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import runs

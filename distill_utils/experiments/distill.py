@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.data import loading
 from distill_utils.device import device
-from distill_utils.distillation.teacher_states import fits_disk
+from distill_utils.distillation.teacher_cache import fits_disk
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, comparison, fine_tuning, race, runs

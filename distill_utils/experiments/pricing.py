@@ -20,7 +20,7 @@ from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
 from distill_utils.distillation.pseudo_labels import pseudo_labels
-from distill_utils.distillation.teacher_states import with_states
+from distill_utils.distillation.teacher_cache import with_states
 from distill_utils.experiments import budget, runs
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import load_model, model_fingerprint

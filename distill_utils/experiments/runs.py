@@ -26,8 +26,7 @@ from distill_utils.distillation.pseudo_labels import (
     pseudo_labels,
     read_labels,
 )
-from distill_utils.distillation.targets import with_targets, write_targets
-from distill_utils.distillation.teacher_states import teacher_states, with_states
+from distill_utils.distillation.teacher_cache import teacher_states, with_states, with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model

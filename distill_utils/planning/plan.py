@@ -133,7 +133,7 @@ def label_seconds(
 
 
 def target_cache_bytes(num_tokens: int, top_k: int, vocab_size: int) -> int:
-    """Return the disk that `targets.write_targets` needs for k of the teacher's probabilities a target token."""
+    """Return the disk that `teacher_cache.write_targets` needs for k of the teacher's probabilities a target token."""
     return num_tokens * (4 + top_k * (2 + (2 if vocab_size <= 2**16 else 4)))  # a count; probabilities; ids
 
 
