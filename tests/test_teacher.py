@@ -35,13 +35,8 @@ def test_card_states_what_the_files_give(card, written):
         mean, low, high = card["rouge_checked"][name]
         # Another platform's wheels may hold other docstrings: then the figures only have to be compatible.
         assert scores.mean() == pytest.approx(mean, abs=0.3) if same_corpus else low <= scores.mean() <= high, name
-
-
-def test_card_covers_the_test_split_and_every_stage(card):
     assert card["num_test"] > 1000 and [stage["stage"] for stage in card["stages"]] == ["denoising", "fine-tuning"]
-    assert re.fullmatch(r"[0-9a-f]{12}", card["corpus_fingerprint"])
-    for mean, low, high in card["rouge"].values():
-        assert low < mean < high
+    assert all(low < mean < high for mean, low, high in card["rouge"].values())
 
 
 def test_teacher_writes_a_summary_for_each_document(written):

@@ -54,7 +54,7 @@ TUNING = Training(
 )  # fmt: skip
 TASKS = ("summaries", "family", "belongs")
 TASK_ROWS = {"train": 5000, "validation": 128, "test": 1000}
-LENGTHS = {"max_source_length": 128, "max_target_length": 40}
+LENGTHS = (128, 40)  # of sources and targets, in tokens
 
 
 def make_tokenizer() -> Path:
@@ -175,10 +175,30 @@ def corrupt(infilled: Path) -> Path:
     return train_stage("t5-corrupted", "T5, spans", settings, SPAN_CORRUPTION, tokenizer, SOURCE_LENGTH, start, data)
 
 
-def downstream(name: str) -> list[dict]:
-    """Fine-tune a shipped model and the same shape from nothing on every embedded task; one row a task and model.
+def build(name: str = "pydocs-t5") -> Path:
+    """Train one of the language models, write it to assets/ in bf16 with its card, and return that folder.
 
-    Rows are `miniend.result_row`s of "pre-trained", which is compared with "untrained" over the test rows.
+    The largest, which notebook 04 fine-tunes, is also measured on the tasks.
+    """
+    facts = git_state()
+    infilled = infill(*SHAPES[name])
+    trained = corrupt(infilled)
+    folder = ASSETS / name
+    model, tokenizer = load_model(trained / "model")
+    save_model(model.to(torch.bfloat16), tokenizer, folder)
+    facts |= origin(trained) | {"training_tokens": read_json(trained / "results.json")["tokens"]}
+    stages = (("text infilling", infilled, INFILLING), ("span corruption", trained, SPAN_CORRUPTION))
+    facts["stages"] = [stage_facts(*stage) for stage in stages]
+    tasks = measure_tasks(name) if name == "pydocs-t5" else {}
+    write_card(folder, facts | measure(name) | tasks)
+    return folder
+
+
+def measure_tasks(name: str) -> dict:
+    """Return what the card says of fine-tuning a shipped model on the tasks; an hour on a processor core.
+
+    "downstream" are `miniend.result_row`s of the model ("pre-trained") and of the same shape from nothing
+    ("untrained"), which it is compared with over the test rows.
     """
     model, tokenizer = load_model(name)
     width, layers = SHAPES[name]
@@ -186,53 +206,21 @@ def downstream(name: str) -> list[dict]:
         path="scratch", shape=f"{layers}-{layers}", teacher=name, training=TUNING, source_length=SOURCE_LENGTH,
         variant=f"w{width}",
     )  # fmt: skip
-    places = {"untrained": str(miniend.untrained(run, model, tokenizer)), "pre-trained": name}
+    places = {"pre-trained": name, "untrained": str(miniend.untrained(run, model, tokenizer))}
+    source_length, target_length = LENGTHS
     rows = []
     for task in TASKS:
         train, validation, test = (miniend.load_task(task, split, num) for split, num in TASK_ROWS.items())
         tested = {}
         for label, place in places.items():
             model, _ = load_model(place)
-            tuned = miniend.fine_tune(
-                f"{label} {name}", place, model, tokenizer, task, train, validation, TUNING, *LENGTHS.values()
-            )
-            tested[label] = miniend.test_task(
-                tuned, task, test, LENGTHS["max_source_length"], num_beams=1,
-                max_new_tokens=LENGTHS["max_target_length"],
-            )  # fmt: skip
-        rows += [miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)]
-    return rows
-
-
-def build(name: str = "pydocs-t5") -> Path:
-    """Train one of the language models, write it to assets/ in bf16 with its card, and return that folder.
-
-    The largest, which notebook 04 fine-tunes, is also measured on the tasks.
-    """
-    trained_by = git_state()
-    infilled = infill(*SHAPES[name])
-    trained = corrupt(infilled)
-    folder = ASSETS / name
-    model, tokenizer = load_model(trained / "model")
-    save_model(model.to(torch.bfloat16), tokenizer, folder)
-    facts = {
-        **trained_by,
-        **origin(trained),
-        "training_tokens": read_json(trained / "results.json")["tokens"],
-        "stages": [
-            stage_facts("text infilling", infilled, INFILLING),
-            stage_facts("span corruption", trained, SPAN_CORRUPTION),
-        ],
-    }
-    tasks = measure_tasks(name) if name == "pydocs-t5" else {}
-    write_card(folder, facts | measure(name) | tasks)
-    return folder
-
-
-def measure_tasks(name: str) -> dict:
-    """Return what the card says of fine-tuning a shipped model on the tasks; an hour on a processor core."""
+            given = place, model, tokenizer, task, train, validation, TUNING, *LENGTHS
+            tuned = miniend.fine_tune(f"{label} {name}", *given)
+            decoding = {"num_beams": 1, "max_new_tokens": target_length}
+            tested[label] = miniend.test_task(tuned, task, test, source_length, **decoding)
+        rows += [miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in places]
     facts = {"tasks_corpus": corpus_facts()["fingerprint"], "tuning": hashed(TUNING), "task_rows": TASK_ROWS}
-    return facts | {"downstream": downstream(name)}
+    return facts | {"downstream": rows}
 
 
 def measure(name: str) -> dict:

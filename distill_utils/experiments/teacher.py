@@ -123,18 +123,10 @@ def new_model() -> BartForConditionalGeneration:
         encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * WIDTH,
         decoder_ffn_dim=4 * WIDTH, max_position_embeddings=MAX_SOURCE_LENGTH, dropout=0.0, attention_dropout=0.0,
         activation_dropout=0.0, init_std=INIT_STD,
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-        forced_eos_token_id=None,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        # Read by the CTranslate2 converter; public BART checkpoints carry them too.
+        normalize_before=False, normalize_embedding=True, add_final_layer_norm=False, add_bias_logits=False,
     )  # fmt: skip
-    # Read by the CTranslate2 converter; public BART checkpoints carry them too.
-    config.update(
-        {
-            "normalize_before": False,
-            "normalize_embedding": True,
-            "add_final_layer_norm": False,
-            "add_bias_logits": False,
-        }
-    )
     return BartForConditionalGeneration(config)
 
 
