@@ -23,9 +23,8 @@ if __name__ == "__main__":
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         if name == "pydocs-bart-base":
             continue
-        room = teacher if name == "pydocs-bart" else t5_teacher
-        measured = teacher.measure() if room is teacher else t5_teacher.measure(name)
+        measured = teacher.measure() if name == "pydocs-bart" else t5_teacher.measure(name)
         if name == "pydocs-t5" and "--tasks" in sys.argv:
             measured |= t5_teacher.measure_tasks(name)
-        teacher.write_card(folder, read_json(folder / "card.json") | measured, room.card_text)
+        teacher.write_card(folder, read_json(folder / "card.json") | measured)
         print(f"renewed {folder}", flush=True)

@@ -41,6 +41,23 @@ def small_and_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "RELATION_HEADS", 4)
 
 
+@pytest.fixture(params=KINDS)
+def place(request, small_and_apart) -> tuple:
+    """Return a kind, its text, the run folder of a teacher of that kind, and the teacher."""
+    text = tiny_text()
+    teacher = controls.control_model(request.param, "teacher", text, TRAINING)
+    return request.param, text, teacher, load(request.param, teacher).eval()
+
+
+def load(kind: str, folder):
+    return KINDS[kind][2].from_pretrained(folder / "model")
+
+
+@torch.no_grad()
+def loss_of(model, batch: dict) -> float:
+    return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+
+
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -97,20 +114,13 @@ def test_first_sentinel_masks_where_there_is_no_mask_token():
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_path_from_text_to_rows(kind):
-    text, task = tiny_text(), {"train": task_rows(24, 1), "test": task_rows(20, 2)}
-    teacher = controls.control_teacher(kind, text, TRAINING)
+def test_every_path_from_text_to_rows(place):
+    kind, text, teacher, large = place
+    task = {"train": task_rows(24, 1), "test": task_rows(20, 2)}
     before = (teacher / "model" / "model.safetensors").read_bytes()
-    large = KINDS[kind][2].from_pretrained(teacher / "model")
     assert large.config.model_type == kind and large.config.num_hidden_layers == 2
-
     checks = language_model_stream(text.held_out, text.tokenizer, KINDS[kind][0], 24, 10, 0)
-    losses = []
-    for step in range(4):
-        (batch,) = checks(step)
-        with torch.no_grad():
-            losses.append(large(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item())
+    losses = [loss_of(large, checks(step)[0]) for step in range(4)]
     assert read_history(teacher)[-1]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
     arguments = ([kind], text, {"belongs": task}, TRAINING, TRAINING, TRAINING, [1])
@@ -132,20 +142,19 @@ def test_every_path_from_text_to_rows(kind):
     assert controls.run_controls(*arguments) == rows  # every artifact is found again
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_paths_share_a_start_and_train_what_they_should(kind):
-    text = tiny_text()
-    teacher = controls.control_teacher(kind, text, TRAINING)
-    models, terms = {}, {}
+def test_paths_share_a_start_and_train_what_they_should(place):
+    kind, text, teacher, _ = place
+    folders, terms = {}, {"none": set()}
     for path in controls.CONTROL_PATHS:
-        folder = controls.distill_control(kind, path, teacher, text, TRAINING)
-        models[path] = KINDS[kind][2].from_pretrained(folder / "model").state_dict()
-        terms[path] = {name for name in read_history(folder)[0] if name.endswith("_loss")} if path != "none" else set()
+        folders[path] = controls.control_model(kind, path, text, TRAINING, teacher)
+        if path != "none":
+            terms[path] = {name for name in read_history(folders[path])[0] if name.endswith("_loss")}
+    models = {path: load(kind, folder).state_dict() for path, folder in folders.items()}
     site = "encoder_self_loss" if kind == "bert" else "decoder_self_loss"
     assert terms == {
         "none": set(), "scratch": {"ce_loss"}, "logits": {"ce_loss", "kl_loss"}, "self": {site},
     }  # fmt: skip
-    start = controls.new_student(KINDS[kind][2].from_pretrained(teacher / "model"), TRAINING.seed).state_dict()
+    start = controls.new_model(kind, text, 1, TRAINING.seed).state_dict()
     assert all(torch.equal(start[name], weight) for name, weight in models["none"].items())
     changed = {path: {name for name in start if not torch.equal(start[name], models[path][name])} for path in models}
     # Relations stop at the projections of the last layer: neither what comes behind them nor the head is trained.
@@ -154,13 +163,10 @@ def test_paths_share_a_start_and_train_what_they_should(kind):
     assert len(behind) > 3 and not changed["self"] & {name for name in behind if "decoder.weight" not in name}
     assert any("value" in name or "v_proj" in name for name in changed["self"])
     assert changed["scratch"] == changed["logits"] >= behind
-    folder = controls.distill_control(kind, "self", teacher, text, TRAINING)
-    for other in (
-        controls.distill_control(kind, "self", teacher, text, replace(TRAINING, seed=1)),
-        controls.distill_control(kind, "self", teacher, tiny_text(TOKENS[:-1]), TRAINING),
-        controls.distill_control(kind, "self", teacher, text._replace(length=20), TRAINING),
-    ):
-        assert other != folder
+    for other_text, training in (
+        (text, replace(TRAINING, seed=1)), (tiny_text(TOKENS[:-1]), TRAINING), (text._replace(length=20), TRAINING),
+    ):  # fmt: skip
+        assert controls.control_model(kind, "self", other_text, training, teacher) != folders["self"]
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -169,8 +175,7 @@ def test_paths_share_a_start_and_train_what_they_should(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_classifier_keeps_the_stack_and_ignores_padding(kind):
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    model = controls.new_model(kind, tokenizer, 24, **controls.SHAPE)
+    model = controls.new_model(kind, tiny_text(), 2, seed=0)
     classifier = controls.new_classifier(model, 3, 5).eval()
     again = controls.new_classifier(model, 3, 5).state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in classifier.state_dict().items())
@@ -190,10 +195,8 @@ def test_classifier_keeps_the_stack_and_ignores_padding(kind):
     torch.testing.assert_close(together["loss"], torch.nn.functional.cross_entropy(together["logits"], wanted))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_tuning_learns_a_task_that_a_word_decides(kind):
-    text = tiny_text()
-    teacher = controls.control_teacher(kind, text, TRAINING)
+def test_tuning_learns_a_task_that_a_word_decides(place):
+    kind, text, teacher, _ = place
     tuning = replace(TRAINING, max_steps=40, batch_size=16)
     train, test = task_rows(64, 1), task_rows(30, 2)
     tested = controls.tune_control(kind, teacher, "belongs", train, test, text, tuning)
@@ -205,23 +208,16 @@ def test_tuning_learns_a_task_that_a_word_decides(kind):
     assert controls.tune_control(kind, teacher, "belongs", train, test.select(range(29)), text, TRAINING) != short
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_going_on_takes_the_next_updates_of_the_text(kind):
-    text, still = tiny_text(), replace(TRAINING, max_steps=2, learning_rate=1e-12)
-    teacher = controls.control_teacher(kind, text, TRAINING)
+def test_going_on_takes_the_next_updates_of_the_text(place):
+    kind, text, teacher, model = place
+    still = replace(TRAINING, max_steps=2, learning_rate=1e-12)
     folder = controls.continue_control(kind, teacher, text, still, start=3)
-    model = KINDS[kind][2].from_pretrained(teacher / "model").eval()
-
-    def loss(batch: dict) -> float:
-        with torch.no_grad():
-            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
-
     batches = language_model_stream(text.tokens, text.tokenizer, KINDS[kind][0], 24, 4, TRAINING.seed)
-    wanted = [loss(batches(step)[0]) for step in (3, 4)]
+    wanted = [loss_of(model, batches(step)[0]) for step in (3, 4)]
     assert [row["loss"] for row in read_history(folder)] == pytest.approx(wanted, rel=1e-4)
     windows = language_model_stream(text.held_out, text.tokenizer, KINDS[kind][0], 24, 1, 0)
     found = read_json(folder / "scores.json")["log_likelihood"]
-    assert found == pytest.approx([-loss(windows(step)[0]) for step in range(500 // 24)], rel=1e-4)
+    assert found == pytest.approx([-loss_of(model, windows(step)[0]) for step in range(500 // 24)], rel=1e-4)
     assert read_json(folder / "results.json")["score"] == pytest.approx(np.mean(found))
 
 

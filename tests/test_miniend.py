@@ -1,5 +1,6 @@
 """Distillation on plain text: every path to a fine-tuned student, assistants, mixed targets and exact resume."""
 
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -59,7 +60,7 @@ def equal_weights(one, other) -> bool:
 
 def test_every_path_from_description_to_a_tested_task(place, capsys):
     base, teacher, tokenizer, tokens, held_out = place
-    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    before = copy.deepcopy(teacher)
     plan = [replace(base, path=path) for path in PATHS]
     miniend.check_runs(plan, teacher)
     starts = [miniend.new_student(run, teacher) for run in plan]
@@ -76,7 +77,7 @@ def test_every_path_from_description_to_a_tested_task(place, capsys):
         assert ("validation_loss" in final) == (run.path in ("scratch", "logits", "miniend_logits"))
         assert {row["step"] for row in read_history(folder)} == {1, 2, 3}
         assert miniend.distill(run, teacher, tokenizer, tokens, held_out) == folder
-    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+    assert equal_weights(teacher, before)
     assert miniend.distill(base, teacher, tokenizer, tokens[:-1], held_out) != folder  # other text, other run
 
     student, tokenizer = load_model(folder / "student")
@@ -118,10 +119,8 @@ def test_classification_is_scored_row_by_row(place, monkeypatch):
         ({"width": 17}, "width 17 leaves no whole"),
         ({"training": replace(TRAINING, max_steps=0)}, "max_steps 0 is too small"),
         ({"mix_start": 0.0}, "mix_start 0.0 with mix_rate 0.0005 is impossible: use a start above 0"),
-        ({"mix_start": 1.5}, "mix_start 1.5"),
         ({"mix_start": 0.4, "mix_rate": -1.0}, "mix_rate -1.0"),
         ({"mix_start": 0.4}, "path miniend imitates no distribution"),
-        ({"path": "scratch", "mix_start": 0.4}, "path scratch imitates no distribution"),
     ],
 )
 def test_bad_runs_are_rejected_before_training(place, changes, said):
@@ -162,7 +161,7 @@ def test_held_out_loss_is_the_mean_over_tokens():
 
 def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(t5_place, monkeypatch):
     run, teacher, *rest = t5_place
-    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    before = copy.deepcopy(teacher)
     taught, distill = {}, miniend.distill
 
     def spy(run, teacher, *rest):
@@ -171,22 +170,20 @@ def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(t5_place, mo
         return folder
 
     monkeypatch.setattr(miniend, "distill", spy)
-    shape, width = "3-3", 8  # MiniLM's rule: as deep as the teacher, as wide as the student
-    found = miniend.with_assistant(run, shape, width, teacher, *rest, share=1 / 3)
+    route = "3-3", 8, teacher, *rest  # MiniLM's rule: as deep as the teacher, as wide as the student
+    found = miniend.with_assistant(run, *route, share=1 / 3)
     name, model = taught[found["student"]]
     assert name == str(found["assistant"] / "student") and taught[found["assistant"]] == (run.teacher, teacher)
-    assert equal_weights(model, load_model(found["assistant"] / "student")[0])
+    assert equal_weights(model, load_model(found["assistant"] / "student")[0]) and equal_weights(teacher, before)
 
-    direct = distill(run, teacher, *rest)
-    results = {name: read_json(folder / "results.json") for name, folder in found.items()}
-    straight = read_json(direct / "results.json")
-    assert [result["final"]["step"] for result in results.values()] == [2, 4]
-    assert sum(result["target_tokens"] for result in results.values()) == straight["target_tokens"]
-    assert results["student"]["parameters"] == straight["parameters"]
-    sizes = [students.count_parameters(teacher)["total"], *(r["parameters"]["total"] for r in results.values())]
+    straight = read_json(distill(run, teacher, *rest) / "results.json")
+    results = [read_json(found[name] / "results.json") for name in ("assistant", "student")]
+    assert [result["final"]["step"] for result in results] == [2, 4]
+    assert sum(result["target_tokens"] for result in results) == straight["target_tokens"]
+    assert results[1]["parameters"] == straight["parameters"]
+    sizes = [students.count_parameters(teacher)["total"], *(result["parameters"]["total"] for result in results)]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
-    assert miniend.with_assistant(run, shape, width, teacher, *rest, share=1 / 3) == found  # reused
+    assert miniend.with_assistant(run, *route, share=1 / 3) == found  # reused
 
 
 @pytest.mark.parametrize(("width", "middle", "share"), [(0, 0, 0.5), (0, 16, 0.2), (8, 0, 0.7), (8, 8, 0.5)])
@@ -237,7 +234,7 @@ def test_assistants_are_written_as_layers_and_width():
 # --------------------------------------------------------------------------------------------------------- mixed target
 
 
-@pytest.mark.parametrize("mix", [0.1, 0.9])
+@pytest.mark.parametrize("mix", [0.0, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [3, 1024])
 def test_a_mixed_target_equals_the_naive_one_with_gradient(mix, temperature, chunk_tokens):
@@ -251,23 +248,9 @@ def test_a_mixed_target_equals_the_naive_one_with_gradient(mix, temperature, chu
 
     logits, same = student.clone().requires_grad_(), nn.Identity()
     loss = chunked_token_losses(logits, same, LABELS, teacher, same, temperature, chunk_tokens, mix=mix)["kl_loss"]
-    assert loss.item() == pytest.approx(value, rel=1e-5)
+    assert loss.item() == pytest.approx(value, rel=1e-5, abs=1e-6)
     loss.backward()
     torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_all_teacher_is_the_plain_divergence_and_all_student_is_none():
-    student, teacher, batch = tiny_t5(1, 1, seed=1), tiny_t5(2, 2), tiny_batch()
-    losses, gradients = [], []
-    for options in ({}, {"mix": 1.0}, {"mix": 0.0}, {"mix": 0.5}):
-        student.zero_grad()
-        options |= miniend.SILENT | {"kl_weight": 1.0}
-        losses.append(objectives.miniend(student, teacher, batch, **options)["loss"])
-        losses[-1].backward()
-        gradients.append(student.shared.weight.grad.clone())
-    assert torch.equal(losses[0], losses[1]) and torch.equal(gradients[0], gradients[1])
-    assert losses[2].abs() < 1e-6 and gradients[2].abs().max() < 1e-6
-    assert 0 < losses[3] < losses[0]
 
 
 def test_mixing_never_holds_the_logits_of_all_tokens():

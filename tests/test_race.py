@@ -36,13 +36,16 @@ def prices(updates: dict[str, float], **changes) -> dict:
 
 
 class Scores:
-    """Made-up scores by name: mean after the first rung, gain a doubling; what was asked for is kept."""
+    """Made-up scores by name: mean after the first rung, gain a doubling; what was asked for is kept, call by call."""
 
     def __init__(self, means: dict[str, float], gain: float = 1.0, noise: float = 3.0):
         self.means, self.gain, self.noise, self.asked = means, gain, noise, []
 
-    def __call__(self, name: str, updates: int, seed: int) -> np.ndarray:
-        self.asked.append((name, updates, seed))
+    def __call__(self, students: list[tuple[str, int, int]]) -> list[np.ndarray]:
+        self.asked.append(students)
+        return [self.scores_of(*student) for student in students]
+
+    def scores_of(self, name: str, updates: int, seed: int) -> np.ndarray:
         drawn = np.random.default_rng([sorted(self.means).index(name), updates, seed])
         shared = np.random.default_rng(0).normal(0, 5, 200)  # documents are hard or easy for all alike
         values = drawn.normal(0, self.noise, 200)
@@ -53,8 +56,9 @@ class Scores:
 
 
 def test_budgets_are_read_with_their_units():
-    assert budget.parse_budget("0.03s", 2.0, "100M", "1GB") == budget.Budget(30.0, 2.0, 100.0, 1024.0)
-    assert budget.parse_budget(" 30 MS ", parameters="1.5b") == budget.Budget(latency=30.0, parameters=1500.0)
+    limits = {"latency": 30.0, "speedup": 2.0, "parameters": 100.0, "memory": 1024.0}
+    assert budget.parse_budget("0.03s", 2.0, "100M", "1GB") == limits
+    assert budget.parse_budget(" 30 MS ", parameters="1.5b") == {"latency": 30.0, "parameters": 1500.0}
 
 
 @pytest.mark.parametrize(
@@ -86,27 +90,34 @@ def rows_of(**latencies: float) -> list[dict]:
     return rows
 
 
-def test_only_the_largest_shapes_that_fit_start():
-    rows = rows_of(s6_3=30.0, s6_1=22.0, s3_6=36.0, s3_3=24.0, s3_1=15.0, s1_3=20.0, s1_1=10.0)
-    assert budget.choose_shapes(rows, budget.Budget(latency=30.0)) == ["6-3"]
-    assert budget.choose_shapes(rows, budget.Budget(latency=24.0)) == ["6-1", "3-3"]
-    assert budget.choose_shapes(rows, budget.Budget(latency=21.0)) == ["3-1", "1-3"]
-    assert budget.choose_shapes(rows, budget.Budget(latency=21.0, speedup=2.5)) == ["3-1"]
-    why = budget.fit_column(rows, budget.Budget(latency=24.0), ["6-1", "3-3"])
+EIGHT = {"s6_3": 30.0, "s6_1": 22.0, "s3_6": 36.0, "s3_3": 24.0, "s3_1": 15.0, "s1_3": 20.0, "s1_1": 10.0}
+FOUR = {"s8_1": 9.0, "s4_2": 9.0, "s2_4": 9.0, "s1_8": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("latencies", "limits", "chosen"),
+    [
+        (EIGHT, {"latency": 30.0}, ["6-3"]),  # the largest that fit
+        (EIGHT, {"latency": 24.0}, ["6-1", "3-3"]),
+        (EIGHT, {"latency": 21.0}, ["3-1", "1-3"]),
+        (EIGHT, {"latency": 21.0, "speedup": 2.5}, ["3-1"]),
+        (FOUR, {"latency": 9.0}, ["8-1", "4-2", "2-4"]),  # three at most
+    ],
+)
+def test_shapes_that_start(latencies, limits, chosen):
+    assert budget.choose_shapes(rows_of(**latencies), limits) == chosen
+
+
+def test_why_shapes_start_or_do_not():
+    why = budget.fit_column(rows_of(**EIGHT), {"latency": 24.0}, ["6-1", "3-3"])
     assert why[0] == "latency off by 66.7 %" and why[2] == why[4] == "starts" and "larger" in why[5]
-
-
-def test_at_most_three_shapes_start():
-    rows = rows_of(s8_1=9.0, s4_2=9.0, s2_4=9.0, s1_8=9.0)
-    assert budget.choose_shapes(rows, budget.Budget(latency=9.0)) == ["8-1", "4-2", "2-4"]
 
 
 def test_a_budget_that_nobody_meets_names_the_nearest_one_that_can_be_met():
     rows = rows_of(s6_3=30.0, s1_1=10.04)
-    with pytest.raises(InputError, match="nearest is 1-1, ask for --latency 10.1ms --speedup 3.98") as error:
-        budget.choose_shapes(rows, budget.Budget(latency=5.0, speedup=8.0))
-    assert "\n" not in str(error.value)
-    assert budget.choose_shapes(rows, budget.Budget(latency=10.1, speedup=3.98)) == ["1-1"]
+    with pytest.raises(InputError, match="nearest is 1-1, ask for --latency 10.1ms --speedup 3.98"):
+        budget.choose_shapes(rows, {"latency": 5.0, "speedup": 8.0})
+    assert budget.choose_shapes(rows, {"latency": 10.1, "speedup": 3.98}) == ["1-1"]
 
 
 # ------------------------------------------------------------------------------------------------------------- the race
@@ -144,16 +155,14 @@ def test_hours_below_one_rung_name_what_is_needed():
 
 def test_worse_candidates_and_those_without_time_are_told_apart():
     means = {"a": 20.0, "b": 20.1, "c": 19.9, "d": 10.0}
-    score, ahead = Scores(means), []
-    found = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 400.0 + 220 + 400, score, ahead.append)
+    score = Scores(means)
+    found = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 400.0 + 220 + 400, score)
     assert found["fates"] == {
         "a": "not separated from the winner", "b": "winner", "c": "dropped for time before 200 updates",
         "d": "worse after 100 updates",
     }  # fmt: skip
-    assert found["finalists"] == {"a": 2, "b": 2} or found["finalists"] == {"b": 2, "a": 2}
-    assert score.asked[4:] == [("b", 200, 0), ("a", 200, 0), ("b", 200, 1), ("a", 200, 1)]
-    # what workers share: a rung, a rung, the finalists' second seeds
-    assert ahead == [score.asked[:4], score.asked[4:6], score.asked[6:]]
+    assert found["finalists"] == {"a": 2, "b": 2}
+    assert score.asked[1:] == [[("b", 200, 0), ("a", 200, 0)], [("b", 200, 1), ("a", 200, 1)]]
     assert found["seconds"] == 1020.0 and "used up" in found["ended"]
     again = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 1020.0, Scores(means))
     assert again["winner"] == found["winner"] and again["rows"] == found["rows"]
@@ -163,7 +172,7 @@ def test_a_race_ends_when_nobody_gains_and_the_best_rung_counts():
     score = Scores({"a": 20.0, "b": 10.0}, gain=-1.0)
     found = race.run_race(prices(dict.fromkeys("ab", 1.0)), 1e6, score)
     assert (found["winner"], found["updates"]) == ("a", 100) and "no student gained" in found["ended"]
-    assert score.asked == [("a", 100, 0), ("b", 100, 0), ("a", 200, 0)]  # b is worse, so no second seed is needed
+    assert score.asked == [[("a", 100, 0), ("b", 100, 0)], [("a", 200, 0)]]  # b is worse, so no second seed is needed
 
 
 def test_the_simplest_that_is_not_separated_is_named():
@@ -200,31 +209,23 @@ def given(tmp_path, monkeypatch):
     return GIVEN | {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "pairs.csv"), "output": ""}
 
 
-def run_tiny_race(given: dict, rungs: int = 2, killed_at: int | None = None) -> tuple[dict, Path]:
-    """Race for so many rungs by fixed prices; `killed_at` raises inside the training of that student."""
+def run_tiny_race(given: dict, killed_at: int = 0) -> tuple[dict, Path]:
+    """Race two rungs and second seeds by fixed prices; `killed_at` raises inside the training of that student."""
     asked = distill.prepare(given)
     plan = distill.candidates(asked, ["3-1", "1-1"])
     made = prices(dict.fromkeys(plan, 1.0), first_rung=given["first_rung"], cooldown_share=distill.COOLDOWN)
-    seconds = {1: 24.0, 2: 24.0 + 14 + 24}[rungs]  # a second seed of both finalists after two rungs
-    count = 0
+    saved, real = [], runs.save_model
 
-    def score(name: str, updates: int, seed: int) -> np.ndarray:
-        nonlocal count
-        count += 1
-        if count == killed_at:
-            run = distill.student_run(asked, plan, name, updates, seed)
-            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(runs, "save_model", _raise)
-                runs.train_student(run, asked.teacher, asked.tokenizer, *list(asked.splits.values())[:2])
+    def save(*arguments):
+        saved.append(arguments)
+        if len(saved) == killed_at:
             raise KeyboardInterrupt
-        return distill.trained_and_scored(asked, plan, name, updates, seed)
+        real(*arguments)
 
-    found = race.run_race(made, seconds, score, partial(distill.train_ahead, asked, plan))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "save_model", save)
+        found = race.run_race(made, 24.0 + 14 + 24, partial(distill.trained_and_scored, asked, plan))
     return found, asked.made[found["winner"], found["updates"], found["seed"]][0]
-
-
-def _raise(*_):
-    raise KeyboardInterrupt
 
 
 def test_tables_of_a_race_whose_teacher_was_there(given):
@@ -238,40 +239,32 @@ def test_tables_of_a_race_whose_teacher_was_there(given):
     assert times["training and scoring students"]["priced (s)"] == 12 and times["tests and export"]["priced (s)"] == 5
     fates = distill.fate_rows(plan, found)
     assert [row["updates"] for row in fates] == [6, 6] and fates[0]["fate"] == "winner"
-    shapes = [{"name": name, "student": shape, "latency_ms": ms}
-              for name, shape, ms in (("teacher", "", 9.0), ("3-1", "3-1", 5.0), ("1-1", "1-1", 4.0))]  # fmt: skip
-    keyed = [row | {"name": row["student"] or "teacher"} for row in shapes]
-    front = distill.front_rows(asked, plan, found, keyed, teacher_test)
+    shapes = [{"name": name, "latency_ms": ms} for name, ms in (("teacher", 9.0), ("3-1", 5.0), ("1-1", 4.0))]
+    front = distill.front_rows(asked, plan, found, shapes, teacher_test)
     assert {row["student"]: row["latency_ms"] for row in front} == {"": 9.0, "3-1": 5.0, "1-1": 4.0}
 
 
 @pytest.mark.slow
-def test_a_killed_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch):
+def test_a_killed_or_shared_race_ends_with_the_same_winner_and_weights(given, tmp_path, monkeypatch, capsys):
     whole, folder = run_tiny_race(given)
     assert len(whole["rows"]) == 4 + 2 and set(whole["finalists"].values()) <= {1, 2}
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "again"))
-    for killed_at in (2, 5):  # in the first rung and in the second, whose trunks go on
+    for killed_at in (2, 4):  # in the first rung and, after two more students, in the second, whose trunks go on
         with pytest.raises(KeyboardInterrupt):
-            run_tiny_race(given, killed_at=killed_at)
-    again, same = run_tiny_race(given)
-    assert again == whole and same != folder and same.name == folder.name
-    one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.slow
-def test_two_workers_end_with_the_winner_and_weights_of_one(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", str(2 * torch.get_num_threads()))  # shared by two: as many as here
-    whole, folder = run_tiny_race(given)
+            run_tiny_race(given, killed_at)
+    again = run_tiny_race(given)
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "shared"))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(2 * torch.get_num_threads()))  # shared by two: as many as here
     capsys.readouterr()
-    shared, same = run_tiny_race(given | {"workers": 2})
-    assert shared == whole and same != folder and same.name == folder.name
-    one, other = (load_file(path / "student" / "model.safetensors") for path in (folder, same))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    shared = run_tiny_race(given | {"workers": 2})
     out = capsys.readouterr().out
     assert "4 of 4" in out and "building runs/sft" not in out and "building runs/pl_kl" not in out
     assert not list((tmp_path / "shared" / "workers").iterdir())
+    weights = load_file(folder / "student" / "model.safetensors")
+    for found, same in (again, shared):
+        assert found == whole and same != folder and same.name == folder.name
+        other = load_file(same / "student" / "model.safetensors")
+        assert weights.keys() == other.keys() and all(torch.equal(weights[name], other[name]) for name in weights)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +280,11 @@ def test_two_workers_end_with_the_winner_and_weights_of_one(given, tmp_path, mon
         ({"student_shapes": ["3-9"]}, "is 9"),
         ({"decoding": ["top_p=0.5"]}, "decoding: top_p set nothing here"),
         ({"output": str(Path(__file__).parent)}, "tests exists: name a folder"),
+        ({"train_teacher": True, "first_rung": 300, "num_train": 4}, "4 training pairs are too few"),
+        ({"train_teacher": True, "first_rung": 12, "hours": 1e-6}, "hours 1e-06 are below"),
     ],
 )
-def test_bad_requests_are_rejected_before_anything_is_measured(given, change, message):
+def test_bad_requests_are_rejected_before_anything_is_trained(given, change, message):
     with pytest.raises(InputError, match=message):
         distill.prepare(given | change)
 
@@ -316,15 +311,6 @@ def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_
     plan = distill.candidates(asked, ["3-1"])
     costs = distill.race_prices(asked, plan, distill.measured_shapes(asked), distill.measured_prices(asked, plan))
     assert costs["measured"] > own["priced_s"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"num_train": 4, "first_rung": 300}, "4 training pairs are too few"), ({"hours": 1e-6}, "hours 1e-06 are below")],
-)
-def test_hours_and_pairs_must_do_for_a_teacher(given, change, message):
-    with pytest.raises(InputError, match=message):
-        distill.prepare(given | {"train_teacher": True, "first_rung": 12} | change)
 
 
 def test_too_many_candidates_are_rejected_and_learning_rates_fill_the_rest(given):
@@ -407,24 +393,13 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.slow
-def test_the_command_leaves_a_student_and_a_page(given, tmp_path):
-    output = tmp_path / "student"
-    given |= {"student_shapes": ["3-1", "1-1"], "methods": ["sft"], "max_rungs": 1}
-    assert main(command_of(given, "--output", str(output))) == 0
-    model, _ = load_model(output)
-    assert len(model.get_decoder().layers) == 1
-    assert (output / "report" / "distill.html").exists()
-    results = read_json(output / "report" / "distill.json")
-    assert results["rows"][1]["student"] == results["race"]["winner"].split()[1].rstrip(",")
-
-
-@pytest.mark.slow
 def test_the_command_killed_twenty_times_leaves_the_same_student(given, tmp_path):
     given |= {"student_shapes": ["3-1", "1-1"], "max_rungs": 2, "first_rung": 40}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.perf_counter()
     assert _start(given, tmp_path / "runs", whole).wait(timeout=600) == 0
     duration = time.perf_counter() - began
+    assert (whole / "report" / "distill.html").exists() and len(load_model(whole)[0].get_decoder().layers) == 1
     for measured in ("prices", "shapes"):  # another measurement may be another race
         (folder,) = (tmp_path / "runs").glob(f"{measured}-*")
         shutil.copytree(folder, tmp_path / "again" / folder.name)

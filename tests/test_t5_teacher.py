@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -43,12 +42,9 @@ def made(tmp_path_factory):
         patch.setattr(teacher, "corpus_facts", lambda: FACTS)
         patch.setattr(t5_teacher, "corpus_facts", lambda: FACTS)
         patch.setattr(teacher, "VOCABULARY", 320)
-        patch.setattr(t5_teacher, "HEAD_WIDTH", 8)
         patch.setattr(t5_teacher, "SHAPES", {"pydocs-t5": (16, 2), "pydocs-t5-tiny": (8, 1)})
-        patch.setattr(t5_teacher, "SOURCE_LENGTH", 32)
-        patch.setattr(t5_teacher, "HELD_OUT", 32)
-        patch.setattr(t5_teacher, "CHECKED", 2)
-        patch.setattr(t5_teacher, "WINDOW", 24)
+        for name, size in {"HEAD_WIDTH": 8, "SOURCE_LENGTH": 32, "HELD_OUT": 32, "CHECKED": 2, "WINDOW": 24}.items():
+            patch.setattr(t5_teacher, name, size)
         patch.setattr(t5_teacher, "base_embeddings", lambda width: torch.linspace(-1, 1, 320 * width).view(320, width))
         patch.setattr(t5_teacher, "TASK_ROWS", {"train": 12, "validation": 4, "test": 10})
         patch.setattr(miniend, "load_task", few_rows)
@@ -79,12 +75,8 @@ def test_tokenizer_is_in_t5s_manner(made):
 def test_model_has_the_shape_of_t5_with_tied_embeddings(made):
     _, tokenizer = made
     model = t5_teacher.new_model(len(tokenizer), 16, 2)
-    config = model.config
-    assert len(students.encoder_layers(model)) == len(students.decoder_layers(model)) == 2
-    assert config.d_kv * config.num_heads == config.d_model == 16 and config.d_ff == 4 * config.d_model
+    assert model.config.d_kv * model.config.num_heads == 16
     assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
-    assert model.shared.weight.shape == (len(tokenizer), config.d_model)
-    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     labels = torch.tensor([[7, 8, 2]])
     shifted = model.prepare_decoder_input_ids_from_labels(labels)
     assert shifted.tolist() == [[tokenizer.pad_token_id, 7, 8]]  # as T5: decoding starts with padding
@@ -107,22 +99,6 @@ def test_eased_start_looks_for_its_own_tokens_and_keeps_layers_small(made):
     assert all("EncDecAttention.q" in n or "bias" in n or n.endswith((".o.weight", ".wo.weight")) for n in changed)
     name = "encoder.block.0.layer.0.SelfAttention.o.weight"
     assert torch.allclose(after[name], 0.25 * before[name])
-
-
-def test_window_losses_are_those_of_the_model_itself(made):
-    _, tokenizer = made
-    torch.manual_seed(0)
-    model = t5_teacher.new_model(len(tokenizer), 16, 2).eval()
-    tokens = denoising.pack_text(TEXTS, tokenizer)
-    found = miniend.window_losses(model, tokenizer, tokens, 5, 32)
-    windows = denoising.denoising_stream(tokens, tokenizer, "span_corruption", 32, 1, seed=0)
-    with torch.no_grad():
-        for number, loss in enumerate(found):
-            (batch,) = windows(number)
-            batch.pop("ids")
-            assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
-    assert len(set(found)) == 5
-    assert np.array_equal(found, miniend.window_losses(model, tokenizer, tokens, 5, 32))
 
 
 def test_build_writes_what_it_trained_with_its_card(made, tmp_path, monkeypatch, capsys):
@@ -179,10 +155,7 @@ def test_command_builds_every_teacher(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(scope="module", params=t5_teacher.SHAPES)
 def shipped(request, corpus):
-    folder = ASSETS / request.param
-    if not (folder / "card.json").exists():
-        pytest.skip(f"{request.param} is not built here")
-    return *load_model(request.param), read_json(folder / "card.json")
+    return *load_model(request.param), read_json(ASSETS / request.param / "card.json")
 
 
 def test_card_states_what_the_files_give(shipped):
@@ -195,10 +168,6 @@ def test_card_states_what_the_files_give(shipped):
     # Another platform's wheels may hold other docstrings, and other windows with them: then only the size has to fit.
     assert found == pytest.approx(card["loss_checked"], abs=0.002 if same_corpus else 0.4)
     assert found < 0.6 * math.log(len(tokenizer))  # it learned something: drawn at random it gives about log(entries)
-
-
-def test_card_is_complete(shipped):
-    _, tokenizer, card = shipped
     mean, low, high = card["loss"]
     assert low < mean < high and card["num_windows"] > 100 and card["training_tokens"] > 1e6
     assert [stage["stage"] for stage in card["stages"]] == ["text infilling", "span corruption"]
@@ -207,10 +176,7 @@ def test_card_is_complete(shipped):
 
 
 def test_shipped_teacher_beats_its_own_shape_from_nothing():
-    folder = ASSETS / "pydocs-t5"
-    if not (folder / "card.json").exists():
-        pytest.skip("pydocs-t5 is not built here")
-    rows = {(row["task"], row["name"]): row for row in read_json(folder / "card.json")["downstream"]}
+    rows = {(row["task"], row["name"]): row for row in read_json(ASSETS / "pydocs-t5" / "card.json")["downstream"]}
     assert {task for task, _ in rows} == set(t5_teacher.TASKS)
     for task in ("summaries", "family"):  # none of this size has learned the third (LOG.md)
         assert rows[task, "pre-trained"]["score_low"] > rows[task, "untrained"]["score_high"]

@@ -29,15 +29,11 @@ def result(method: str, mean: float, half: float = 1.0) -> dict:
     return row
 
 
-def test_sources_that_stand_in_train_are_counted():
-    train, test = teacher_facts.split_sizes({"train": TRAIN, "test": TEST})
-    assert (train["pairs"], train["different sources"], train["sources also in train"]) == (3, 2, None)
-    assert (test["pairs"], test["different sources"], test["sources also in train"]) == (2, 2, 1)
-
-
-def test_package_shares():
-    rows = teacher_facts.package_shares({"train": TRAIN, "test": TEST})
-    assert rows[0] == {"package": "pandas", "train (%)": pytest.approx(200 / 3), "test (%)": 50.0}
+def test_split_sizes_and_package_shares():
+    splits = {"train": TRAIN, "test": TEST}
+    assert [list(row.values())[1:] for row in teacher_facts.split_sizes(splits)] == [[3, 2, None], [2, 2, 1]]
+    first = teacher_facts.package_shares(splits)[0]
+    assert first == {"package": "pandas", "train (%)": pytest.approx(200 / 3), "test (%)": 50.0}
 
 
 @pytest.mark.parametrize(
@@ -76,9 +72,8 @@ def test_card_is_read_from_a_folder_and_may_be_missing(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps(card))
     assert teacher_facts.stage_rows(card) == [{"stage": "denoising", "steps": 5}]
     rows = {row["card"]: row["value"] for row in teacher_facts.card_rows(teacher_facts.read_card(str(tmp_path)))}
-    assert (
-        rows["scores"] == "ROUGE-2 10.50 (9.50–11.50)" and rows["decoding"] == "num_beams 4" and rows["commit"] == "–"
-    )
+    assert rows["scores"] == "ROUGE-2 10.50 (9.50–11.50)"
+    assert rows["decoding"] == "num_beams 4" and rows["commit"] == "–"
 
 
 def test_paired_table_takes_the_better_rule():
@@ -114,10 +109,8 @@ def test_passes_count_two_operations_a_weight():
 
 
 def test_verdict_follows_the_numbers():
-    rules, fine = (
-        [result("lead_words", 10), result("object_name", 9)],
-        {"different": 1.0, "empty": 0.0, "repeating": 0.0},
-    )
+    rules = [result("lead_words", 10), result("object_name", 9)]
+    fine = {"different": 1.0, "empty": 0.0, "repeating": 0.0}
     texts = {"reference": fine, "teacher": fine}
     compared = [{"metric": metric, "difference": 0.7, "low": 0.1, "high": 1.0} for metric in ("ROUGE-1", "ROUGE-2")]
     text = teacher_facts.verdict(result("teacher", 20), rules, compared, texts, 400)

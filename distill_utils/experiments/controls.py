@@ -55,26 +55,20 @@ class Text(NamedTuple):
         return config_hash([*hashes, self.length, self.tokenizer.get_vocab(), self.tokenizer.all_special_ids])
 
 
-def new_model(kind: str, tokenizer, length: int, layers: int, width: int, heads: int) -> PreTrainedModel:
-    """Return a randomly initialised language model of one stack, without dropout; it has `length` positions."""
+def new_model(kind: str, text: Text, layers: int, seed: int) -> PreTrainedModel:
+    """Return a randomly initialised language model of one stack, without dropout; a position per token of a window."""
+    width, tokenizer = SHAPE["width"], text.tokenizer
     shape = {
-        "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "max_position_embeddings": length, "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": SHAPE["heads"], "max_position_embeddings": text.length,
+        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     if kind == "bert":
         shape |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "intermediate_size": 4 * width}
     else:
         shape |= {"dropout": 0.0, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
-    return KINDS[kind][2](transformers.AutoConfig.for_model(kind, **shape))
-
-
-def new_student(teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Return the untrained student, of fewer layers than the teacher; every path of a seed starts from it."""
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = STUDENT_LAYERS
     torch.manual_seed(seed)
-    return type(teacher)(config).eval()
+    return KINDS[kind][2](transformers.AutoConfig.for_model(kind, **shape))
 
 
 def control_run(kind: str, path: str, text: Text, training: Training) -> AgnosticRun:
@@ -86,42 +80,32 @@ def control_run(kind: str, path: str, text: Text, training: Training) -> Agnosti
     )  # fmt: skip
 
 
-def control_teacher(kind: str, text: Text, training: Training) -> Path:
-    """Return the artifact of a language model trained from nothing: model/, history.csv with its validation_loss."""
-    run = control_run(kind, "scratch", text, training)
+def control_model(kind: str, path: str, text: Text, training: Training, teacher: Path | None = None) -> Path:
+    """Return the artifact of a language model: model/, history.csv, results.json.
+
+    It is the teacher, trained from nothing, or with a `teacher` its student along one of CONTROL_PATHS. The students
+    of a seed share initialisation, data order and number of updates; path "none" has no update.
+    """
+    run = control_run(kind, path if path in miniend.PATHS else "scratch", text, training)
+    settings, layers = {"text": text.fingerprint, "training": hashed(training)}, SHAPE["layers"]
+    if teacher:
+        layers = STUDENT_LAYERS
+        settings |= {"teacher": model_fingerprint(str(teacher / "model"), None), "layers": layers}
+        settings["weights"] = run.weights | SILENT if path == "none" else run.weights
+    else:
+        settings["shape"] = SHAPE
 
     def build(folder: Path) -> dict:
-        torch.manual_seed(training.seed)
-        model = new_model(kind, text.tokenizer, text.length, **SHAPE)
-        results = miniend.train_student(folder, run, model, None, *text[:3], stream=language_model_stream)
+        model, large, results = new_model(kind, text, layers, training.seed), None, {}
+        if teacher:
+            large = KINDS[kind][2].from_pretrained(teacher / "model").eval().to(device())
+        if path != "none":
+            results = miniend.train_student(folder, run, model, large, *text[:3], stream=language_model_stream)
         save_model(model.to("cpu"), text.tokenizer, folder / "model")
         return results
 
-    settings = {"shape": SHAPE, "text": text.fingerprint, "training": hashed(training)}
-    return artifact(f"control-{kind}-teacher-s{training.seed}", settings, build)
-
-
-def distill_control(kind: str, path: str, teacher: Path, text: Text, training: Training) -> Path:
-    """Return the artifact of a student of `control_teacher`'s: model/, history.csv, results.json.
-
-    The paths of a seed share initialisation, data order and number of updates; path "none" has no update.
-    """
-    run = control_run(kind, "scratch" if path == "none" else path, text, training)
-    settings = {
-        "teacher": model_fingerprint(str(teacher / "model"), None), "layers": STUDENT_LAYERS,
-        "weights": run.weights | SILENT if path == "none" else run.weights, "text": text.fingerprint,
-        "training": hashed(training),
-    }  # fmt: skip
-
-    def build(folder: Path) -> dict:
-        large = KINDS[kind][2].from_pretrained(teacher / "model").eval().to(device())
-        student, results = new_student(large, training.seed), {}
-        if path != "none":
-            results = miniend.train_student(folder, run, student, large, *text[:3], stream=language_model_stream)
-        save_model(student.to("cpu"), text.tokenizer, folder / "model")
-        return results
-
-    return artifact(f"control-{kind}-{path}-{STUDENT_LAYERS}-s{training.seed}", settings, build)
+    depth = f"-{layers}" if teacher else ""
+    return artifact(f"control-{kind}-{path}{depth}-s{training.seed}", settings, build)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -237,9 +221,9 @@ def run_controls(
 
     rows = []
     for kind in kinds:
-        teacher = control_teacher(kind, text, teacher_training)
+        teacher = control_model(kind, "teacher", text, teacher_training)
         trained = {
-            path: [distill_control(kind, path, teacher, text, replace(distilling, seed=seed)) for seed in seeds]
+            path: [control_model(kind, path, text, replace(distilling, seed=seed), teacher) for seed in seeds]
             for path in CONTROL_PATHS
         }
         trained["teacher"] = [teacher] * len(seeds)

@@ -7,7 +7,7 @@ weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.p
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,16 @@ from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, comparison, fine_tuning, race, runs
 from distill_utils.experiments.export import check_target
-from distill_utils.experiments.pricing import COOLDOWN, UNPRICED, Request, measured_prices, race_prices
+from distill_utils.experiments.pricing import (
+    COOLDOWN,
+    UNPRICED,
+    Request,
+    exactly,
+    int8_decoder,
+    measured_prices,
+    measured_shapes,
+    race_prices,
+)
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.report.style import HEADINGS, method_label
 from distill_utils.training.loop import Training
@@ -41,7 +50,7 @@ def prepare(given: dict, train: bool = True) -> Request:
     """
     check_workers(given["workers"], given["slurm"])
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
-    if not given["student_shapes"] and not any(asdict(limits).values()):
+    if not given["student_shapes"] and not limits:
         raise InputError("no budget: give latency, speedup, parameters or memory, or fix student_shapes")
     if given["output"]:
         check_target(Path(given["output"]).expanduser(), replace=True)
@@ -82,20 +91,6 @@ def prepare(given: dict, train: bool = True) -> Request:
 # ---------------------------------------------------------------------------------------------- what is known before
 
 
-def measured_shapes(asked: Request) -> Path:
-    """Return the artifact of the speed and size of every shape (`budget.measure_shapes`)."""
-    shapes = asked.given["student_shapes"] or budget.candidate_shapes(asked.teacher)
-    return budget.measure_shapes(
-        asked.given["teacher"], asked.teacher, asked.tokenizer, asked.splits["validation"], shapes,
-        **asked.options, decoding=asked.decoding, int8=asked.given["int8"], num_timed=asked.given["num_timed"],
-    )  # fmt: skip
-
-
-def chosen_shapes(asked: Request, rows: Sequence[Mapping]) -> list[str]:
-    """Return the shapes that start, as of `budget.choose_shapes`; of those fixed by hand all that fit."""
-    return budget.choose_shapes(rows, asked.limits, every=bool(asked.given["student_shapes"]))
-
-
 def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentRun]:
     """Return the candidates by printed name: methods x shapes x as many learning rates as MAX_CANDIDATES allow.
 
@@ -120,13 +115,12 @@ def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentR
     return found
 
 
-def candidate_rows(plan: Mapping[str, runs.StudentRun], prices: Mapping) -> list[dict]:
+def candidate_rows(prices: Mapping) -> list[dict]:
     """Return one row for every candidate: what an update, the first rung and its files cost."""
     rows = []
-    for name, run in plan.items():
-        price = prices["candidates"][name]
-        row = {"name": name, "method": run.method, "student": run.shape, "ms/update": 1000 * price["update"]}
-        row |= {"first rung (s)": race.rung_seconds(prices, name, 0), "labels": "yes" if price["labels"] else "no"}
+    for name, price in prices["candidates"].items():
+        row = {"name": name, "ms/update": 1000 * price["update"], "first rung (s)": race.rung_seconds(prices, name, 0)}
+        row |= {"labels": "yes" if price["labels"] else "no"}
         rows.append(row | {"disk per rung (MB)": DISK_BYTES * price["parameters"] * 1e6 / 2**20})
     return rows
 
@@ -137,25 +131,22 @@ def dry_run(given: dict) -> str:
     asked = prepare(given, train=False)
     shapes = measured_shapes(asked)
     rows = read_json(shapes / "results.json")["rows"]
-    chosen = chosen_shapes(asked, rows)
+    chosen = budget.choose_shapes(rows, asked.limits, every=bool(given["student_shapes"]))
     plan = candidates(asked, chosen)
     prices = race_prices(asked, plan, shapes, measured_prices(asked, plan))
     race.check_hours(prices, 3600 * given["hours"])
     rungs = race.planned_rungs(prices, 3600 * given["hours"])
     shown = ["name", "parameters_m", "latency_ms", "speedup", "memory_mb", "rouge2"]
-    tables = [
-        pd.DataFrame(rows)[shown].assign(budget=budget.fit_column(rows, asked.limits, chosen)),
-        pd.DataFrame(candidate_rows(plan, prices)).drop(columns=["method", "student"]),
-        pd.DataFrame(rungs),
-    ]
-    largest = max(price["parameters"] for price in prices["candidates"].values())
-    disk = sum(row["candidates"] for row in rungs) * DISK_BYTES * largest * 1e6 / 2**20
+    shown = pd.DataFrame(rows)[shown].assign(budget=budget.fit_column(rows, asked.limits, chosen))
+    priced = pd.DataFrame(candidate_rows(prices))
+    disk = sum(row["candidates"] for row in rungs) * priced["disk per rung (MB)"].max()
     own = asked.own_teacher
     last = f"Teacher {own['priced_s']:.0f} s for {own['updates']} updates; shapes are its base's. " if own else ""
     last += (
         f"Labels {prices['labels']:.0f} s, test and export {prices['end']:.0f} s, measuring {prices['measured']:.0f} s "
         f"of {3600 * given['hours']:.0f} s; at most {disk:.0f} MB of disk. Nothing was trained."
     )
+    tables = [shown, priced, pd.DataFrame(rungs)]
     return "\n\n".join([*(table.to_string(index=False, na_rep="", float_format="%.2f") for table in tables), last])
 
 
@@ -163,34 +154,30 @@ def dry_run(given: dict) -> str:
 
 
 def trained_and_scored(
-    asked: Request, plan: Mapping[str, runs.StudentRun], name: str, updates: int, seed: int
-) -> np.ndarray:
-    """Train one student as a branch of its candidate's trunk and return its scores, one per validation document."""
-    made = asked.made[name, updates, seed] = _train_and_test(asked, student_run(asked, plan, name, updates, seed))
-    return scoring.read_scores(made[1])[asked.given["metric"]]
+    asked: Request, plan: Mapping[str, runs.StudentRun], wanted: Sequence[tuple[str, int, int]]
+) -> list[np.ndarray]:
+    """Train students as branches of their candidates' trunks; return the scores of each, one per validation document.
+
+    Several workers share them where these are asked for. Weights are those of one worker with as many threads: another
+    number of threads adds numbers in another order.
+    """
+    described = {each: student_run(asked, plan, *each) for each in wanted}
+    workers, slurm = asked.given["workers"], asked.given["slurm"]
+    if workers > 1 or slurm:
+        given = asked.given | {"train_teacher": False, "output": "", "workers": 1, "slurm": ""}
+        items = {f"{each[0]}, {each[1]} updates, seed {each[2]}": (given, run) for each, run in described.items()}
+        share_out(_train_alone, items, workers, slurm)  # all is reused below
+    asked.made |= {each: _train_and_test(asked, run) for each, run in described.items()}
+    return [scoring.read_scores(asked.made[each][1])[asked.given["metric"]] for each in wanted]
+
+
+def _train_alone(given: dict, run: runs.StudentRun) -> None:
+    _train_and_test(prepare(given), run)
 
 
 def _train_and_test(asked: Request, run: runs.StudentRun) -> tuple[Path, Path]:
     trained = runs.train_student(run, asked.teacher, asked.tokenizer, asked.splits["train"], asked.splits["validation"])
     return trained, tested_on(asked, "validation", f"{run.name}-{run.training.max_steps}", trained)
-
-
-def train_ahead(asked: Request, plan: Mapping[str, runs.StudentRun], wanted: Sequence[tuple[str, int, int]]) -> None:
-    """Train and score students by several workers where these are asked for; `trained_and_scored` reuses them then.
-
-    Weights are those of one worker with as many threads: another number of threads adds numbers in another order.
-    """
-    workers, slurm = asked.given["workers"], asked.given["slurm"]
-    if workers == 1 and not slurm:
-        return
-    given = asked.given | {"train_teacher": False, "output": "", "workers": 1, "slurm": ""}
-    found = {f"{each[0]}, {each[1]} updates, seed {each[2]}": student_run(asked, plan, *each) for each in wanted}
-    items = {name: (given, run) for name, run in found.items()}
-    share_out(_train_alone, items, workers, slurm)
-
-
-def _train_alone(given: dict, run: runs.StudentRun) -> None:
-    _train_and_test(prepare(given), run)
 
 
 def student_run(
@@ -224,9 +211,9 @@ def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict
     }
     with tempfile.TemporaryDirectory() as temporary:
         if asked.given["int8"]:
-            fast = budget.int8_decoder(student, asked.tokenizer, Path(temporary))[0]
+            fast = int8_decoder(student, asked.tokenizer, Path(temporary))[0]
             decoders["student"] = partial(fast, **asked.options, **asked.decoding)
-        ways = {"tokens as before": budget.exactly(num_new_tokens), "own summaries": {}}
+        ways = {"tokens as before": exactly(num_new_tokens), "own summaries": {}}
         turns = {(way, name): partial(decode, **settings) for way, settings in ways.items()
                  for name, decode in decoders.items()}  # fmt: skip
         times = scoring.interleaved_latency_ms(turns, documents, device())
@@ -291,9 +278,8 @@ def verdict(
     metric, lines, num_test = asked.given["metric"], [], len(asked.splits["test"])
     if num_test < comparison.FEW_DOCUMENTS:
         return comparison.smoke_note(num_test)
-    wanted = {name: limit for name, limit in asdict(asked.limits).items() if limit}
-    cheaper = [row for row in shapes if not row["student"] and wanted and not budget.excesses(row, asked.limits)]
-    if cheaper:
+    cheaper = [row for row in shapes if not row["student"] and not budget.excesses(row, asked.limits)]
+    if cheaper and asked.limits:
         named = [f"{row['name']} ({row['latency_ms']:.1f} ms, {row['rouge2']:.2f} ROUGE-2)" for row in cheaper]
         lines.append(f"**No student is needed for this budget**: on validation documents {', '.join(named)} meet it.")
     label = method_label(student["method"], student["student"])

@@ -333,9 +333,9 @@ def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **g
 
 
 def document_scores(tested: Sequence[Path]) -> np.ndarray:
-    """Return scores (seeds, documents): ROUGE-2, 100 where correct, or mean log-likelihood."""
+    """Return scores (seeds, documents): ROUGE-2, 100 where correct, mean log-likelihood, or loss of windows of text."""
     found = [scoring.read_scores(folder) for folder in tested]
-    (name,) = {"rouge2", "correct", "log_likelihood"} & found[0].keys()
+    (name,) = {"rouge2", "correct", "log_likelihood", "loss"} & found[0].keys()
     return np.array([scores[name] for scores in found])
 
 
@@ -348,15 +348,13 @@ def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[
     """
     results, values = [read_json(folder / "results.json") for folder in tested], document_scores(tested)
     key = "rouge2" if "rouge2" in results[0] else "score"
+    score, (mean, low, high) = float(np.mean([result[key] for result in results])), bootstrap_interval(values)
+    if key == "score" and abs(score - mean) > 0.01:
+        low, high = (float(np.mean([result[end] for result in results])) for end in ("score_low", "score_high"))
     row = {"name": name, "method": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key}
-    row["seeds"] = len(tested)
-    row["score"] = float(np.mean([result[key] for result in results]))
-    row["score_low"], row["score_high"] = bootstrap_interval(values)[1:]
-    if key == "score" and abs(row["score"] - values.mean()) > 0.01:
-        for end in ("score_low", "score_high"):
-            row[end] = float(np.mean([result[end] for result in results]))
+    row |= {"seeds": len(tested), "score": score, "score_low": low, "score_high": high}
     if key == "rouge2":
-        row |= {f"rouge2{end}": row[f"score{end}"] for end in ("", "_low", "_high")}
+        row |= {"rouge2": score, "rouge2_low": low, "rouge2_high": high}
     return row | (compare(values, document_scores(baseline)) if baseline else {})
 
 

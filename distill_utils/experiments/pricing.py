@@ -1,12 +1,12 @@
-"""What a race was asked for, and what things cost here: an update, a label, a score, a load, in seconds.
+"""What a race was asked for, and what things cost here: shapes in use, and an update, a label, a load, in seconds.
 
-Prices are measured once, before anything is trained, so that a race depends on them, the data and the seed alone. Out
+All is measured once, before anything is trained, so that a race depends on it, the data and the seed alone. Out
 of scope: what the prices pay for (race.py).
 """
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,24 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import artifact, hashed, processor_name, read_json
+from distill_utils.artifacts import InputError, artifact, hashed, processor_name, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
 from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.distillation.teacher_cache import with_states
+from distill_utils.evaluation import ctranslate, generation, scoring
+from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import budget, runs
+from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
-from distill_utils.models.loading import load_model, model_fingerprint
+from distill_utils.models.loading import load_model, model_fingerprint, save_model
 from distill_utils.training.loop import choose_attention, fit
 
 COOLDOWN = 0.15  # share of a student's updates
 UNPRICED = ("kd_cached",)  # the teacher's pass over all data, which nothing here measures
+REPEATS = 5  # of which the best counts: shapes of nearly one speed decide who starts
+NUM_QUALITY = 100  # documents on which the teacher's cheaper decodings are scored
 PRICE_SECONDS, PRICE_ROWS, PRICE_LABELS = 10.0, 512, (16, 80)  # what measuring one price may take
 
 
@@ -36,7 +41,7 @@ class Request:
     """What a race was asked for, loaded and checked: the notebook's parameters, models, data."""
 
     given: dict
-    limits: budget.Budget
+    limits: dict[str, float]  # the budget, as of budget.py
     teacher: torch.nn.Module
     tokenizer: object
     splits: dict[str, Dataset]
@@ -51,6 +56,109 @@ class Request:
         return {"max_source_length": self.base.max_source_length, "prefix": self.base.prefix}
 
 
+def _machine() -> dict:
+    return {"processor": processor_name(), "threads": torch.get_num_threads(), "device": device().type}
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def measured_shapes(asked: Request) -> Path:
+    """Return the artifact with one row for every shape and for the teacher in its cheaper ways, timed in turns.
+
+    Speed and size do not depend on what the weights are. All write as many tokens as the teacher's median summary has,
+    one document at a time, the teacher as it decodes and students with the changes of `decoding`: `latency_ms`, and
+    `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds per document in batches of 32, as
+    scoring does, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. Teacher
+    rows have ROUGE on the first documents. With `int8` students are timed as CTranslate2 runs them.
+    """
+    teacher, tokenizer, validation = asked.teacher, asked.tokenizer, asked.splits["validation"]
+    shapes = list(asked.given["student_shapes"] or budget.candidate_shapes(teacher))
+    int8, num_timed = asked.given["int8"], asked.given["num_timed"]
+    settings = {"teacher": model_fingerprint(asked.given["teacher"], teacher), "shapes": shapes, "int8": int8}
+    settings |= {"data": loading.data_fingerprint(validation), "decoding": asked.decoding, "num_timed": num_timed}
+
+    def build(folder: Path) -> dict:
+        few = validation.select(range(min(NUM_QUALITY, len(validation))))
+        documents = list(few["document"])
+        own = generation.decoding_settings(teacher.generation_config)["num_beams"]
+        with tempfile.TemporaryDirectory() as temporary:
+            decoders, rows = {}, []
+            for beams in sorted({own, min(own, 2), 1}, reverse=True):
+                label = "teacher" if beams == own else f"teacher, {beams} beam{'s' * (beams > 1)}"
+                decode = partial(generation.summarize, teacher, tokenizer, **asked.options)
+                decoders[label] = decode if beams == own else partial(decode, num_beams=beams)
+                rows.append(_row(label, "", teacher))
+            fast = _int8_teacher(teacher, tokenizer, Path(temporary) / "teacher")
+            if int8 and not fast:
+                kind = f"{teacher.config.model_type} model on {teacher.device.type}"
+                raise InputError(f"int8 is not possible for a {kind}: leave int8 out")
+            if fast:
+                decoders["teacher, int8"] = partial(fast[0], **asked.options)
+                rows.append(_row("teacher, int8", "", teacher) | {"memory_mb": fast[1]})
+            for row in rows:
+                written = decoders[row["name"]](documents)
+                row["rouge2"] = float(rouge_scores(written, list(few["summary"]))["rouge2"].mean())
+                if row["name"] == "teacher":
+                    lengths = [len(ids) for ids in tokenizer(text_target=written)["input_ids"]]
+            for shape in shapes:
+                student, *_ = students.init_student(teacher, *map(int, shape.split("-")), share_weights=True)
+                rows.append(_row(shape, shape, student))
+                decode = partial(generation.summarize, student, tokenizer)
+                if int8:
+                    decode, rows[-1]["memory_mb"] = int8_decoder(student, tokenizer, Path(temporary) / shape)
+                decoders[shape] = partial(decode, **asked.options, **asked.decoding)
+            median, long = (max(2, int(np.quantile(lengths, share))) for share in (0.5, 0.95))
+            turns = {label: partial(decode, **exactly(median)) for label, decode in decoders.items()}
+            times = scoring.interleaved_latency_ms(turns, documents[:num_timed], teacher.device, REPEATS)
+            for row in rows:
+                row |= {"latency_ms": times[row["name"]], "speedup": times["teacher"] / times[row["name"]]}
+                batch = partial(decoders[row["name"]], documents[:32], **exactly(long))
+                row["decode_s"] = timed(batch, teacher.device) / len(documents[:32])
+        return {"rows": rows, "num_new_tokens": median, "num_quality": len(few), "num_timed": num_timed}
+
+    return artifact("shapes", settings | asked.options | _machine(), build)
+
+
+def _row(name: str, shape: str, model) -> dict:
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
+    counts = students.count_parameters(model)
+    return {"name": name, "student": shape, "parameters_m": counts["total"] / 1e6, "memory_mb": size}
+
+
+def exactly(num_new_tokens: int) -> dict:
+    """Return decoding settings that force the number of tokens; min_length counts the decoder's start token."""
+    return {"max_new_tokens": num_new_tokens, "min_length": num_new_tokens + 1}
+
+
+def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | None:
+    """Return the teacher's int8 decoding where there is one: on the CPU, of families that CTranslate2 knows."""
+    try:
+        return int8_decoder(teacher, tokenizer, folder) if teacher.device.type == "cpu" else None
+    except InputError:  # a full disk
+        raise
+    except ValueError:
+        return None
+
+
+def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
+    """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
+
+    The folder takes the saved model and the converted one. ValueError for what CTranslate2 cannot express.
+    """
+    save_model(model, tokenizer, folder / "model")
+    converted = ctranslate.to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
+    translator = ctranslate.load_translator(converted)
+
+    def decode(documents: Sequence[str], **settings) -> list[str]:
+        return ctranslate.summarize_ctranslate2(converted, tokenizer, documents, translator=translator, **settings)[0]
+
+    return decode, (converted / "model.bin").stat().st_size / 2**20
+
+
+# -------------------------------------------------------------------------------------------------------------- prices
+
+
 def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path:
     """Return the artifact of what things cost here, in seconds: an update of each method and shape, a label, a load.
 
@@ -58,8 +166,7 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
     """
     kinds = {(run.method, run.shape): replace(run, variant="") for run in plan.values()}
     train = asked.splits["train"].select(range(min(PRICE_ROWS, len(asked.splits["train"]))))
-    machine = {"processor": processor_name(), "threads": torch.get_num_threads(), "device": device().type}
-    settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **machine}
+    settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **_machine()}
     settings |= {"teacher": model_fingerprint(asked.given["teacher"], asked.teacher), "states": asked.base.cache_states}
 
     def build(folder: Path) -> dict:
@@ -70,7 +177,8 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
         found = {"load": loaded - began, "row": (time.monotonic() - loaded) / len(train), "label": 0.0}
         if any(method in runs.ON_PSEUDO_LABELS for method, _ in kinds):
             few, more = (min(size, len(train)) for size in PRICE_LABELS)
-            spent = [_label_seconds(asked, train.select(range(size)), folder / str(size)) for size in (few, more)]
+            label = partial(pseudo_labels, asked.given["teacher"], **asked.options, **asked.base.label_settings)
+            spent = [timed(partial(label, train.select(range(size)), folder / str(size))) for size in (few, more)]
             # The difference, because each begins with a conversion.
             found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
         found["states"] = sum(timed(partial(_states, asked, run, train)) for run in kinds.values()) / len(train)
@@ -86,11 +194,6 @@ def _kind(run: runs.StudentRun) -> str:
 def _states(asked: Request, run: runs.StudentRun, train: Dataset) -> list[Path]:
     stored = runs.cut_student(run, asked.teacher)[1]["stored"]
     return runs.stored_states(run, stored, asked.teacher, asked.tokenizer, train, train)
-
-
-def _label_seconds(asked: Request, rows: Dataset, folder: Path) -> float:
-    name, decoding = asked.given["teacher"], asked.base.label_settings
-    return timed(partial(pseudo_labels, name, rows, folder, **asked.options, **decoding))
 
 
 def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> float:

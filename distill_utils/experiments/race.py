@@ -91,16 +91,15 @@ def check_hours(prices: Mapping, seconds: float) -> None:
 
 
 def run_race(
-    prices: Mapping, seconds: float, score: Callable[[str, int, int], np.ndarray],
-    ahead: Callable[[list[tuple[str, int, int]]], None] = lambda students: None,
-) -> dict:  # fmt: skip
+    prices: Mapping, seconds: float, score: Callable[[list[tuple[str, int, int]]], Sequence[np.ndarray]]
+) -> dict:
     """Race the candidates and return the winner, how it won, and what happened to all others.
 
-    `score(name, updates, seed)` trains one student and returns its scores, one per validation document; seed 0 is the
-    race's, 1 the finalists' second. `ahead` gets all that is scored next, before that. Only what a 95 %
-    interval separates from the best of its rung is "worse"; what the time does not pay for is "dropped for time". The
-    race ends when the time does, or when nobody gained from twice the updates. A candidate stands for its best rung.
-    The time is that of one worker: with several a race makes the same choices and is over sooner.
+    `score` gets students as (name, updates, seed), trains them and returns the scores of each, one per validation
+    document; seed 0 is the race's, 1 the finalists' second. Only what a 95 % interval separates from the best of its
+    rung is "worse"; what the time does not pay for is "dropped for time". The race ends when the time does, or when
+    nobody gained from twice the updates. A candidate stands for its best rung. The time is that of one worker: with
+    several a race makes the same choices and is over sooner.
     """
     check_hours(prices, seconds)
     scores: dict[str, dict[int, np.ndarray]] = {name: {} for name in prices["candidates"]}
@@ -109,9 +108,8 @@ def run_race(
     while kept := next_rung(prices, ranked, rung, spent, seconds):
         updates = updates_at(prices, rung)
         fates |= {name: f"dropped for time before {updates} updates" for name in ranked if name not in kept}
-        ahead([(name, updates, 0) for name in kept])
-        for name in kept:
-            scores[name][updates] = score(name, updates, 0)
+        for name, values in zip(kept, score([(name, updates, 0) for name in kept]), strict=True):
+            scores[name][updates] = values
         spent += paid(prices, kept, rung)
         ranked = sorted(kept, key=lambda name: -scores[name][updates].mean())
         for name in ranked:
@@ -132,9 +130,8 @@ def run_race(
     again = sum(seed_seconds(prices, name, best[name]) for name in finalists)
     if len(finalists) > 1 and spent + again + prices["end"] <= seconds:
         spent += again
-        ahead([(name, best[name], 1) for name in finalists])
-        for name in finalists:
-            found[name].append(score(name, best[name], 1))
+        for name, values in zip(finalists, score([(name, best[name], 1) for name in finalists]), strict=True):
+            found[name].append(values)
     winner = max(finalists, key=lambda name: np.mean(found[name]))
     fates |= {name: "not separated from the winner" for name in ranked} | {winner: "winner"}
     seeds = [float(values.mean()) for values in found[winner]]

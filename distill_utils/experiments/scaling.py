@@ -20,23 +20,21 @@ from distill_utils.evaluation import statistics
 from distill_utils.experiments import miniend
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
-from distill_utils.models.loading import load_model, model_fingerprint
+from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint
 from distill_utils.planning import measure, plan, step
 
 
 def load_ladder(names: Sequence[str]) -> dict:
     """Return {name: (model on the device, tokenizer)}, smallest first.
 
-    Raises InputError when a name stands twice, or when two models do not share one vocabulary: their students' losses
-    would be of other tokens.
+    Raises InputError when a name stands twice, or for two tokenizers: losses would be of other tokens.
     """
     if not names or len(set(names)) < len(names):
         raise InputError(f"teachers {list(names)} are no ladder: name at least one, each once")
     loaded = {name: load_model(name) for name in names}
     first, (_, tokenizer) = next(iter(loaded.items()))
     for name, (_, own) in loaded.items():
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"{name} has another vocabulary than {first}: give teachers that share one tokenizer")
+        check_same_tokenizer(first, tokenizer, name, own)
     for model, _ in loaded.values():
         model.to(device())
     return dict(sorted(loaded.items(), key=lambda item: students.count_parameters(item[1][0])["total"]))
@@ -61,20 +59,16 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
 
 def row(name: str, tested: Sequence[Path], **facts: object) -> dict:
     """Return one line of the ladder: loss on held-out text, mean over seeds, with its interval."""
-    mean, low, high = statistics.bootstrap_interval(window_losses(tested))
+    mean, low, high = statistics.bootstrap_interval(miniend.document_scores(tested))
     parameters = read_json(tested[0] / "results.json")["parameters"]
     found = {"name": name, "seeds": len(tested), "parameters": parameters}
     return found | {"loss": mean, "loss_low": low, "loss_high": high} | facts
 
 
-def window_losses(tested: Sequence[Path]) -> np.ndarray:
-    """Return the losses (seeds, windows)."""
-    return np.array([read_json(folder / "scores.json")["loss"] for folder in tested])
-
-
 def compare(name: str, tested: Sequence[Path], other: str, baseline: Sequence[Path]) -> dict:
     """Return the paired test of two students of the same seeds; a negative `difference` is the lower loss."""
-    return {"name": name, "versus": other} | statistics.compare(window_losses(tested), window_losses(baseline))
+    losses = [miniend.document_scores(folders) for folders in (tested, baseline)]
+    return {"name": name, "versus": other} | statistics.compare(*losses)
 
 
 def in_words(test: Mapping) -> str:
@@ -114,12 +108,12 @@ def check_plan(
     """Reject a plan of no devices, updates or windows, or of a model alone, before anything is computed."""
     if len(models) < 2:
         raise InputError(f"plan_models {list(models)} has no student: name a teacher and what it teaches")
-    for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size), ("steps", steps)):
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "steps": steps}
+    sizes["devices"] = min(devices, default=1)
+    for name, value in sizes.items():
         if value < 1:
             raise InputError(f"plan_{name} {value} is too small: use at least 1")
     for number in devices:
-        if number < 1:
-            raise InputError(f"plan_devices {number} is too small: give 1 or more")
         if batch_size % number:
             raise InputError(f"{number} devices do not divide plan_batch_size {batch_size}: use a multiple")
 

@@ -6,6 +6,7 @@ they have seen no task, only text, and all of them the same. `python -m distill_
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5
 from distill_utils.artifacts import artifact, git_state, hashed, read_json
 from distill_utils.data.denoising import denoising_stream
 from distill_utils.data.loading import corpus_facts
-from distill_utils.device import seed_everything
 from distill_utils.evaluation.statistics import bootstrap_interval
 from distill_utils.experiments import miniend
 from distill_utils.experiments.teacher import (
@@ -25,13 +25,13 @@ from distill_utils.experiments.teacher import (
     origin,
     stage_facts,
     token_stream,
+    train_stage,
     train_tokenizer,
-    without_teacher,
     write_card,
 )
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model, save_model
-from distill_utils.training.loop import Training, choose_attention, fit
+from distill_utils.training.loop import Training
 
 HEAD_WIDTH = 48
 # {name: (width, layers of either stack)}; parameters are about as 12 to 3 to 1.
@@ -54,7 +54,7 @@ TUNING = Training(
 )  # fmt: skip
 TASKS = ("summaries", "family", "belongs")
 TASK_ROWS = {"train": 5000, "validation": 128, "test": 1000}
-LENGTHS = {"max_source_length": 128, "max_target_length": 40}
+LENGTHS = (128, 40)  # of sources and targets, in tokens
 
 
 def make_tokenizer() -> Path:
@@ -75,11 +75,11 @@ def make_tokenizer() -> Path:
     return artifact("t5-tokenizer", {"tokenizer": original.name, "sentinels": SENTINELS}, build)
 
 
-def new_model(vocab_size: int, width: int, layers: int, dropout: float = 0.0) -> T5ForConditionalGeneration:
+def new_model(vocab_size: int, width: int, layers: int) -> T5ForConditionalGeneration:
     """Return a randomly initialised model in the shape of T5 v1.0, with tied embeddings."""
     config = T5Config(
         vocab_size=vocab_size, d_model=width, d_kv=HEAD_WIDTH, num_heads=width // HEAD_WIDTH, d_ff=4 * width,
-        num_layers=layers, num_decoder_layers=layers, dropout_rate=dropout, feed_forward_proj="relu",
+        num_layers=layers, num_decoder_layers=layers, dropout_rate=0.0, feed_forward_proj="relu",
         tie_word_embeddings=True, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
@@ -124,95 +124,55 @@ def infill(width: int, layers: int) -> Path:
     """
     tokenizer_folder = make_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.mask_token = "<extra_id_0>"  # here only: one sentinel for every span, the whole text as target
+    masking = load_tokenizer(tokenizer_folder)
+    masking.mask_token = "<extra_id_0>"  # here only: one sentinel for every span, the whole text as target
     embeddings = base_embeddings(width)
-    shape = {
-        "width": width,
-        "heads": width // HEAD_WIDTH,
-        "layers": layers,
-        "window": WINDOW,
-        "held_out": HELD_OUT,
-        "eased": True,
-    }
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": hashed(INFILLING)}
-    settings["embeddings"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
+    shape = {"width": width, "heads": width // HEAD_WIDTH, "layers": layers, "window": WINDOW, "held_out": HELD_OUT,
+             "eased": True}  # fmt: skip
+    digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:10]
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "embeddings": digest}
 
-    def build(folder: Path) -> dict:
-        seed_everything(INFILLING.seed)
+    def start() -> T5ForConditionalGeneration:
         model = new_model(len(tokenizer), width, layers)
         own = model.get_input_embeddings().weight.data
         own[: len(embeddings)] = embeddings * (own.std() / embeddings.std())
         ease_copying(model)
-        choose_attention(model, WINDOW)
-        tokens = token_stream("train", tokenizer, tokenizer_folder)
-        validation = token_stream("validation", tokenizer, tokenizer_folder)
-        size, seed = INFILLING.batch_size, INFILLING.seed
-        batches = denoising_stream(tokens, tokenizer, "text_infilling", WINDOW, size, seed)
-        checks = denoising_stream(validation, tokenizer, "text_infilling", WINDOW, 32, 0)
-        held_out = [checks(step)[0] for step in range(HELD_OUT // 32)]
-        evaluate = partial(miniend.held_out_loss, batches=held_out)
-        history = fit(model, without_teacher, batches, INFILLING, folder, evaluate, stage="T5, infilling")
-        model.save_pretrained(folder / "model")
-        return {"tokens": len(tokens), "final": history[-1]}
+        return model
 
-    return artifact("t5-infilled", settings, build)
+    def data() -> tuple[Callable, Callable, dict]:
+        tokens, held_out = (token_stream(split, tokenizer, tokenizer_folder) for split in ("train", "validation"))
+        infilling = partial(denoising_stream, tokenizer=masking, objective="text_infilling", source_length=WINDOW)
+        checks = infilling(held_out, batch_size=32, seed=0)
+        evaluate = partial(miniend.held_out_loss, batches=[checks(step)[0] for step in range(HELD_OUT // 32)])
+        batches = infilling(tokens, batch_size=INFILLING.batch_size, seed=INFILLING.seed)
+        return batches, evaluate, {"tokens": len(tokens)}
+
+    return train_stage("t5-infilled", "T5, infilling", settings, INFILLING, tokenizer, WINDOW, start, data)
 
 
 def corrupt(infilled: Path) -> Path:
     """Go on with span corruption, T5's own objective, and return the run folder."""
     tokenizer_folder = make_tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": infilled.name, "source": SOURCE_LENGTH, "training": hashed(SPAN_CORRUPTION)}
 
-    def build(folder: Path) -> dict:
-        seed_everything(SPAN_CORRUPTION.seed)
+    def start() -> T5ForConditionalGeneration:
         model = T5ForConditionalGeneration.from_pretrained(infilled / "model")
-        choose_attention(model, SOURCE_LENGTH)
-        tokens = token_stream("train", tokenizer, tokenizer_folder)
-        size, seed = SPAN_CORRUPTION.batch_size, SPAN_CORRUPTION.seed
-        batches = denoising_stream(tokens, tokenizer, "span_corruption", SOURCE_LENGTH, size, seed)
-        held_out = token_stream("validation", tokenizer, tokenizer_folder)
+        ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
+        return model
+
+    def data() -> tuple[Callable, Callable, dict]:
+        tokens, held_out = (token_stream(split, tokenizer, tokenizer_folder) for split in ("train", "validation"))
 
         def evaluate(model) -> dict:
             return {"validation_loss": float(held_out_losses(model, tokenizer, held_out).mean())}
 
-        history = fit(model, without_teacher, batches, SPAN_CORRUPTION, folder, evaluate, stage="T5, spans")
-        ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-        model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        return {"tokens": len(tokens), "final": history[-1]}
+        size, seed = SPAN_CORRUPTION.batch_size, SPAN_CORRUPTION.seed
+        batches = denoising_stream(tokens, tokenizer, "span_corruption", SOURCE_LENGTH, size, seed)
+        return batches, evaluate, {"tokens": len(tokens)}
 
-    return artifact("t5-corrupted", settings, build)
-
-
-def downstream(name: str) -> list[dict]:
-    """Fine-tune a shipped model and the same shape from nothing on every embedded task; one row a task and model.
-
-    Rows are `miniend.result_row`s of "pre-trained", which is compared with "untrained" over the test rows.
-    """
-    model, tokenizer = load_model(name)
-    width, layers = SHAPES[name]
-    run = miniend.AgnosticRun(
-        path="scratch", shape=f"{layers}-{layers}", teacher=name, training=TUNING, source_length=SOURCE_LENGTH,
-        variant=f"w{width}",
-    )  # fmt: skip
-    places = {"untrained": str(miniend.untrained(run, model, tokenizer)), "pre-trained": name}
-    rows = []
-    for task in TASKS:
-        train, validation, test = (miniend.load_task(task, split, num) for split, num in TASK_ROWS.items())
-        tested = {}
-        for label, place in places.items():
-            model, _ = load_model(place)
-            tuned = miniend.fine_tune(
-                f"{label} {name}", place, model, tokenizer, task, train, validation, TUNING, *LENGTHS.values()
-            )
-            tested[label] = miniend.test_task(
-                tuned, task, test, LENGTHS["max_source_length"], num_beams=1,
-                max_new_tokens=LENGTHS["max_target_length"],
-            )  # fmt: skip
-        rows += [miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in reversed(places)]
-    return rows
+    settings = {"start": infilled.name, "source": SOURCE_LENGTH}
+    return train_stage("t5-corrupted", "T5, spans", settings, SPAN_CORRUPTION, tokenizer, SOURCE_LENGTH, start, data)
 
 
 def build(name: str = "pydocs-t5") -> Path:
@@ -220,30 +180,47 @@ def build(name: str = "pydocs-t5") -> Path:
 
     The largest, which notebook 04 fine-tunes, is also measured on the tasks.
     """
-    trained_by = git_state()
+    facts = git_state()
     infilled = infill(*SHAPES[name])
     trained = corrupt(infilled)
     folder = ASSETS / name
     model, tokenizer = load_model(trained / "model")
     save_model(model.to(torch.bfloat16), tokenizer, folder)
-    facts = {
-        **trained_by,
-        **origin(trained),
-        "training_tokens": read_json(trained / "results.json")["tokens"],
-        "stages": [
-            stage_facts("text infilling", infilled, INFILLING),
-            stage_facts("span corruption", trained, SPAN_CORRUPTION),
-        ],
-    }
+    facts |= origin(trained) | {"training_tokens": read_json(trained / "results.json")["tokens"]}
+    stages = (("text infilling", infilled, INFILLING), ("span corruption", trained, SPAN_CORRUPTION))
+    facts["stages"] = [stage_facts(*stage) for stage in stages]
     tasks = measure_tasks(name) if name == "pydocs-t5" else {}
-    write_card(folder, facts | measure(name) | tasks, card_text)
+    write_card(folder, facts | measure(name) | tasks)
     return folder
 
 
 def measure_tasks(name: str) -> dict:
-    """Return what the card says of fine-tuning a shipped model on the tasks; an hour on a processor core."""
+    """Return what the card says of fine-tuning a shipped model on the tasks; an hour on a processor core.
+
+    "downstream" are `miniend.result_row`s of the model ("pre-trained") and of the same shape from nothing
+    ("untrained"), which it is compared with over the test rows.
+    """
+    model, tokenizer = load_model(name)
+    width, layers = SHAPES[name]
+    run = miniend.AgnosticRun(
+        path="scratch", shape=f"{layers}-{layers}", teacher=name, training=TUNING, source_length=SOURCE_LENGTH,
+        variant=f"w{width}",
+    )  # fmt: skip
+    places = {"pre-trained": name, "untrained": str(miniend.untrained(run, model, tokenizer))}
+    source_length, target_length = LENGTHS
+    rows = []
+    for task in TASKS:
+        train, validation, test = (miniend.load_task(task, split, num) for split, num in TASK_ROWS.items())
+        tested = {}
+        for label, place in places.items():
+            model, _ = load_model(place)
+            given = place, model, tokenizer, task, train, validation, TUNING, *LENGTHS
+            tuned = miniend.fine_tune(f"{label} {name}", *given)
+            decoding = {"num_beams": 1, "max_new_tokens": target_length}
+            tested[label] = miniend.test_task(tuned, task, test, source_length, **decoding)
+        rows += [miniend.result_row(label, task, [tested[label]], [tested["untrained"]]) for label in places]
     facts = {"tasks_corpus": corpus_facts()["fingerprint"], "tuning": hashed(TUNING), "task_rows": TASK_ROWS}
-    return facts | {"downstream": downstream(name)}
+    return facts | {"downstream": rows}
 
 
 def measure(name: str) -> dict:
@@ -259,52 +236,3 @@ def measure(name: str) -> dict:
         "num_checked": CHECKED,
         "loss_checked": round(float(losses[:CHECKED].mean()), 4),
     }
-
-
-def card_text(card: dict) -> str:
-    """Return the model card as Markdown, every figure from `card`."""
-    first, second = card["stages"]
-    mean, low, high = card["loss"]
-    machine = card["machine"]["gpu"] or card["machine"]["processor"]
-    return f"""# {card["name"]}
-
-A small T5-shaped language model of Python documentation with {card["parameters"]["total"] / 1e6:.1f} M parameters,
-trained from nothing by `{card["command"]}` at commit {card["commit"]} on the training part of corpus
-{card["training_corpus"]}. It is the teacher of task-agnostic distillation and has seen no task: fine-tune it first.
-
-Text infilling ({first["steps"]:,} updates of {first["examples"] // first["steps"]} windows in
-{first["seconds"] / 60:.0f} minutes) teaches cross-attention to copy, starting from the embeddings of pydocs-bart-base;
-then span corruption ({second["steps"]:,} updates of {second["examples"] // second["steps"]} windows in
-{second["seconds"] / 60:.0f} minutes). Both over {card["training_tokens"]:,} tokens of docstrings and comments.
-Trained on: {machine}.
-
-Loss on {card["num_windows"]} windows of {card["source_length"]} source tokens, validation text of corpus
-{card["corpus_fingerprint"]}: {mean:.3f} nats per target token, 95 % bootstrap interval over windows
-{low:.3f} to {high:.3f}.
-{_worth(card)}
-Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
-"""
-
-
-def _worth(card: dict) -> str:
-    if "downstream" not in card:
-        return ""
-    scores = {(row["task"], row["name"]): row for row in card["downstream"]}
-    lines = [
-        "| " + " | ".join([task, *(_score(scores[task, name]) for name in ("pre-trained", "untrained"))]) + " |"
-        for task in dict.fromkeys(task for task, _ in scores)
-    ]
-    return f"""
-What it is worth: {card["tuning"]["max_steps"]} updates of {card["tuning"]["batch_size"]} rows on each task, and the
-same for the same shape from nothing; {card["task_rows"]["test"]:,} test rows of corpus {card["tasks_corpus"]}, 95 %
-intervals over them, one seed.
-
-| task | pre-trained | untrained |
-| --- | --- | --- |
-{chr(10).join(lines)}
-"""
-
-
-def _score(row: dict) -> str:
-    metric = row["metric"] if row["metric"] == "ROUGE-2" else "% correct"
-    return f"{row['score']:.2f} ({row['score_low']:.2f}–{row['score_high']:.2f}) {metric}"

@@ -9,8 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import Template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from distill_utils.artifacts import artifact, git_state, hashed, provenance, read_json, write_atomic, write_json
 from distill_utils.data.batches import batch_list, pair_stream, tokenize_pairs
@@ -109,26 +116,40 @@ def token_stream(split: str, tokenizer, tokenizer_folder: Path) -> np.ndarray:
     return np.load(folder / "tokens.npy")
 
 
-def new_model(dropout: float = 0.0) -> BartForConditionalGeneration:
+def new_model() -> BartForConditionalGeneration:
     """Return a randomly initialised model of the teacher's shape."""
     config = BartConfig(
         vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS,
         encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * WIDTH,
-        decoder_ffn_dim=4 * WIDTH, max_position_embeddings=MAX_SOURCE_LENGTH, dropout=dropout, attention_dropout=0.0,
+        decoder_ffn_dim=4 * WIDTH, max_position_embeddings=MAX_SOURCE_LENGTH, dropout=0.0, attention_dropout=0.0,
         activation_dropout=0.0, init_std=INIT_STD,
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-        forced_eos_token_id=None,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        # Read by the CTranslate2 converter; public BART checkpoints carry them too.
+        normalize_before=False, normalize_embedding=True, add_final_layer_norm=False, add_bias_logits=False,
     )  # fmt: skip
-    # Read by the CTranslate2 converter; public BART checkpoints carry them too.
-    config.update(
-        {
-            "normalize_before": False,
-            "normalize_embedding": True,
-            "add_final_layer_norm": False,
-            "add_bias_logits": False,
-        }
-    )
     return BartForConditionalGeneration(config)
+
+
+def train_stage(
+    name: str, stage: str, settings: dict, training: Training, tokenizer, length: int,
+    start: Callable[[], PreTrainedModel], data: Callable[[], tuple[Callable, Callable, dict]],
+) -> Path:  # fmt: skip
+    """Return the artifact of one stage of training: model/ with its tokenizer, history.csv.
+
+    `start()` returns the model that the stage begins with, `data()` batches, how to evaluate, and facts to be kept.
+    """
+
+    def build(folder: Path) -> dict:
+        seed_everything(training.seed)
+        model = start()
+        choose_attention(model, length)
+        batches, evaluate, facts = data()
+        history = fit(model, without_teacher, batches, training, folder, evaluate, stage=stage)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return facts | {"final": history[-1]}
+
+    return artifact(name, settings | {"training": hashed(training)}, build)
 
 
 def denoise() -> Path:
@@ -137,60 +158,52 @@ def denoise() -> Path:
     tokenizer = load_tokenizer(tokenizer_folder)
     shape = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "init_std": INIT_STD, "window": WINDOW,
              "source": MAX_SOURCE_LENGTH, "aligned_steps": ALIGNED_STEPS}  # fmt: skip
-    settings = {"tokenizer": tokenizer_folder.name, "shape": shape, "training": hashed(DENOISING)}
 
-    def build(folder: Path) -> dict:
-        seed_everything(DENOISING.seed)
-        model = new_model()
-        choose_attention(model, MAX_SOURCE_LENGTH)
+    def data() -> tuple[Callable, Callable, dict]:
         tokens = token_stream("train", tokenizer, tokenizer_folder)
         size, seed = DENOISING.batch_size, DENOISING.seed
         infilling = denoising_stream(
             tokens, tokenizer, "text_infilling", WINDOW, size, seed, aligned_steps=ALIGNED_STEPS
         )
-        gaps = tokenize_pairs(gap_pairs(load_text("pydocs", "train")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
-        gap_sentences = pair_stream(gaps, tokenizer.pad_token_id, DENOISING.batch_size, DENOISING.seed)
+        gaps, held_out = (
+            tokenize_pairs(gap_pairs(load_text("pydocs", split)), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+            for split in ("train", "validation")
+        )
+        gap_sentences = pair_stream(gaps, tokenizer.pad_token_id, size, seed)
 
         def batches(step: int) -> list[dict]:
             return gap_sentences(step // 3) if step >= ALIGNED_STEPS and step % 3 == 2 else infilling(step)
 
-        held_out = tokenize_pairs(
-            gap_pairs(load_text("pydocs", "validation")), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH
-        )
         checks = batch_list(held_out.select(range(512)), tokenizer.pad_token_id, 32)
         evaluate = partial(miniend.held_out_loss, batches=checks)
-        history = fit(model, without_teacher, batches, DENOISING, folder, evaluate, stage="denoising")
-        model.save_pretrained(folder / "model")
-        return {"tokens": len(tokens), "gap_pairs": len(gaps), "final": history[-1]}
+        return batches, evaluate, {"tokens": len(tokens), "gap_pairs": len(gaps)}
 
-    return artifact("teacher-denoised", settings, build)
+    settings = {"tokenizer": tokenizer_folder.name, "shape": shape}
+    given = settings, DENOISING, tokenizer, MAX_SOURCE_LENGTH
+    return train_stage("teacher-denoised", "denoising", *given, new_model, data)
 
 
 def fine_tune(denoised: Path) -> Path:
     """Fine-tune the denoised model on the corpus's pairs; return the run folder."""
-    tokenizer_folder = train_tokenizer()
-    tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {"start": denoised.name, "training": hashed(FINE_TUNING)}
+    tokenizer = load_tokenizer(train_tokenizer())
 
-    def build(folder: Path) -> dict:
-        seed_everything(FINE_TUNING.seed)
+    def start() -> BartForConditionalGeneration:
         model = BartForConditionalGeneration.from_pretrained(denoised / "model", dropout=0.1)
-        choose_attention(model, MAX_SOURCE_LENGTH)
-        rows = {
-            split: tokenize_pairs(load_pairs("pydocs", split), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
-            for split in ("train", "validation")
-        }
-        batches = pair_stream(rows["train"], tokenizer.pad_token_id, FINE_TUNING.batch_size, FINE_TUNING.seed)
-        evaluate = partial(miniend.held_out_loss, batches=batch_list(rows["validation"], tokenizer.pad_token_id, 32))
-        history = fit(model, without_teacher, batches, FINE_TUNING, folder, evaluate, stage="fine-tuning")
-        model.generation_config = GenerationConfig(
-            bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **GENERATION
-        )
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        return {"pairs": len(rows["train"]), "final": history[-1]}
+        ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        model.generation_config = GenerationConfig(**ids, **GENERATION)
+        return model
 
-    return artifact("teacher-fine-tuned", settings, build)
+    def data() -> tuple[Callable, Callable, dict]:
+        train, validation = (
+            tokenize_pairs(load_pairs("pydocs", split), tokenizer, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH)
+            for split in ("train", "validation")
+        )
+        batches = pair_stream(train, tokenizer.pad_token_id, FINE_TUNING.batch_size, FINE_TUNING.seed)
+        evaluate = partial(miniend.held_out_loss, batches=batch_list(validation, tokenizer.pad_token_id, 32))
+        return batches, evaluate, {"pairs": len(train)}
+
+    given = {"start": denoised.name}, FINE_TUNING, tokenizer, MAX_SOURCE_LENGTH
+    return train_stage("teacher-fine-tuned", "fine-tuning", *given, start, data)
 
 
 def build() -> Path:
@@ -212,7 +225,7 @@ def build() -> Path:
     save_model(model.to(torch.bfloat16), tokenizer, folder)
 
     stages = [stage_facts("denoising", denoised, DENOISING), stage_facts("fine-tuning", tuned, FINE_TUNING)]
-    write_card(folder, {**trained_by, **origin(tuned), "stages": stages, **measure()}, card_text)
+    write_card(folder, {**trained_by, **origin(tuned), "stages": stages, **measure()})
     return folder
 
 
@@ -243,12 +256,14 @@ def origin(trained: Path) -> dict:
     return {"command": "make teachers", "training_corpus": corpus_facts()["fingerprint"], "machine": machine}
 
 
-def write_card(folder: Path, facts: dict, text: Callable[[dict], str]) -> None:
+def write_card(folder: Path, facts: dict) -> None:
     """Write card.json and README.md, which say the same; `facts` come from training and from measuring the files."""
     corpus = corpus_facts()["fingerprint"]  # that of the measurements
     card = {"name": folder.name, **facts, "corpus_fingerprint": corpus, "packages": provenance()["packages"]}
     write_json(folder / "card.json", card)
-    write_atomic(folder / "README.md", text(card))
+    template = ASSETS / ("teacher_card.md.j2" if "rouge" in card else "t5_teacher_card.md.j2")
+    written = Template(template.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    write_atomic(folder / "README.md", written.render(card))
 
 
 def stage_facts(stage: str, folder: Path, settings: Training) -> dict:
@@ -269,39 +284,3 @@ def rouge_of(tested: Path) -> dict[str, list[float]]:
     """Return {metric: [mean, low, high]} of a test artifact."""
     row = read_json(tested / "results.json")
     return {name: [round(row[f"{name}{end}"], 4) for end in ("", "_low", "_high")] for name in METRICS}
-
-
-def card_text(card: dict) -> str:
-    """Return the model card as Markdown, every figure from `card`."""
-    stages = "\n".join(
-        f"| {s['stage']} | {s['steps']:,} | {s['examples']:,} | {s['seconds'] / 60:.0f} | {s['loss']:.3f} | "
-        f"{s['validation_loss']:.3f} |"
-        for s in card["stages"]
-    )
-    rouge = "\n".join(
-        f"| {name} | {mean:.2f} | {low:.2f} to {high:.2f} |" for name, (mean, low, high) in card["rouge"].items()
-    )
-    decoding, million = card["decoding"], card["parameters"]["total"] / 1e6
-    machine = card["machine"]["gpu"] or card["machine"]["processor"]
-    return f"""# {card["name"]}
-
-A small BART-shaped summarizer of Python docstrings with {million:.1f} M parameters, trained from nothing by
-`{card["command"]}` at commit {card["commit"]} on the training part of corpus {card["training_corpus"]}.
-It exists so that the notebooks have a real teacher without a download. It knows docstrings and nothing else.
-
-| stage | updates | examples | minutes | training loss | validation loss |
-| --- | ---: | ---: | ---: | ---: | ---: |
-{stages}
-
-Denoising: text infilling over packed docstrings and comments, and prediction of a docstring's first paragraph from the
-rest. Fine-tuning: one-line summaries. Trained on: {machine}.
-
-Test split of corpus {card["corpus_fingerprint"]}, {card["num_test"]:,} documents, {decoding["num_beams"]} beams,
-sources cut at {card["max_source_length"]} tokens, F1 x 100 with 95 % bootstrap intervals over documents:
-
-| metric | mean | interval |
-| --- | ---: | --- |
-{rouge}
-
-Weights are stored in bfloat16. The texts it learned from belong to the packages they stand in.
-"""

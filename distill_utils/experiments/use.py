@@ -10,6 +10,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -109,16 +110,11 @@ def list_runs() -> list[dict]:
         if not (folder / "student").is_dir() or not results.get("parameters"):
             continue
         tested, files = tests.get(folder.name, {}), [file for file in folder.rglob("*") if file.is_file()]
-        rows.append(
-            {
-                "name": names.get(folder.name, folder.name),
-                "folder": folder.name,
-                **{key: tested.get(key) for key in ("rouge2", "rouge2_low", "rouge2_high", "ms_per_token")},
-                "parameters_m": round(results["parameters"]["total"] / 1e6, 1),
-                "size_mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
-                "date": results["provenance"]["date"],
-            }
-        )
+        row = {"name": names.get(folder.name, folder.name), "folder": folder.name}
+        row |= {key: tested.get(key) for key in ("rouge2", "rouge2_low", "rouge2_high", "ms_per_token")}
+        row["parameters_m"] = round(results["parameters"]["total"] / 1e6, 1)
+        row["size_mb"] = round(sum(file.stat().st_size for file in files) / 1e6, 1)
+        rows.append(row | {"date": results["provenance"]["date"]})
     return sorted(rows, key=lambda row: row["date"], reverse=True)
 
 
@@ -126,8 +122,9 @@ def format_runs(rows: Sequence[dict]) -> str:
     """Return `list_runs` as a table in plain text."""
     if not rows:
         return "no finished student yet: `python -m distill_utils report 03` trains some"
-    table = pd.DataFrame(rows, index=[row["name"] for row in rows]).drop(columns=["name", "rouge2_low", "rouge2_high"])
-    return table[[*table.columns[1:], "folder"]].to_string(float_format="{:.2f}".format, na_rep="-")
+    table = pd.DataFrame(rows).set_index("name").rename_axis(None)
+    shown = ["rouge2", "ms_per_token", "parameters_m", "size_mb", "date", "folder"]
+    return table[shown].to_string(float_format="{:.2f}".format, na_rep="-")
 
 
 def export_line(folder: Path) -> str:
@@ -255,23 +252,20 @@ def read_texts(path: str, column: str = "") -> list[str]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} cannot be read ({reason}): give a file of text, or - for standard input") from error
-    if lines and not lines[-1]:
+    if not lines[-1]:
         del lines[-1]
-    if not any(line.strip() for line in lines):
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
         raise InputError(f"{name} has no text: give at least one line")
-    first = next(line for line in lines if line.strip())
-    if column or re.search(r"\.jsonl?(\.gz)?$", name) or _parse(first):
-        rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if column or re.search(r"\.jsonl?(\.gz)?$", name) or _parse(rows[0][1]):
         return [_text_of(line, column or "document", f"{name} line {number}") for number, line in rows]
     return [line.strip() for line in lines]
 
 
 def _parse(line: str) -> dict | None:
-    try:
+    with suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        return row if isinstance(row, dict) else None
 
 
 def _text_of(line: str, column: str, place: str) -> str:
