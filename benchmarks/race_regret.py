@@ -18,7 +18,7 @@ import numpy as np
 
 from distill_utils.artifacts import read_json, write_json
 from distill_utils.evaluation import scoring, statistics
-from distill_utils.experiments import distill, race
+from distill_utils.experiments import budget, distill, race
 from distill_utils.report.settings import NOTEBOOKS, notebook_parameters
 
 RESULTS = Path(__file__).parent / "results" / "race_regret.json"
@@ -28,18 +28,19 @@ def raced(given: dict) -> dict:
     """Run one race, its grid and SFT by hand; return names and test scores, one per document, of all three."""
     asked, seconds = distill.prepare(given), 3600 * given["hours"]
     shapes = distill.measured_shapes(asked)
-    plan = distill.candidates(asked, distill.chosen_shapes(asked, read_json(shapes / "results.json")["rows"]))
+    plan = distill.candidates(asked, budget.choose_shapes(read_json(shapes / "results.json")["rows"], asked.limits))
     prices = distill.race_prices(asked, plan, shapes, distill.measured_prices(asked, plan))
     score = partial(distill.trained_and_scored, asked, plan)
     found = race.run_race(prices, seconds, score)
     last = max(row["updates"] for row in found["rows"])
-    validation = {(name, last): score(name, last, 0).mean() for name in plan}
-    validation |= {(row["name"], row["updates"]): row["score"] for row in found["rows"]}
+    scored = score([(name, last, 0) for name in plan])
+    validation = {(row["name"], row["updates"]): row["score"] for row in found["rows"]}
+    validation |= {(name, last): values.mean() for name, values in zip(plan, scored, strict=True)}
 
     by_hand = next(name for name, run in plan.items() if run.method == "sft")
     price = prices["candidates"][by_hand]
     pays = int((seconds - prices["measured"] - prices["end"] - price["score"]) / price["update"])
-    score(by_hand, pays, 0)
+    score([(by_hand, pays, 0)])
     chosen = {
         "race": (found["winner"], found["updates"], found["seed"]),
         "grid": (*max(validation, key=validation.get), 0),
