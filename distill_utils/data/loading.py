@@ -229,8 +229,6 @@ def read_files(path: Path, split: str) -> Dataset:
             raise InputError(f"folder {folder.name!r} has no file for {split}: expected one like {split}.jsonl.gz")
     if not path.name.endswith(FILE_ENDINGS):
         raise InputError(f"file {path.name!r} has an unknown ending: use one of {', '.join(FILE_ENDINGS)}")
-    if path.stat().st_size == 0:
-        raise InputError(f"file {path.name!r} is empty: give a file with at least one row")
     if path.suffix == ".txt":
         texts = re.split(r"\n\s*\n", _decode(path.read_bytes(), path.name).replace("\r\n", "\n"))
         return Dataset.from_dict({"text": [text.strip() for text in texts]})
