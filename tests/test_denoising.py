@@ -290,8 +290,6 @@ def test_infill_masks_spans_and_keeps_the_rest():
     assert 0.28 < np.mean(masked) <= 0.3 and max(masked) <= 0.3
     # 19 tokens in spans of Poisson(3), zeros counted as one: 19 / (3 + exp(-3)) = 6.2, and more for the cut last one
     assert 6.0 < np.mean(masks) < 7.4
-    again = denoising.infill(np.asarray(text), MASK, np.random.default_rng(7))
-    assert again.tolist() == denoising.infill(np.asarray(text), MASK, np.random.default_rng(7)).tolist()
     assert denoising.infill(np.asarray(text[:0]), MASK, np.random.default_rng(0)).tolist() == []
 
 

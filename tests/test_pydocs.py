@@ -357,8 +357,8 @@ def test_text_that_crosses_modules_is_removed_from_the_held_out_side():
     assert pairs == {"train": [a, b], "validation": [], "test": [scarce, shorter, brief, across]}
     assert text == {"train": [raw], "validation": [clean], "test": []}
     assert sum(removed.values()) == 5 and not any(naive_leaks(pairs, text).values())
-    assert removed["test: document shares text with train"] == 2 and sum(removed.values()) == 5
-    assert separation.remove_leaks({split: [] for split in pairs}, {split: [] for split in pairs}).keys()
+    assert removed["test: document shares text with train"] == 2
+    assert not any(separation.remove_leaks({split: [] for split in pairs}, {split: [] for split in pairs}).values())
 
 
 @pytest.mark.slow

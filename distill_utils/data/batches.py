@@ -86,12 +86,11 @@ def pair_stream(
 ) -> Callable[[int], list[dict]]:  # fmt: skip
     """Return `batches(step)`: the micro-batches of an optimizer step, a function of step and seed alone.
 
-    Because nothing is kept between calls, a resumed run sees the data of an uninterrupted one. `order` holds all
-    documents of a comparison, tokenized (id, input_ids); without it `rows` are all. Methods with the same `order` and
-    seed see the same documents in every update, whatever their targets are. Where a document has several rows, they
-    take turns from epoch to epoch; where it has none, a gap, one of those that have takes its place, each in turn.
-    Micro-batches are cut from a step's rows in the order of their targets, which batches know nothing of: that leaves
-    less padding.
+    A resumed run thus sees the data of an uninterrupted one. `order` holds all documents of a comparison, tokenized
+    (id, input_ids); without it `rows` are all. Methods with the same `order` and seed see the same documents in every
+    update. Where a document has several rows, they take turns from epoch to epoch; where it has none, one of those that
+    have takes its place, each in turn. Micro-batches are cut from a step's rows in the order of their targets: that
+    leaves less padding.
     """
     if not len(rows):
         raise InputError("there are no training rows: check the data set and num_train")

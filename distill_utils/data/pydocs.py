@@ -41,6 +41,7 @@ FAMILIES = {
 MAX_DOCUMENT_CHARACTERS = 1500
 MIN_RAW_WORDS = 8
 
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:+-]+:`(?:[^`<]*<)?~?([^`>]+)>?`")
 _BACKQUOTED = re.compile(r"`+([^`\n]+?)`+_*")
 _SKIPPED_FOLDERS = re.compile(
@@ -144,27 +145,23 @@ def _read_file(file: tuple[str, str, str, str]) -> tuple[list[dict], list[dict]]
     return pairs, texts + [{"text": block, "module": module} for block in _comments(source)]
 
 
-def _documented(tree: ast.Module) -> Iterable[tuple[str, str, ast.AST, str]]:
+def _documented(node: ast.AST, kind: str = "module", name: str = "") -> Iterable[tuple[str, str, ast.AST, str]]:
     """Yield (kind, qualified name, node, docstring) of the module, its classes, methods and functions."""
-    stack = [("module", "", tree)]
-    while stack:
-        kind, name, node = stack.pop()
-        docstring = ast.get_docstring(node, clean=True)
-        if docstring:
-            yield kind, name, node, docstring
-        for child in reversed(node.body):
-            inside = f"{name}." if name else ""
-            if isinstance(child, ast.ClassDef):
-                stack.append(("class", inside + child.name, child))
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not isinstance(node, ast.FunctionDef):
-                stack.append(("method" if kind == "class" else "function", inside + child.name, child))
+    if docstring := ast.get_docstring(node, clean=True):
+        yield kind, name, node, docstring
+    inside = f"{name}." if name else ""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _documented(child, "class", inside + child.name)
+        elif isinstance(child, _FUNCTION) and not isinstance(node, ast.FunctionDef):
+            yield from _documented(child, "method" if kind == "class" else "function", inside + child.name)
 
 
 def _signature(node: ast.AST) -> str:
     """Return "(a, b=1, *args)" of a function or of a class's __init__; only plain defaults are written out."""
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not isinstance(node, _FUNCTION):
         return ""
     given = node.args
     positional = given.posonlyargs + given.args
