@@ -1,6 +1,5 @@
 """Data by name or path, what is rejected, tokenising, and streams that are functions of the step."""
 
-import csv
 import gzip
 import json
 import random
@@ -9,8 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -22,6 +20,7 @@ from distill_utils.data import loading, pydocs
 from distill_utils.data.batches import batch_list, collate, length_batches, pair_stream, tokenize_pairs
 
 ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
+TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +30,15 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".csv":
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+def write_rows(path: Path, rows: list[dict]) -> str:
+    if path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
     elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pd.DataFrame(rows).to_parquet(path, index=False)
     else:
-        path.write_text(lines, encoding="utf-8")
-    return path
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return str(path)
 
 
 def refusal(function, *arguments, **settings) -> str:
@@ -59,7 +53,7 @@ def refusal(function, *arguments, **settings) -> str:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "csv", "parquet"])
-def test_load_pairs_from_a_folder_of_every_format(tmp_path, capsys, ending):
+def test_pairs_from_a_folder_of_every_format(tmp_path, capsys, ending):
     rows = [*ROWS, {"id": "a", "document": "", "summary": "S."}, {"id": "b", "document": "D.", "summary": None}]
     write_rows(tmp_path / f"train.{ending}", rows)
     loaded = loading.load_pairs(str(tmp_path), "train")
@@ -69,68 +63,72 @@ def test_load_pairs_from_a_folder_of_every_format(tmp_path, capsys, ending):
     assert loading.load_pairs(str(tmp_path), "train", num=2).to_list() == ROWS[:2]
     assert loading.load_pairs(str(tmp_path), "train", num=6).to_list() == ROWS
     assert "5 rows are all there is, 6 were asked for" in capsys.readouterr().out
+    assert "test.jsonl.gz" in refusal(loading.load_pairs, str(tmp_path), "test")
 
 
-def test_files_of_a_folder_are_named_after_splits(tmp_path):
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet", "txt"])
+def test_text_from_a_folder_of_every_format(tmp_path, ending):
+    if ending == "txt":  # two texts behind a byte order mark, with the line ends of another system, and blanks
+        content = "\ufeff\n" + "\n \n\n".join(TEXTS).replace("\n", "\r\n") + "\n\n"
+        (tmp_path / "train.txt").write_bytes(content.encode())
+    else:
+        write_rows(tmp_path / f"train.{ending}", [{"text": text} for text in [*TEXTS, "", " \n"]])
+    assert loading.load_text(str(tmp_path)) == loading.load_text(str(tmp_path), "train", num=41) == TEXTS
+    assert loading.load_text(str(tmp_path), num=3) == TEXTS[:3]
+    assert "test.jsonl.gz" in refusal(loading.load_text, str(tmp_path), "test")
+
+
+def test_names_of_files_and_columns(tmp_path):
     for name in ("validation.jsonl", "val.jsonl.gz", "valid.csv", "dev.parquet"):
         path = write_rows(tmp_path / name, ROWS[:3])
         assert loading.load_pairs(str(tmp_path), "validation").to_list() == ROWS[:3]
-        path.unlink()
-    message = refusal(loading.load_pairs, str(tmp_path), "test")
-    assert tmp_path.name in message and "test.jsonl.gz" in message
-
-
-def test_load_pairs_with_other_columns_and_without_ids(tmp_path):
+        Path(path).unlink()
     rows = [{"article": "A b.", "title": " C. ", "more": [1]}] * 2 + [{"article": "No title."}]
     write_rows(tmp_path / "test.jsonl", rows)
     loaded = loading.load_pairs(str(tmp_path), "test", document_column="article", summary_column="title")
     assert loaded.to_list() == [{"id": str(i), "document": "A b.", "summary": "C."} for i in range(2)]
     message = refusal(loading.load_pairs, str(tmp_path), "test")
     assert "'document'" in message and "article, title, more" in message and "document_column" in message
+    message = refusal(loading.load_text, str(tmp_path), "test")
+    assert "'text'" in message and "article, title, more" in message
 
 
-def corrupt(path: Path) -> None:
-    content = bytearray(gzip.compress(b'{"document": "a", "summary": "b"}\n'))
-    content[10] = 0xFF  # behind the header of ten bytes: a block of a type that does not exist
-    path.write_bytes(content)
-
-
+PAIR = b'{"document": "a", "summary": "b"}\n'
+CORRUPT = bytearray(gzip.compress(PAIR))
+CORRUPT[10] = 0xFF  # behind the header of ten bytes: a block of a type that does not exist
 BAD_FILES = {
-    "empty.jsonl": (lambda path: path.touch(), ["empty.jsonl", "is empty"]),
-    "blank.jsonl": (lambda path: path.write_text("\n\n"), ["blank.jsonl", "no rows"]),
-    "empty.csv": (lambda path: path.touch(), ["empty.csv", "is empty"]),
-    "header.csv": (lambda path: path.write_text("document,summary\n"), ["header.csv"]),
-    "ragged.csv": (lambda path: path.write_text("document,summary\na,b\na,b,c,d\n"), ["ragged.csv", "line 3"]),
-    "text.parquet": (lambda path: path.write_text("no parquet"), ["text.parquet"]),
-    "rows.xlsx": (lambda path: path.write_text("x"), ["rows.xlsx", "ending", ".jsonl.gz", ".csv", ".parquet"]),
-    "broken.jsonl": (
-        lambda path: path.write_text('{"document": "a", "summary": "b"}\n\n{"document": "a", "summ\n'),
-        ["broken.jsonl line 3", "not JSON"],
-    ),
-    "list.jsonl": (lambda path: path.write_text('{"document": "a"}\n["a", "b"]\n'), ["list.jsonl line 2"]),
-    "latin.jsonl": (
-        lambda path: path.write_bytes('{"document": "é"}\n'.encode("latin-1")),
-        ["latin.jsonl line 1 ", "UTF-8", "byte 14 (0xe9)"],
-    ),
-    "plain.jsonl.gz": (lambda path: path.write_text('{"document": "a", "summary": "b"}\n'), ["plain.jsonl.gz"]),
-    "corrupt.jsonl.gz": (corrupt, ["corrupt.jsonl.gz"]),
-    "cut.jsonl.gz": (
-        lambda path: path.write_bytes(gzip.compress(b'{"document": "a", "summary": "b"}\n' * 99)[:-20]),
-        ["cut.jsonl.gz"],
-    ),
-    "nothing.jsonl": (
-        lambda path: path.write_text('{"document": "a", "summary": " "}\n{"document": null, "summary": "b"}\n'),
-        ["nothing.jsonl", "0 usable rows"],
-    ),
+    "empty.jsonl": (b"", "no rows"),
+    "blank.jsonl": (b"\n\n", "no rows"),
+    "empty.csv": (b"", "csv"),
+    "header.csv": (b"document,summary\n", "header.csv"),
+    "ragged.csv": (b"document,summary\na,b\na,b,c,d\n", "line 3"),
+    "text.parquet": (b"no parquet", "parquet"),
+    "rows.xlsx": (b"x", ".jsonl.gz, .json, .csv, .parquet"),
+    "broken.jsonl": (PAIR + b'\n{"document": "a", "summ\n', "line 3 is not JSON"),
+    "list.jsonl": (PAIR + b'["a", "b"]\n', "line 2"),
+    "plain.jsonl.gz": (PAIR, "plain.jsonl.gz"),
+    "corrupt.jsonl.gz": (CORRUPT, "corrupt.jsonl.gz"),
+    "cut.jsonl.gz": (gzip.compress(PAIR * 99)[:-20], "cut.jsonl.gz"),
+    "nothing.jsonl": (PAIR.replace(b"b", b" ") + PAIR.replace(b'"a"', b"null"), "0 usable rows"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_are_rejected(tmp_path, name):
-    make, parts = BAD_FILES[name]
-    make(tmp_path / name)
+    content, part = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
     message = refusal(loading.load_pairs, str(tmp_path / name), "train")
-    assert all(part in message for part in parts), message
+    assert name in message and part in message
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl", "bad.jsonl.gz"])
+def test_text_that_is_not_utf8_is_rejected_with_its_place(tmp_path, name):
+    good = '{"text": "café"}\n'.encode() * 3000  # more than any buffer that a decoder reads at once
+    content = good + '{"text": "é"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    message = refusal(loading.load_text, str(tmp_path / name))
+    assert name in message and f"byte {len(good) + 10} (0xe9)" in message
+    assert ("line 3001" in message) == (name != "bad.txt")
 
 
 def test_impossible_requests_are_rejected(tmp_path, monkeypatch):
@@ -139,26 +137,33 @@ def test_impossible_requests_are_rejected(tmp_path, monkeypatch):
         for load in (loading.load_pairs, loading.load_text):
             assert "does not exist" in refusal(load, str(path), "train")
     assert "-1" in refusal(loading.load_pairs, str(tmp_path), "train", num=-1)
-    message = refusal(loading.load_pairs, str(tmp_path), "dev")
-    assert "'dev'" in message and "train, validation, test" in message
-    assert "'pydoc'" in refusal(loading.load_pairs, "pydoc", "train")
-    assert "'a/b/c'" in refusal(loading.load_pairs, "a/b/c", "train")
-    assert "'families'" in refusal(loading.load_classification, "families", "train")
-    assert "'dev'" in refusal(loading.load_classification, "family", "dev")
-    assert "'dev'" in refusal(loading.load_text, "pydocs", "dev")
+    for load, name in ((loading.load_pairs, str(tmp_path)), (loading.load_classification, "family"),
+                       (loading.load_text, "pydocs")):  # fmt: skip
+        message = refusal(load, name, "dev")
+        assert "'dev'" in message and "train, validation, test" in message
+    for load, name in ((loading.load_pairs, "pydoc"), (loading.load_pairs, "a/b/c"),
+                       (loading.load_classification, "families")):  # fmt: skip
+        assert repr(name) in refusal(load, name, "train")
 
 
-def test_one_file_is_cut_into_disjoint_splits(tmp_path):
+def test_one_file_is_cut_by_a_hash_of_the_text(tmp_path):
     rows = [{"id": f"r{i}", "document": f"Text number {i % 190}.", "summary": "S."} for i in range(200)]
-    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "rows.txt").write_text("\n\n".join(row["document"] for row in rows[::-1]))
     splits = loading.load_splits(path, 0, 0, 0)
     assert sorted(i for loaded in splits.values() for i in loaded["id"]) == sorted(row["id"] for row in rows)
     documents = {split: set(loaded["document"]) for split, loaded in splits.items()}
     assert not documents["train"] & documents["test"] and not documents["train"] & documents["validation"]
     assert 130 < len(splits["train"]) < 185 and min(map(len, splits.values())) > 5
-    write_rows(tmp_path / "one.jsonl", ROWS[:1])
-    other = next(split for split in loading.SPLITS if split != loading._drawn_split(ROWS[0]["document"]))
-    assert f"({other}) has 0 usable rows" in refusal(loading.load_pairs, str(tmp_path / "one.jsonl"), other)
+    for split, loaded in splits.items():  # whatever the order and the file
+        texts = loading.load_text(str(tmp_path / "rows.txt"), split)
+        assert sorted(texts) == sorted(loaded["document"])
+        assert texts[::-1] == loading.load_text(path, split, column="document") == list(loaded["document"])
+    one = write_rows(tmp_path / "one.jsonl", ROWS[:1])
+    messages = [refusal(loading.load_pairs, one, split) for split in loading.SPLITS if split != "train"]
+    assert "(validation) has 0 usable rows" in messages[0] and "(test) has 0 usable rows" in messages[1]
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    assert "0 usable rows" in refusal(loading.load_text, str(tmp_path / "blank.txt"))
 
 
 def test_hub_columns_and_configurations(monkeypatch):
@@ -170,19 +175,45 @@ def test_hub_columns_and_configurations(monkeypatch):
         rows = Dataset.from_dict({columns[0]: ["A b."], columns[1]: ["C."], "id": ["x"]})
         return {"train": rows, "test": rows}
 
-    monkeypatch.setattr(loading, "load_dataset", load)
-    expected = [{"id": "x", "document": "A b.", "summary": "C."}]
-    assert loading.load_pairs("abisee/cnn_dailymail", "test").to_list() == expected
-    assert loading.load_pairs("EdinburghNLP/xsum", "test").to_list() == expected
-    assert asked == [("abisee/cnn_dailymail", "3.0.0", False), ("EdinburghNLP/xsum", None, False)]
-    assert "it has train, test" in refusal(loading.load_pairs, "EdinburghNLP/xsum", "validation")
-
     def fail(*_, **__):
         raise ConnectionError("Couldn't reach the server\nand a second line")
 
+    monkeypatch.setattr(loading, "load_dataset", load)
+    for name in ("abisee/cnn_dailymail", "EdinburghNLP/xsum"):
+        assert loading.load_pairs(name, "test").to_list() == [{"id": "x", "document": "A b.", "summary": "C."}]
+    assert asked == [("abisee/cnn_dailymail", "3.0.0", False), ("EdinburghNLP/xsum", None, False)]
+    assert "it has train, test" in refusal(loading.load_pairs, "EdinburghNLP/xsum", "validation")
     monkeypatch.setattr(loading, "load_dataset", fail)
     message = refusal(loading.load_pairs, "EdinburghNLP/xsum", "test")
     assert "'EdinburghNLP/xsum'" in message and "Couldn't reach the server" in message and "second" not in message
+
+
+def test_hub_text_is_fetched_only_as_far_as_it_is_needed(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        rows = [{"text": f"{i}: text {n}", "n": n} for n in range(1500)]
+        write_rows(folder / f"train-0000{i}-of-00003.parquet", rows)
+    load = datasets.load_dataset
+    monkeypatch.setattr(loading, "load_dataset", lambda name, config, **options: load(str(folder), **options))
+    whole = {split: loading.load_text("a/b", split) for split in loading.SPLITS}  # only train is there: cut by a hash
+    assert len(set().union(*whole.values())) == sum(map(len, whole.values())) == 4500 and min(map(len, whole.values()))
+    (folder / "train-00002-of-00003.parquet").write_bytes(b"a shard that cannot be read")
+    for split, texts in whole.items():
+        num = sum(not text.startswith("2") for text in texts)  # all that the other two hold
+        assert loading.load_text("a/b", split, num=num) == texts[:num]
+    message = refusal(loading.load_text, "a/b", "train", num=3000)  # of 2400 or so
+    assert "a/b (train) cannot be loaded" in message
+    assert "it has text, n" in refusal(loading.load_text, "a/b", "train", column="body", num=5)
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_rows(folder / "train.jsonl", [{"body": text} for text in TEXTS])  # a stream that declares no columns
+    assert "it has body" in refusal(loading.load_text, "a/b", "train", num=5)
+    drawn = loading.load_text(str(folder / "train.jsonl"), "train", column="body")
+    assert loading.load_text("a/b", "train", column="body", num=5) == drawn[:5]
+    write_rows(folder / "test.jsonl", [{"body": "a"}])  # two splits are taken as they are
+    assert loading.load_text("a/b", "train", column="body", num=50) == TEXTS
+    assert "it has train, test" in refusal(loading.load_text, "a/b", "validation", column="body", num=5)
 
 
 def test_the_corpus_is_built_once(monkeypatch):
@@ -205,86 +236,11 @@ def test_the_corpus_is_built_once(monkeypatch):
     assert loading.load_text("pydocs", "test") == ["test text"]
     facts = loading.corpus_facts()
     assert facts["fingerprint"] == "abc" and facts["removed"] == {"x": 2}
-    assert facts["pairs"] == dict.fromkeys(loading.SPLITS, 40) and facts["characters"]["test"] == len("test text")
+    assert facts["pairs"] == dict.fromkeys(loading.SPLITS, 40)
     for task, labels in (("belongs", {"yes", "no"}), ("family", {"numerics"})):
         rows = loading.load_classification(task, "test")
         assert len(rows) == 40 and set(rows["label"]) == labels and {"sentence1", "sentence2"} <= set(rows.column_names)
     assert calls == [1]
-
-
-TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
-
-
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet", "train.txt"])
-def test_load_text_from_every_format(tmp_path, name):
-    if name.endswith(".txt"):  # two texts behind a byte order mark, with the line ends of another system, and blanks
-        content = "\ufeff\n" + "\n \n\n".join(TEXTS).replace("\n", "\r\n") + "\n\n"
-        (tmp_path / name).write_bytes(content.encode())
-    else:
-        write_rows(tmp_path / name, [{"text": text} for text in [*TEXTS, "", " \n"]])
-    assert loading.load_text(str(tmp_path)) == loading.load_text(str(tmp_path), "train") == TEXTS
-    assert loading.load_text(str(tmp_path), num=3) == TEXTS[:3]
-    assert loading.load_text(str(tmp_path), num=41) == TEXTS
-    assert "test.jsonl.gz" in refusal(loading.load_text, str(tmp_path), "test")
-
-
-def test_load_text_cuts_one_file_by_a_hash_of_the_text(tmp_path):
-    (tmp_path / "all.txt").write_text("\n\n".join(TEXTS * 2))
-    write_rows(tmp_path / "all.jsonl", [{"body": text} for text in TEXTS[::-1]])
-    splits = [loading.load_text(str(tmp_path / "all.txt"), split) for split in loading.SPLITS]
-    assert sorted(text for split in splits for text in split) == sorted(TEXTS * 2)
-    assert not set(splits[0]) & set(splits[1]) | set(splits[0]) & set(splits[2]) and min(map(len, splits)) > 0
-    for split, texts in zip(loading.SPLITS, splits, strict=True):  # whatever the order and the file
-        assert set(loading.load_text(str(tmp_path / "all.jsonl"), split, column="body")) == set(texts)
-    message = refusal(loading.load_text, str(tmp_path / "all.jsonl"))
-    assert "'text'" in message and "it has body" in message
-    (tmp_path / "blank.txt").write_text("\n \n\n")
-    assert "0 usable rows" in refusal(loading.load_text, str(tmp_path / "blank.txt"))
-
-
-@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl", "bad.jsonl.gz"])
-def test_text_that_is_not_utf8_is_rejected_with_its_place(tmp_path, name):
-    good = '{"text": "café"}\n'.encode() * 3000  # more than any buffer that a decoder reads at once
-    content = good + '{"text": "é"}\n'.encode("latin-1")
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    message = refusal(loading.load_text, str(tmp_path / name))
-    assert name in message and f"byte {len(good) + 10} (0xe9)" in message and "UTF-8" in message
-    assert ("line 3001" in message) == (name != "bad.txt")
-
-
-def test_hub_text_without_a_validation_split_is_drawn_by_hash(monkeypatch):
-    parts = {"train": Dataset.from_dict({"text": TEXTS})}
-    monkeypatch.setattr(loading, "load_dataset", lambda name, config, streaming: datasets.DatasetDict(parts))
-    splits = [loading.load_text("Skylion007/openwebtext", split) for split in loading.SPLITS]
-    assert sorted(text for split in splits for text in split) == sorted(TEXTS) and min(map(len, splits)) > 0
-    parts["test"] = Dataset.from_dict({"text": ["a"]})
-    assert loading.load_text("a/b", "train") == TEXTS and loading.load_text("a/b", "test") == ["a"]
-    assert "it has train, test" in refusal(loading.load_text, "a/b", "validation")
-
-
-def test_hub_text_is_fetched_only_as_far_as_it_is_needed(tmp_path, monkeypatch):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for i in range(3):
-        rows = [{"text": f"{i}: text {n}", "n": n} for n in range(1500)]
-        write_rows(folder / f"train-0000{i}-of-00003.parquet", rows)
-    load = datasets.load_dataset
-    monkeypatch.setattr(loading, "load_dataset", lambda name, config, **options: load(str(folder), **options))
-    whole = {split: loading.load_text("a/b", split) for split in loading.SPLITS}
-    assert sum(map(len, whole.values())) == 4500
-    (folder / "train-00002-of-00003.parquet").write_bytes(b"a shard that cannot be read")
-    for split, texts in whole.items():
-        num = sum(not text.startswith("2") for text in texts)  # all that the other two hold
-        assert loading.load_text("a/b", split, num=num) == texts[:num]
-    message = refusal(loading.load_text, "a/b", "train", num=3000)  # of 2400 or so
-    assert "a/b (train) cannot be loaded" in message
-    assert "it has text, n" in refusal(loading.load_text, "a/b", "train", column="body", num=5)
-    for path in folder.glob("*.parquet"):
-        path.unlink()
-    write_rows(folder / "train.jsonl", [{"body": text} for text in TEXTS])  # a stream that declares no columns
-    assert "it has body" in refusal(loading.load_text, "a/b", "train", num=5)
-    drawn = loading.load_text(str(folder / "train.jsonl"), "train", column="body")
-    assert loading.load_text("a/b", "train", column="body", num=5) == drawn[:5]
 
 
 def test_data_fingerprint_depends_on_every_text():
@@ -335,13 +291,14 @@ def test_collate_pads():
         {"id": "y", "input_ids": [7, 2], "labels": [6, 5, 2]},
     ]
     batch = collate(rows, pad_token_id=1, pad_to_multiple=4)
-    assert batch["ids"] == ["x", "y"]
-    assert batch["input_ids"].tolist() == [[7, 8, 2, 1], [7, 2, 1, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[9, 2, -100, -100], [6, 5, 2, -100]]
+    assert {name: value if name == "ids" else value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[7, 8, 2, 1], [7, 2, 1, 1]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0]],
+        "labels": [[9, 2, -100, -100], [6, 5, 2, -100]],
+        "ids": ["x", "y"],
+    }
     assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "labels"))
     assert collate(rows, pad_token_id=1)["labels"].shape == (2, 8)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"}
 
 
 def test_line_breaks_of_a_summary_become_what_the_tokenizer_has():
@@ -358,30 +315,26 @@ def test_line_breaks_of_a_summary_become_what_the_tokenizer_has():
 LENGTHS = np.random.default_rng(0).integers(5, 120, size=203).tolist()
 
 
-def padding(batches: list[list[int]]) -> int:
-    return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
-
-
 @pytest.mark.parametrize(("count", "batch_size"), [(203, 8), (200, 8), (3, 8), (1, 4)])
 def test_length_batches_hold_every_row(count, batch_size):
     batches = length_batches(LENGTHS[:count], batch_size, seed=1, epoch=0)
-    assert all(len(batch) == batch_size for batch in batches)
-    assert len(batches) == -(-count // batch_size)
+    assert [len(batch) for batch in batches] == [batch_size] * -(-count // batch_size)
     times = Counter(row for batch in batches for row in batch)
     assert set(times) == set(range(count))
-    most = 1 if count % batch_size == 0 else -(-batch_size // count) + (count > batch_size)
-    assert max(times.values()) <= most
-    assert sum(times.values()) - count == -count % batch_size  # as few as fill the last batch
+    fillers = -count % batch_size  # as few as fill the last batch, each in turn
+    assert max(times.values()) <= 1 + -(-fillers // count)
 
 
 def test_length_batches_follow_from_their_arguments_and_save_padding_without_sorting_the_epoch():
+    def padding(batches: list[list[int]]) -> int:
+        return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
+
     batches = length_batches(LENGTHS, 8, seed=1, epoch=0)
     np.random.seed(1)
     assert length_batches(LENGTHS, 8, seed=1, epoch=0) == batches
     assert batches not in (length_batches(LENGTHS, 8, seed=1, epoch=1), length_batches(LENGTHS, 8, seed=2, epoch=0))
     order = random.Random(0).sample(range(200), 200)
-    chance = padding([order[i : i + 8] for i in range(0, 200, 8)])
-    assert padding(batches) < 0.25 * chance
+    assert padding(batches) < 0.25 * padding([order[i : i + 8] for i in range(0, 200, 8)])
     longest = [max(LENGTHS[i] for i in batch) for batch in batches]
     assert longest not in (sorted(longest), sorted(longest, reverse=True))
 
@@ -411,13 +364,26 @@ def test_pair_stream_is_a_function_of_step_and_seed():
     fresh = pair_stream(rows, PAD, 4, seed=5)
     for step in (13, 0, 7, 7, 5, 6, 12, 1):
         assert unpadded(fresh(step)) == expected[step]
-    originals = {row["id"]: (row["id"], row["input_ids"], row["labels"]) for row in rows}
+    originals = sorted((row["id"], row["input_ids"], row["labels"]) for row in rows)
     for epoch in (expected[:6], expected[6:12]):
         seen = [row for step in epoch for row in step]
-        assert {row[0] for row in seen} == set(originals) and len(seen) == 24
-        assert all(row == originals[row[0]] for row in seen)
+        assert len(seen) == 24 and all(row in seen for row in originals) and all(row in originals for row in seen)
     assert expected[:6] != expected[6:12]
     assert [unpadded(pair_stream(rows, PAD, 4, seed=6)(step)) for step in range(6)] != expected[:6]
+    for size in (1, 2):  # micro-batches have the rows of the batch, short targets together: less padding
+        parts = pair_stream(rows, PAD, 4, 5, micro_batch_size=size)
+        for step in range(8):
+            assert [len(batch["ids"]) for batch in parts(step)] == [size] * (4 // size)
+            found = unpadded(parts(step))
+            assert sorted(found) == sorted(expected[step]) and len(in_order(step)) == 1
+            targets = [len(labels) for _, _, labels in found]
+            assert targets == sorted(targets)
+    assert "no training rows" in refusal(pair_stream, rows.select([]), PAD, 4, 0)
+    batches = batch_list(rows, PAD, 4)  # for evaluation: every row once, in order of length
+    found = unpadded(batches)
+    assert sorted(found) == originals
+    lengths = [len(row[1]) for row in found]
+    assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]
 
 
 def test_rows_dropped_inside_a_fixed_order_leave_gaps_that_others_fill():
@@ -446,26 +412,3 @@ def test_several_targets_of_a_document_take_turns():
         assert [name.removesuffix("@1") for name in names] == [row[0] for row in unpadded(whole(step))]
         chosen.update(names)
     assert set(chosen.values()) == {2} and len(chosen) == 40
-
-
-def test_micro_batches_have_the_rows_of_the_batch_in_order_of_their_targets():
-    rows = make_rows()
-    whole = pair_stream(rows, PAD, 4, 5)
-    for size in (1, 2, 4):
-        parts = pair_stream(rows, PAD, 4, 5, micro_batch_size=size)
-        for step in range(8):
-            assert [len(batch["ids"]) for batch in parts(step)] == [size] * (4 // size)
-            found = unpadded(parts(step))
-            assert sorted(found) == sorted(unpadded(whole(step))) and len(whole(step)) == 1
-            targets = [len(labels) for _, _, labels in found]
-            assert size == 4 or targets == sorted(targets)  # short targets together: less padding
-    assert "no training rows" in refusal(pair_stream, rows.select([]), PAD, 4, 0)
-
-
-def test_batch_list_holds_every_row_once_in_order_of_length():
-    rows = make_rows()
-    batches = batch_list(rows, PAD, 4)
-    found = unpadded(batches)
-    assert sorted(found) == sorted((row["id"], row["input_ids"], row["labels"]) for row in rows)
-    lengths = [len(row[1]) for row in found]
-    assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]

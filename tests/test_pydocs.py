@@ -4,7 +4,8 @@ import ast
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -254,26 +255,21 @@ def test_planted_duplicates_are_removed_and_counted():
     assert len(pairs["train"]) == 1 and removed["train: exact duplicate document"] == 1
 
 
-def naive_shingles(text: str) -> set[tuple]:
-    found = re.findall(r"\w+", text.lower())
-    return {tuple(found[i : i + 3]) for i in range(len(found) - 2)} or {tuple(found)}
-
-
 def test_near_duplicates_equal_every_pair_compared():
     generator = random.Random(0)
     references = [" ".join(generator.choices(VOCABULARY[:40], k=generator.randint(1, 30))) for _ in range(50)]
-    held_out = ["", "Two words"]
+    held_out = ["", "Two words"]  # too short for a 3-gram
     for text in generator.sample(references, 40):
         changed = text.split()
         for place in generator.sample(range(len(changed)), generator.randint(0, len(changed) // 3)):
             changed[place] = generator.choice(VOCABULARY)
         held_out.append(" ".join(changed).upper() + ".")
     references.append("two, words")
-    sets = [naive_shingles(text) for text in references]
+    ours, sets = ([set(naive_grams(text, 3)) for text in texts] for texts in (held_out, references))
     expected = {
         i
-        for i, values in enumerate(map(naive_shingles, held_out))
-        if any(Fraction(len(values & other), len(values | other)) >= Fraction(1, 2) for other in sets)
+        for i, values in enumerate(ours)
+        if any(values and Fraction(len(values & other), len(values | other)) >= Fraction(1, 2) for other in sets)
     }
     assert separation.near_duplicates(held_out, references) == expected
     assert 5 < len(expected) < 38  # both outcomes are common
@@ -304,39 +300,32 @@ def test_held_out_summaries_are_in_no_training_text():
     }
 
 
-def naive_grams(text: str, length: int = 8) -> list[tuple]:
+def naive_grams(text: str, length: int) -> list[tuple]:
     found = re.findall(r"\w+", text.lower())
     return [tuple(found[i : i + length]) for i in range(len(found) - length + 1)]
 
 
 def naive_leaks(pairs: dict, text: dict) -> Counter:
     """Count held-out pairs and texts that share text with training, by plain sets of word tuples."""
-    rows = [(split, row) for split in ("validation", "test") for row in pairs[split]]
-    wanted = {gram for _, row in rows for gram in naive_grams(row["document"])}
-    wanted |= {gram for split in ("validation", "test") for row in text[split] for gram in naive_grams(row["text"])}
-    short = {}  # whole summaries of fewer than eight words, by length
-    for _, row in rows:
-        size = len(re.findall(r"\w+", row["summary"]))
-        wanted |= set(naive_grams(row["summary"]))
-        short.setdefault(size, set()).update(naive_grams(row["summary"], size) if 4 <= size < 8 else ())
-    seen = set()
+    held_out = {}  # what is looked for: (passage, length of its n-grams)
+    for split in ("validation", "test"):
+        held_out[split, "document"] = [(row["document"], 8) for row in pairs[split]]
+        summaries = [row["summary"] for row in pairs[split]]
+        held_out[split, "summary"] = [(one, min(len(re.findall(r"\w+", one)), 8)) for one in summaries]
+        held_out[split, "text"] = [(row["text"], 8) for row in text[split]]
+    wanted, seen = defaultdict(set), defaultdict(set)  # by length
+    for passages in held_out.values():
+        for passage, length in passages:
+            wanted[length].update(naive_grams(passage, length) if length >= 4 else ())
     training = [row[key] for row in pairs["train"] for key in ("document", "summary")]
     for passage in training + [row["text"] for row in text["train"]]:
-        seen |= wanted.intersection(naive_grams(passage))
-        for size, summaries in short.items():
-            seen |= summaries.intersection(naive_grams(passage, size)) if summaries else set()
-
-    def quarter(passage: str) -> bool:
-        grams = naive_grams(passage)
-        return bool(grams) and 4 * sum(gram in seen for gram in grams) >= len(grams)
-
+        for length, grams in wanted.items():
+            seen[length].update(grams.intersection(naive_grams(passage, length)) if grams else ())
     leaks = Counter()
-    for split, row in rows:
-        whole = tuple(re.findall(r"\w+", row["summary"].lower()))
-        leaks[split, "document"] += quarter(row["document"])
-        leaks[split, "summary"] += whole in seen or any(gram in seen for gram in naive_grams(row["summary"]))
-    for split in ("validation", "test"):
-        leaks[split, "text"] = sum(quarter(row["text"]) for row in text[split])
+    for (split, kind), passages in held_out.items():
+        for passage, length in passages:
+            known = [gram in seen[length] for gram in naive_grams(passage, length)]
+            leaks[split, kind] += any(known) and (kind == "summary" or 4 * sum(known) >= len(known))
     return leaks
 
 
@@ -368,8 +357,8 @@ def test_text_that_crosses_modules_is_removed_from_the_held_out_side():
     assert pairs == {"train": [a, b], "validation": [], "test": [scarce, shorter, brief, across]}
     assert text == {"train": [raw], "validation": [clean], "test": []}
     assert sum(removed.values()) == 5 and not any(naive_leaks(pairs, text).values())
-    assert removed["test: document shares text with train"] == 2 and sum(removed.values()) == 5
-    assert separation.remove_leaks({split: [] for split in pairs}, {split: [] for split in pairs}).keys()
+    assert removed["test: document shares text with train"] == 2
+    assert not any(separation.remove_leaks({split: [] for split in pairs}, {split: [] for split in pairs}).values())
 
 
 @pytest.mark.slow
@@ -382,25 +371,8 @@ def test_no_held_out_text_of_the_corpus_stands_in_training():
 # -------------------------------------------------------------------------------------------------------- whole corpus
 
 
-class ThisProcess:
-    """Stands for the pool of processes, so that the test starts none."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def map(self, function, items, chunksize):
-        return map(function, items)
-
-
-@pytest.fixture
-def planted_distribution(tmp_path, monkeypatch):
-    """An installed distribution of 40 modules with three documented functions each, most of them distinct."""
+def test_build_corpus(tmp_path, monkeypatch):
+    """Of an installed distribution of 40 modules with three documented functions each, most of them distinct."""
     record = []
 
     def add(path, content):
@@ -408,56 +380,39 @@ def planted_distribution(tmp_path, monkeypatch):
         (tmp_path / path).write_text(content)
         record.append(f"{path},,")
 
-    def module(seed, leak=""):
+    names = [*modules_in("train", 30), *modules_in("test", 10)]
+    left_out = ["planted.tests.test_module", "planted._vendor.other"]
+    for seed, name in enumerate([*names, *left_out], start=1):
         parts = ["raise SystemExit"]
         for i in range(3):
-            summary = leak if leak and i == 0 else f"{' '.join(words(10 * seed + i, 8)).capitalize()}."
-            body = " ".join(words(10 * seed + i + 5, 40))
-            parts.append(f'def f{i}(x):\n    """{summary}\n\n    {body}\n    """')
-        return "\n\n".join(parts)
-
-    train, test = modules_in("train", 30), modules_in("test", 10)
-    for seed, name in enumerate([*train, *test], start=1):
-        add(f"{name.replace('.', '/')}.py", module(seed))
-    leak = f"{' '.join(words(10 * 31, 8)).capitalize()}."  # the first summary of the first test module
-    add("planted/leaky/__init__.py", module(90, leak))
+            summary, body = words(10 * seed + i, 8), words(10 * seed + i + 5, 40)
+            parts.append(f'def f{i}(x):\n    """{" ".join(summary).capitalize()}.\n\n    {" ".join(body)}\n    """')
+        add(f"{name.replace('.', '/')}.py", "\n\n".join(parts))
     add("planted/__init__.py", "")
-    add("planted/tests/test_module.py", module(91))
-    add("planted/_vendor/other.py", module(92))
     add("planted/data.txt", "no Python")
     (tmp_path / "planted-1.0.dist-info").mkdir()
     (tmp_path / "planted-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
     (tmp_path / "planted-1.0.dist-info" / "RECORD").write_text("\n".join(record))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(pydocs, "FAMILIES", {"planted family": ("planted", "not-installed-at-all")})
-    monkeypatch.setattr(pydocs, "ProcessPoolExecutor", ThisProcess)
-    return tmp_path, [*train, *test, "planted.leaky"], leak
+    monkeypatch.setattr(pydocs, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))  # no process starts
 
-
-def test_build_corpus(planted_distribution):
-    folder, names, leak = planted_distribution
     files = pydocs._source_files()
     assert [file[1] for file in files] == sorted([*names, "planted"])
-    assert all(file[2:] == ("planted", "planted family") and file[0].startswith(str(folder)) for file in files)
+    assert all(file[2:] == ("planted", "planted family") and file[0].startswith(str(tmp_path)) for file in files)
     assert pydocs.corpus_settings()["packages"] == {"planted": "1.0"}
     seen = []
     corpus = pydocs.build_corpus(lambda *row: seen.append(row))
-    assert seen[-1] == ("removing duplicates", 3, 3) and ("reading docstrings", 42, 42) in seen
-    pairs, text = corpus["pairs"], corpus["text"]
-    everything = [row for rows in pairs.values() for row in rows]
-    assert len({row["id"] for row in everything}) == len(everything) == 3 * 41 - 1
-    assert separation.split_of("planted.leaky") == "train"  # else the next lines prove nothing
-    assert corpus["removed"]["test: summary also in train"] == 1
-    for split, rows in pairs.items():
+    assert seen[-1] == ("removing duplicates", 3, 3) and ("reading docstrings", 41, 41) in seen
+    everything = [row for rows in corpus["pairs"].values() for row in rows]
+    assert len({row["id"] for row in everything}) == len(everything) == 3 * 40
+    for split, rows in corpus["pairs"].items():
         assert {separation.split_of(row["module"]) for row in rows} <= {split}
-        assert {row["module"] for row in text[split]} >= {row["module"] for row in rows}
-    training_text = " ".join(" ".join(row["text"].lower().split()) for row in text["train"])
-    assert leak.lower() in training_text  # its held-out twin was dropped, not this one
-    for row in pairs["test"] + pairs["validation"]:
-        assert row["summary"].lower() not in training_text
-    again = pydocs.build_corpus()
-    assert again == corpus
-    path = folder / f"{names[0].replace('.', '/')}.py"
+        assert {row["module"] for row in corpus["text"][split]} >= {row["module"] for row in rows}
+    steps = {"summary also in train", "holds a held-out summary", "raw text shares text with train"}
+    assert steps <= {reason.partition(": ")[2] for reason in corpus["removed"]}
+    assert pydocs.build_corpus() == corpus
+    path = tmp_path / f"{names[0].replace('.', '/')}.py"
     path.write_text(path.read_text().replace(words(15, 1)[0], "altered"))
     assert pydocs.build_corpus()["fingerprint"] != corpus["fingerprint"]
 
@@ -465,29 +420,23 @@ def test_build_corpus(planted_distribution):
 # ------------------------------------------------------------------------------------------------- classification tasks
 
 
-def task_rows() -> list[dict]:
+def test_belongs_task_takes_hard_negatives():
     rows = [make_row(f"one.module{i % 50}", i, f"f{i}") for i in range(1500)]
     same = {"summary": "Return The same thing twice."}
     rows += [make_row("two.same", 2000, "a", **same), make_row("two.same", 2001, "b", summary=same["summary"].upper())]
     rows += [make_row("two.alone", 2002, "c"), make_row("three.lonely", 2003, "d")]
-    return rows
-
-
-def test_belongs_task_takes_hard_negatives():
-    rows = task_rows()
     by_id = {row["id"]: row for row in rows}
-    tasks = [pydocs.belongs_task(rows, seed) for seed in range(8)]
-    assert pydocs.belongs_task(task_rows(), 0) == tasks[0]  # deterministic
-    assert [r["label"] for r in tasks[0]] != [r["label"] for r in tasks[1]]
-    modules_of = {}
+    modules_of = defaultdict(set)
     for row in rows:
-        modules_of.setdefault(row["summary"], set()).add(row["module"])
+        modules_of[row["summary"]].add(row["module"])
+    tasks = [pydocs.belongs_task(rows, seed) for seed in range(8)]
+    assert pydocs.belongs_task(rows, 0) == tasks[0]  # deterministic
+    assert [r["label"] for r in tasks[0]] != [r["label"] for r in tasks[1]]
     # of two objects that say the same, a negative comes from the package instead
     negatives_of = {"two.same": "two.alone", "two.alone": "two.same"}
     seen = set()
     for task in tasks:
         assert len({row["id"] for row in task}) == len(task) >= len(rows) - 1
-        assert set(task[0]) == {"id", "sentence1", "sentence2", "label"}
         share = sum(row["label"] == "yes" for row in task) / len(task)
         assert abs(share - 0.5) < 0.05  # nearly four standard deviations
         for row in task:
@@ -497,9 +446,8 @@ def test_belongs_task_takes_hard_negatives():
                 assert row["sentence1"] == source["summary"]
                 continue
             assert row["sentence1"].lower() != source["summary"].lower()
-            module = source["module"]
-            assert modules_of[row["sentence1"]] == {negatives_of.get(module, module)}
-            seen.add(module)
+            assert modules_of[row["sentence1"]] == {negatives_of.get(source["module"], source["module"])}
+            seen.add(source["module"])
     assert {"two.same", "two.alone"} <= seen and "three.lonely" not in seen
 
 
@@ -514,11 +462,7 @@ def test_family_task_masks_the_package():
     assert pydocs.family_task(rows) == task
     assert [r["id"] for r in task] not in ([r["id"] for r in rows], [r["id"] for r in pydocs.family_task(rows, seed=1)])
     by_id = {row["id"]: row for row in task}
-    first, second = by_id["torch.nn:a"], by_id["PIL.Image:b"]
-    assert first == {
-        "id": "torch.nn:a",
-        "sentence1": "it builds a it.Tensor here. A it one.",
-        "sentence2": "",
-        "label": "planted",
-    }
-    assert second["sentence1"].startswith("Open a it image of it.") and second["label"] == "graphics"
+    texts = {"sentence1": "it builds a it.Tensor here. A it one.", "sentence2": ""}
+    assert by_id["torch.nn:a"] == {"id": "torch.nn:a", "label": "planted"} | texts
+    other = by_id["PIL.Image:b"]
+    assert other["sentence1"].startswith("Open a it image of it.") and other["label"] == "graphics"

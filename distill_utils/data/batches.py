@@ -12,6 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from distill_utils.artifacts import InputError
 
@@ -29,8 +31,7 @@ def tokenize_pairs(
     summaries = [re.sub(r"\s*\n\s*", line, text) for text in dataset["summary"]]
     labels = tokenizer(text_target=summaries, truncation=True, max_length=max_target_length)["input_ids"]
     # A start token in the labels would teach the student to write it twice: the model's shift adds its own.
-    start = tokenizer.bos_token_id
-    labels = [ids[1:] if ids and start is not None and ids[0] == start and len(ids) > 1 else ids for ids in labels]
+    labels = [ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids for ids in labels]
     return Dataset.from_dict({"id": dataset["id"], "input_ids": encoded, "labels": labels})
 
 
@@ -41,16 +42,19 @@ def collate(rows: list[dict], pad_token_id: int, pad_to_multiple: int = 8) -> di
     """
 
     def padded(key: str, padding: int) -> torch.Tensor:
-        length = -(-max(len(row[key]) for row in rows) // pad_to_multiple) * pad_to_multiple
-        values = torch.full((len(rows), length), padding)
-        for line, row in zip(values, rows, strict=True):
-            line[: len(row[key])] = torch.as_tensor(row[key])
-        return values
+        values = [torch.as_tensor(row[key], dtype=torch.long) for row in rows]
+        values = pad_sequence(values, batch_first=True, padding_value=padding)
+        return pad(values, (0, -values.shape[1] % pad_to_multiple), value=padding)
 
     input_ids, labels = padded("input_ids", pad_token_id), padded("labels", -100)
     lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths).long()
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "ids": [r["id"] for r in rows]}
+
+
+def collate_parts(rows: list[dict], size: int, pad_token_id: int, pad_to_multiple: int = 8) -> list[dict]:
+    """Return the rows, in their order, as batches of `size`."""
+    return [collate(rows[i : i + size], pad_token_id, pad_to_multiple) for i in range(0, len(rows), size)]
 
 
 def length_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: int = 32) -> list[list[int]]:
@@ -82,12 +86,11 @@ def pair_stream(
 ) -> Callable[[int], list[dict]]:  # fmt: skip
     """Return `batches(step)`: the micro-batches of an optimizer step, a function of step and seed alone.
 
-    Because nothing is kept between calls, a resumed run sees the data of an uninterrupted one. `order` holds all
-    documents of a comparison, tokenized (id, input_ids); without it `rows` are all. Methods with the same `order` and
-    seed see the same documents in every update, whatever their targets are. Where a document has several rows, they
-    take turns from epoch to epoch; where it has none, a gap, one of those that have takes its place, each in turn.
-    Micro-batches are cut from a step's rows in the order of their targets, which batches know nothing of: that leaves
-    less padding.
+    A resumed run thus sees the data of an uninterrupted one. `order` holds all documents of a comparison, tokenized
+    (id, input_ids); without it `rows` are all. Methods with the same `order` and seed see the same documents in every
+    update. Where a document has several rows, they take turns from epoch to epoch; where it has none, one of those that
+    have takes its place, each in turn. Micro-batches are cut from a step's rows in the order of their targets: that
+    leaves less padding.
     """
     if not len(rows):
         raise InputError("there are no training rows: check the data set and num_train")
@@ -118,7 +121,7 @@ def pair_stream(
         chosen = [{name: column[i] for name, column in columns.items()} for i in numbers]
         if size < batch_size:
             chosen.sort(key=lambda row: len(row["labels"]))
-        return [collate(chosen[i : i + size], pad_token_id) for i in range(0, len(chosen), size)]
+        return collate_parts(chosen, size, pad_token_id)
 
     return batches
 
@@ -139,11 +142,7 @@ def target_facts(batch: dict) -> tuple[list[int], list[int]]:
 
 def batch_list(rows: Dataset, pad_token_id: int, batch_size: int) -> list[dict]:
     """Return all rows as batches in order of length, for evaluation."""
-    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
-    return [
-        collate([rows[int(i)] for i in order[start : start + batch_size]], pad_token_id)
-        for start in range(0, len(order), batch_size)
-    ]
+    return collate_parts(sorted(rows, key=lambda row: len(row["input_ids"])), batch_size, pad_token_id)
 
 
 def tokens_per_update(batches: Callable[[int], list[dict]], num: int = 20) -> float:

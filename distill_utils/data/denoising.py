@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from distill_utils.artifacts import InputError
 from distill_utils.data import pydocs
-from distill_utils.data.batches import collate
+from distill_utils.data.batches import collate_parts
 
 # Share of the tokens (gap sentences: of the sentences) that each hides, as in its paper.
 OBJECTIVES = {"span_corruption": 0.15, "text_infilling": 0.3, "sentence_permutation": 0.0, "gap_sentences": 0.3}
@@ -58,7 +58,6 @@ def denoising_stream(
     if max_positions and source_length > max_positions:
         raise InputError(f"source_length {source_length} exceeds the model's {max_positions} positions: lower it")
     split = sentence_splitter(tokenizer) if "sentence" in objective else None
-    visit = _window_visits(tokens, window, batch_size, seed)
 
     def corrupt(texts: np.ndarray, generator: np.random.Generator, step: int):
         """Yield (input_ids, labels) of each window."""
@@ -75,19 +74,15 @@ def denoising_stream(
                 source, target = mask_sentences(split(text), mask_id, eos)
             yield np.concatenate([start, source, end])[:source_length], np.concatenate([target, end])
 
-    def batches(step: int) -> list[dict]:
-        numbers, texts, generator = visit(step)
-        pairs = zip(numbers, corrupt(texts, generator, step), strict=True)
-        rows = [{"id": f"window {i}", "input_ids": source, "labels": target} for i, (source, target) in pairs]
-        size, multiple = micro_batch_size or batch_size, 1 if objective == "span_corruption" else 8
-        return [collate(rows[i : i + size], tokenizer.pad_token_id, multiple) for i in range(0, batch_size, size)]
-
-    batches(0)  # what cannot work is rejected here, not at the first update
-    return batches
+    padding = tokenizer.pad_token_id, 1 if objective == "span_corruption" else 8
+    return _window_stream(tokens, window, corrupt, "window {}".format, padding, batch_size, micro_batch_size, seed)
 
 
-def _window_visits(tokens: np.ndarray, window: int, batch_size: int, seed: int) -> Callable:
-    """Return `visit(step)`: the numbers of the windows, their ids (batch, window), and the step's random generator."""
+def _window_stream(
+    tokens: np.ndarray, window: int, corrupt: Callable, name: Callable, padding: tuple[int, int], batch_size: int,
+    micro_batch_size: int, seed: int,
+) -> Callable[[int], list[dict]]:  # fmt: skip
+    """Return `batches(step)`: windows as `corrupt(windows, generator, step)` pairs them, in a new order every epoch."""
     count = len(tokens) // window if window > 0 else 0
     per_epoch = count // batch_size
     if not per_epoch:
@@ -98,12 +93,18 @@ def _window_visits(tokens: np.ndarray, window: int, batch_size: int, seed: int) 
     windows = tokens[: count * window].reshape(count, window)
     epoch_order = lru_cache(maxsize=1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
 
-    def visit(step: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    def batches(step: int) -> list[dict]:
         epoch, place = divmod(step, per_epoch)
         numbers = epoch_order(epoch)[place * batch_size : (place + 1) * batch_size]
-        return numbers, windows[numbers].astype(np.int64), np.random.default_rng([seed, 1, step])
+        pairs = corrupt(windows[numbers].astype(np.int64), np.random.default_rng([seed, 1, step]), step)
+        rows = [
+            {"id": name(number), "input_ids": source, "labels": target}
+            for number, (source, target) in zip(numbers.tolist(), pairs, strict=True)
+        ]
+        return collate_parts(rows, micro_batch_size or batch_size, *padding)
 
-    return visit
+    batches(0)  # what cannot work is rejected here, not at the first update
+    return batches
 
 
 # ------------------------------------------------------------------------------------------------------ language models
@@ -113,27 +114,22 @@ def language_model_stream(
     tokens: np.ndarray, tokenizer, objective: str, source_length: int, batch_size: int, seed: int,
     micro_batch_size: int = 0,
 ) -> Callable[[int], list[dict]]:  # fmt: skip
-    """Return `batches(step)`, windows in the order of `denoising_stream`, for a model of one stack.
+    """Return `batches(step)`: windows in the order of `denoising_stream`, for a model of one stack.
 
     Of "masked" text some tokens are to be found (`mask_tokens`); the labels of "causal" text are its input ids.
     Raises InputError for too little text, and for a tokenizer with neither mask token nor sentinel.
     """
-    visit = _window_visits(tokens, source_length, batch_size, seed)
     mask_id, words = tokenizer.mask_token_id, np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     if mask_id is None:
         mask_id = tokenizer.get_vocab().get("<extra_id_0>")  # T5 has no mask, and its first sentinel is as good
     if mask_id is None and objective == "masked":
         raise InputError("the tokenizer has neither a mask token nor <extra_id_0>, which bert needs: use opt only")
 
-    def batches(step: int) -> list[dict]:
-        numbers, ids, generator = visit(step)
-        pairs = mask_tokens(ids, mask_id, words, generator) if objective == "masked" else (ids, ids)
-        names = ("id", "input_ids", "labels")
-        rows = [dict(zip(names, row, strict=True)) for row in zip(numbers.tolist(), *pairs, strict=True)]
-        size = micro_batch_size or batch_size
-        return [collate(rows[i : i + size], tokenizer.pad_token_id, 1) for i in range(0, batch_size, size)]
+    def corrupt(ids: np.ndarray, generator: np.random.Generator, step: int):
+        return zip(*(mask_tokens(ids, mask_id, words, generator) if objective == "masked" else (ids, ids)), strict=True)
 
-    return batches
+    padding = tokenizer.pad_token_id, 1
+    return _window_stream(tokens, source_length, corrupt, int, padding, batch_size, micro_batch_size, seed)
 
 
 def mask_tokens(
@@ -279,22 +275,19 @@ def infill(tokens: np.ndarray, mask_id: int, generator: np.random.Generator, col
     Lewis et al. (2020), section 2.2; a span of length 0 inserts a mask. Without `collapse` every token of a span
     becomes a mask of its own and spans of length 0 change nothing, so that source and target stay aligned.
     """
-    budget, spans = int(round(OBJECTIVES["text_infilling"] * len(tokens))), []
-    while budget > 0 and len(spans) < len(tokens):
-        length = min(int(generator.poisson(MEAN_SPAN)), budget)
-        spans.append(length)
-        budget -= max(length, 1)
+    budget, spans = round(OBJECTIVES["text_infilling"] * len(tokens)), []
+    while budget > 0:
+        spans.append(min(int(generator.poisson(MEAN_SPAN)), budget))
+        budget -= max(spans[-1], 1)
     # Gaps between spans: a random composition of the tokens that stay, so that spans never touch the same token.
-    free = len(tokens) - sum(spans)
-    cuts = np.sort(generator.integers(0, free + 1, size=len(spans)))
-    pieces, kept_from, taken = [], 0, 0
-    for cut, length in zip(cuts, spans, strict=True):
-        start = cut + taken
-        pieces += [tokens[kept_from:start], [mask_id] * (1 if collapse else length)]
-        kept_from = start + length
-        taken += length
-    pieces.append(tokens[kept_from:])
-    return np.concatenate(pieces).astype(np.int64)
+    lengths = np.array(spans, dtype=int)
+    cuts = np.sort(generator.integers(0, len(tokens) - lengths.sum() + 1, size=len(spans)))
+    ids, kept = tokens.astype(np.int64), np.ones(len(tokens), dtype=bool)
+    kept[np.repeat(cuts, lengths) + np.arange(lengths.sum())] = False
+    if not collapse:
+        return np.where(kept, ids, mask_id)
+    starts = cuts + np.cumsum(lengths) - lengths
+    return np.insert(ids, starts, mask_id)[np.insert(kept, starts, True)]
 
 
 def gap_pairs(texts: list[str], max_words: int = 40) -> Dataset:

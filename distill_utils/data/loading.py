@@ -131,8 +131,6 @@ def corpus_folder() -> Path:
             "fingerprint": corpus["fingerprint"],
             "removed": corpus["removed"],
             "pairs": {split: len(rows) for split, rows in corpus["pairs"].items()},
-            "texts": {split: len(rows) for split, rows in corpus["text"].items()},
-            "characters": {split: sum(len(r["text"]) for r in rows) for split, rows in corpus["text"].items()},
         }
 
     return artifact("pydocs", pydocs.corpus_settings(), build, quiet=True)
@@ -231,8 +229,6 @@ def read_files(path: Path, split: str) -> Dataset:
             raise InputError(f"folder {folder.name!r} has no file for {split}: expected one like {split}.jsonl.gz")
     if not path.name.endswith(FILE_ENDINGS):
         raise InputError(f"file {path.name!r} has an unknown ending: use one of {', '.join(FILE_ENDINGS)}")
-    if path.stat().st_size == 0:
-        raise InputError(f"file {path.name!r} is empty: give a file with at least one row")
     if path.suffix == ".txt":
         texts = re.split(r"\n\s*\n", _decode(path.read_bytes(), path.name).replace("\r\n", "\n"))
         return Dataset.from_dict({"text": [text.strip() for text in texts]})
@@ -255,15 +251,15 @@ def _decode(content: bytes, name: str, offset: int = 0) -> str:
 
 
 def _read_json_lines(path: Path) -> Dataset:
-    rows, offset = [], 0
+    rows = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(json.loads(_decode(line, f"{path.name} line {number}", offset)))
+                    text = _decode(line, f"{path.name} line {number}", file.tell() - len(line))
+                    rows.append(json.loads(text))
                     if not isinstance(rows[-1], dict):
                         raise InputError(f"{path.name} line {number} is not an object: expected one {{...}} per line")
-                offset += len(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): fix or remove it") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -41,6 +41,7 @@ FAMILIES = {
 MAX_DOCUMENT_CHARACTERS = 1500
 MIN_RAW_WORDS = 8
 
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:+-]+:`(?:[^`<]*<)?~?([^`>]+)>?`")
 _BACKQUOTED = re.compile(r"`+([^`\n]+?)`+_*")
 _SKIPPED_FOLDERS = re.compile(
@@ -92,7 +93,7 @@ def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, nu
             content.update(f"{row['id']}\0{row['document']}\0{row['summary']}\1".encode())
         for row in text[split]:
             content.update(f"{row['text']}\1".encode())
-    removed = removed | removed_text | leaked
+    removed |= removed_text | leaked
     return {"pairs": pairs, "text": text, "removed": removed, "fingerprint": content.hexdigest()[:12]}
 
 
@@ -124,17 +125,13 @@ def _source_files() -> list[tuple[str, str, str, str]]:
 def _read_file(file: tuple[str, str, str, str]) -> tuple[list[dict], list[dict]]:
     path, module, package, family = file
     try:
-        data = Path(path).read_bytes()
-    except OSError:
-        return [], []
-    if b'"""' not in data and b"'''" not in data and b"# " not in data:  # cheaper than parsing
-        return [], []
-    try:
-        source = data.decode("utf-8")
+        source = Path(path).read_bytes().decode()
+        if not any(mark in source for mark in ('"""', "'''", "# ")):  # cheaper than parsing
+            return [], []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError):  # bytes that are not UTF-8 are a ValueError too
         return [], []
     pairs, texts = [], []
     for kind, name, node, docstring in _documented(tree):
@@ -143,34 +140,28 @@ def _read_file(file: tuple[str, str, str, str]) -> tuple[list[dict], list[dict]]
             texts.append({"text": f"{kind} {name}\n{text}" if name else text, "module": module})
         pair = make_pair(kind, name, _signature(node), text) if name else None
         if pair:
-            pairs.append({"id": f"{module}:{name}", **pair, "module": module, "name": name, "package": package,
-                          "family": family})  # fmt: skip
-    for block in _comments(source):
-        texts.append({"text": block, "module": module})
-    return pairs, texts
+            found = {"module": module, "name": name, "package": package, "family": family}
+            pairs.append({"id": f"{module}:{name}"} | pair | found)
+    return pairs, texts + [{"text": block, "module": module} for block in _comments(source)]
 
 
-def _documented(tree: ast.Module) -> Iterable[tuple[str, str, ast.AST, str]]:
+def _documented(node: ast.AST, kind: str = "module", name: str = "") -> Iterable[tuple[str, str, ast.AST, str]]:
     """Yield (kind, qualified name, node, docstring) of the module, its classes, methods and functions."""
-    stack = [("module", "", tree)]
-    while stack:
-        kind, name, node = stack.pop()
-        docstring = ast.get_docstring(node, clean=True)
-        if docstring:
-            yield kind, name, node, docstring
-        for child in reversed(node.body):
-            inside = f"{name}." if name else ""
-            if isinstance(child, ast.ClassDef):
-                stack.append(("class", inside + child.name, child))
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not isinstance(node, ast.FunctionDef):
-                stack.append(("method" if kind == "class" else "function", inside + child.name, child))
+    if docstring := ast.get_docstring(node, clean=True):
+        yield kind, name, node, docstring
+    inside = f"{name}." if name else ""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _documented(child, "class", inside + child.name)
+        elif isinstance(child, _FUNCTION) and not isinstance(node, ast.FunctionDef):
+            yield from _documented(child, "method" if kind == "class" else "function", inside + child.name)
 
 
 def _signature(node: ast.AST) -> str:
     """Return "(a, b=1, *args)" of a function or of a class's __init__; only plain defaults are written out."""
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not isinstance(node, _FUNCTION):
         return ""
     given = node.args
     positional = given.posonlyargs + given.args
@@ -275,8 +266,7 @@ def family_task(pairs: list[dict], seed: int = 0) -> list[dict]:
         named = re.compile(rf"\b({re.escape(row['package'])}|{row['module'].split('.')[0]})\b", re.IGNORECASE)
         text = named.sub("it", f"{row['summary']} {body}")
         rows.append({"id": row["id"], "sentence1": text, "sentence2": "", "label": row["family"]})
-    order = sorted(range(len(rows)), key=lambda i: _draw(seed, rows[i]["id"]))
-    return [rows[i] for i in order]
+    return sorted(rows, key=lambda row: _draw(seed, row["id"]))
 
 
 def _draw(seed: int, text: str) -> int:
