@@ -13,7 +13,9 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -119,7 +121,12 @@ def corpus_folder() -> Path:
         return Path(os.environ["DISTILL_CORPUS"])
 
     def build(folder: Path) -> dict:
-        corpus = pydocs.build_corpus(lambda stage, done, total: report_progress(folder, stage, done, total, "files"))
+        progress = partial(report_progress, folder, unit="files")
+        try:
+            corpus = pydocs.build_corpus(progress)
+        except BrokenProcessPool as error:  # its processes import the script that started them, and began here as well
+            fix = "in a script, write what calls it below `if __name__ == '__main__':`"
+            raise InputError(f"the processes that read docstrings ended early: {fix}") from error
         for kind in ("pairs", "text"):
             for split, rows in corpus[kind].items():
                 if kind == "pairs":  # a fixed random order, so that the first rows are a fair sample
