@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_t5, tiny_tokenizer
 from torch import distributed as dist
 
-from distill_utils.artifacts import InputError, read_json
+from distill_utils.artifacts import InputError, read_json, write_json
 from distill_utils.distillation import objectives
 from distill_utils.experiments import launch, miniend
 from distill_utils.experiments.miniend import AgnosticRun
@@ -309,11 +309,13 @@ def test_a_run_with_a_killed_process_stops_and_goes_on_in_another_number(place, 
         assert_same(distilled(name, launch.distill, run, *rest, num_processes=num_processes, sharded=sharded), straight)
 
     # One that another run has written is refused by name.
+    written, batches = checkpoint / "state.json", lambda step: []
+    write_json(written, read_json(written) | {"data": loop._data_hash(batches(0))})
     other = replace(run.training, learning_rate=0.1)
     with pytest.raises(InputError, match=f"{checkpoint.name} was written with learning_rate 0.003, this run has 0.1"):
-        loop.fit(tiny_t5(2, 2), None, None, other, folder)
+        loop.fit(tiny_t5(2, 2), None, batches, other, folder)
     with pytest.raises(InputError, match=f"{checkpoint.name} is of another model, decoder.block.1.* has shape"):
-        loop.fit(tiny_t5(2, 1), None, None, run.training, folder)
+        loop.fit(tiny_t5(2, 1), None, batches, run.training, folder)
     (checkpoint / "optimizer.safetensors").unlink()
     with pytest.raises(InputError, match=f"{checkpoint.name} lacks optimizer.safetensors"):
-        loop.fit(tiny_t5(2, 2), None, None, run.training, folder)
+        loop.fit(tiny_t5(2, 2), None, batches, run.training, folder)
