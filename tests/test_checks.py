@@ -15,11 +15,13 @@ from distill_utils.models.loading import load_model, save_model
 # ------------------------------------------------------------------------------------------------------ before training
 
 
+SETTINGS = {"max_source_length": 24, "max_new_tokens": 8}
+
+
 def check(student, teacher):
     documents = make_documents(6)
-    settings = {"max_source_length": 24, "max_new_tokens": 8}
     return checks.check_initial_student(
-        student, teacher, tiny_tokenizer(), tiny_batch(), documents, documents, **settings
+        student, teacher, tiny_tokenizer(), tiny_batch(), documents, documents, **SETTINGS
     )
 
 
@@ -27,13 +29,11 @@ def check(student, teacher):
 def test_a_cut_student_passes_and_its_gap_is_measured(family):
     teacher = FAMILIES[family]()
     same = check(teacher, teacher)
-    assert same["kl_loss"] == pytest.approx(0, abs=1e-5)
-    assert same["encoder_gap"] == pytest.approx(0, abs=1e-6) and same["decoder_gap"] == pytest.approx(0, abs=1e-6)
+    assert [same[key] for key in ("kl_loss", "encoder_gap", "decoder_gap")] == pytest.approx([0, 0, 0], abs=1e-5)
     student = students.init_student(teacher, 3, 1)[0].train()
     row = check(student, teacher)
-    assert row["kl_loss"] > 0.01 and row["decoder_gap"] > 0.01
-    assert row["encoder_gap"] == pytest.approx(0, abs=1e-6)
-    assert student.training and all(module.training for module in student.modules())
+    assert row["kl_loss"] > 0.01 and row["decoder_gap"] > 0.01 and row["encoder_gap"] == pytest.approx(0, abs=1e-6)
+    assert all(module.training for module in student.modules())
     json.dumps(row, allow_nan=False)
 
 
@@ -56,6 +56,10 @@ def that_ends_at_once(student):
     student.final_logits_bias[0, EOS] = 1e4
 
 
+def with_another_vocabulary(student):
+    student.resize_token_embeddings(90)
+
+
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
@@ -63,6 +67,7 @@ def that_ends_at_once(student):
         (with_stale_layer_ids, "layer_idx"),
         (with_a_shared_cache_slot, "cached generation"),
         (that_ends_at_once, "writes nothing for all 6"),
+        (with_another_vocabulary, "student 90, teacher 96, tokenizer 96"),
     ],
 )
 def test_a_broken_student_is_rejected_before_training(breaks, message):
@@ -70,11 +75,6 @@ def test_a_broken_student_is_rejected_before_training(breaks, message):
     breaks(student)
     with pytest.raises(InputError, match=message):
         check(student, tiny_bart())
-
-
-def test_another_vocabulary_is_rejected_before_training():
-    with pytest.raises(InputError, match="student 90, teacher 96, tokenizer 96"):
-        check(tiny_bart(vocab_size=90), tiny_bart())
 
 
 # --------------------------------------------------------------------------------------------------------- round trip
@@ -87,10 +87,8 @@ def prove(tmp_path):
     def round_trip(student, taken=None, tokenizer=None):
         if not (tmp_path / "student").exists():
             save_model(student, tiny_tokenizer(), tmp_path / "student")
-        settings = {"max_source_length": 24, "max_new_tokens": 8}
-        documents = [*make_documents(6), ""]
-        given = (taken or student, tokenizer or tiny_tokenizer(), documents)
-        return checks.round_trip(tmp_path / "student", *given, **settings)
+        given = (taken or student, tokenizer or tiny_tokenizer(), [*make_documents(6), ""])
+        return checks.round_trip(tmp_path / "student", *given, **SETTINGS)
 
     return round_trip
 
@@ -106,10 +104,13 @@ def observe_here(monkeypatch):
     monkeypatch.setattr(checks, "_observe_in_new_process", observe)
 
 
-def test_round_trip_of_t5_v1_1_with_ctranslate2(prove):
+def test_round_trip_in_a_new_process_of_t5_v1_1_with_ctranslate2(prove, tmp_path):
     row = prove(tiny_t5_v1_1())
     assert row["logits_difference"] < 1e-4 and row["same_summaries"] == 7
     assert row["ctranslate2_rougeL"] > 95 and row["ctranslate2_score_gap"] < 1e-3
+    (tmp_path / "student" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="new process: .*InputError"):
+        prove(tiny_t5_v1_1())
 
 
 def test_round_trip_names_what_differs(prove, observe_here, tmp_path):
@@ -140,10 +141,3 @@ def test_round_trip_finds_a_wrong_conversion(prove, observe_here, tmp_path, monk
 def test_round_trip_skips_what_does_not_convert(prove, observe_here):
     row = prove(FAMILIES["marian"]())
     assert row["ctranslate2_rougeL"] is None and "marian" in row["ctranslate2_skipped"]
-
-
-def test_round_trip_says_why_a_folder_does_not_load(prove, tmp_path):
-    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "student")
-    (tmp_path / "student" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="new process: .*InputError"):
-        prove(tiny_bart())

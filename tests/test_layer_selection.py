@@ -1,5 +1,7 @@
 """Evidence on layers against naive rebuilds and float64 formulas, and a search that must find what was planted."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from distill_utils.training.loop import Training
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 BATCHES = [tiny_batch(), tiny_batch(source_lengths=(4, 8), target_lengths=(5, 2), seed=1, padding=2)]
+BASE = selection.runs.StudentRun("sft", "", "x", 8, 8, Training(max_steps=1))
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +28,9 @@ def float32(monkeypatch):
 
 def naive_loss(model) -> float:
     """Cross-entropy over all reference tokens by the model's own forward pass."""
-    counts = [int((batch["labels"] != -100).sum()) for batch in BATCHES]
     with torch.no_grad():
         losses = [model(**batch).loss.item() for batch in BATCHES]
-    return float(np.average(losses, weights=counts))
+    return float(np.average(losses, weights=[int((batch["labels"] != -100).sum()) for batch in BATCHES]))
 
 
 def make_useless(layer) -> None:
@@ -43,39 +45,34 @@ def make_useless(layer) -> None:
 def test_leave_one_out_equals_rebuilt_students(family):
     teacher = FAMILIES[family](3, 3)
     assert selection.calibration_loss(teacher, BATCHES) == pytest.approx(naive_loss(teacher), rel=1e-5)
-    encoded = selection.encode_all(teacher, BATCHES)
-    found = {
-        "encoder": selection.leave_one_out(teacher, "encoder", lambda m: selection.calibration_loss(m, BATCHES)),
-        "decoder": selection.leave_one_out(
-            teacher, "decoder", lambda m: selection.calibration_loss(m, BATCHES, encoded)
-        ),
-    }
-    for out, kept in enumerate(([1, 2], [0, 2], [0, 1])):
-        rebuilt, *_ = init_student(teacher, 2, 3, kept, None)
-        assert found["encoder"][out] == pytest.approx(naive_loss(rebuilt), rel=1e-5)
-        rebuilt, *_ = init_student(teacher, 3, 2, None, kept)
-        assert found["decoder"][out] == pytest.approx(naive_loss(rebuilt), rel=1e-5)
+    for stack, encoded in (("encoder", None), ("decoder", selection.encode_all(teacher, BATCHES))):
+        loss = partial(selection.calibration_loss, batches=BATCHES, encoded=encoded)
+        kept = [{f"{stack}_layer_ids": ids} for ids in ([1, 2], [0, 2], [0, 1])]
+        shape = (2, 3) if stack == "encoder" else (3, 2)
+        expected = [naive_loss(init_student(teacher, *shape, **ids)[0]) for ids in kept]
+        assert selection.leave_one_out(teacher, stack, loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_cost_counts_layers_once_and_reuses_the_encoder():
-    teacher = tiny_bart(2, 4)
-    with selection.measured(teacher) as cost:
-        encoded = selection.encode_all(teacher, BATCHES)
-    assert cost["passes"] == round(2 * len(BATCHES) / 6, 1) and cost["seconds"] >= 0
-    with selection.measured(teacher) as cost:  # four students of three decoder layers
-        selection.leave_one_out(teacher, "decoder", lambda m: selection.calibration_loss(m, BATCHES, encoded))
-    assert cost["passes"] == round(4 * 3 * len(BATCHES) / 6, 1)
+def test_all_evidence_and_what_it_cost():
+    teacher, texts = tiny_bart(2, 4), ["read the file name", "write a list of values to the path"]
+    given = {"tokenizer": tiny_tokenizer(), "documents": texts, "references": texts, "max_source_length": 16}
+    rouge2 = partial(selection.greedy_rouge2, max_new_tokens=6, **given)
+    assert rouge2(teacher).shape == (2,)  # one value a document
+    found = selection.gather_evidence(teacher, BATCHES, rouge2, kept_layers=2, search_budget=100)
+    assert found["loss"] == pytest.approx(naive_loss(teacher), rel=1e-5)
+    assert [row["stack"] for row in found["rows"]] == ["encoder"] * 2 + ["decoder"] * 4
+    cost = {row["evidence"]: (row["candidates"], row["passes"]) for row in found["cost"]}
+    # The encoder's two layers run once for all students of three decoder layers, and of two.
+    expected = {"search, encoder": (0, 0), "search, decoder": (7, 2 + 4 * 3 + 3 * 2)}
+    expected |= {"leave one out, loss, decoder": (4, 4 + 4 * 3), "similarity and CKA": (None, 6)}
+    for evidence, (candidates, layers) in expected.items():  # a pass is one batch through as many as the teacher has
+        assert cost[evidence] == (candidates, round(layers * len(BATCHES) / 6, 1))
 
-
-def test_rouge_of_a_view_is_one_value_a_document():
-    documents = ["read the file name", "write a list of values to the path"]
-    options = {"max_source_length": 16, "max_new_tokens": 6}
-    found = selection.leave_one_out(
-        tiny_bart(2, 2),
-        "decoder",
-        lambda m: selection.greedy_rouge2(m, tiny_tokenizer(), documents, documents, **options),
-    )
-    assert len(found) == 2 and all(values.shape == (2,) for values in found)
+    (run,) = plan = [selection.run_of(BASE, teacher, [0, 1], [0, 1], 0)]
+    means = [{"variant": run.variant, **dict.fromkeys(("validation_ce", "rouge2", "rouge2_low", "rouge2_high"), 1.0)}]
+    (row,) = selection.judge_maps(teacher, BATCHES, {"first": [0, 1]}, plan, found["rows"], means)
+    assert row["loss before"] == pytest.approx(naive_loss(init_student(teacher, 2, 2, None, [0, 1])[0]), rel=1e-5)
+    assert row["sum left out"] == pytest.approx(sum(row["loss_change"] for row in found["rows"][4:]))
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -112,25 +109,18 @@ def test_search_respects_its_budget_and_still_answers(budget):
     assert (found["score"] is None) == (budget < 18 and len(found["steps"]) > 1 and found["steps"][-1]["score"] is None)
 
 
-def test_searching_all_layers_costs_nothing():
-    found = selection.search_layers(tiny_bart(1, 2), "decoder", 2, lambda model: 0.0, 1)
-    assert found["layer_ids"] == [0, 1] and found["evaluations"] == 0 and found["score"] is None
-
-
-@pytest.mark.parametrize(
-    ("size", "budget", "message"), [(2, 0, "budget 0"), (2, -1, "budget -1"), (0, 9, "is 0"), (4, 9, "is 4")]
-)
-def test_impossible_searches_are_refused_in_one_line(size, budget, message):
-    with pytest.raises(InputError, match=message) as error:
+@pytest.mark.parametrize(("size", "budget", "value"), [(2, 0, "0"), (2, -1, "-1"), (0, 9, "is 0"), (4, 9, "is 4")])
+def test_impossible_searches_are_refused_in_one_line(size, budget, value):
+    with pytest.raises(InputError, match=value) as error:
         selection.search_layers(tiny_bart(1, 3), "decoder", size, lambda model: 0.0, budget)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("batch_size", [0, 4])
-def test_calibration_needs_a_full_batch(batch_size):
+def test_calibration_needs_a_full_batch():
     rows = Dataset.from_dict({"id": ["a"] * 3, "input_ids": [[5, 2], [5, 6, 2], [7, 2]], "labels": [[5, 2]] * 3})
-    with pytest.raises(InputError, match=f"3 calibration documents for batches of {batch_size}"):
-        selection.calibration_batches(rows, PAD, batch_size, torch.device("cpu"))
+    for batch_size in (0, 4):
+        with pytest.raises(InputError, match=f"batches of {batch_size}"):
+            selection.calibration_batches(rows, PAD, batch_size, torch.device("cpu"))
     assert len(selection.calibration_batches(rows, PAD, 2, torch.device("cpu"))) == 2
 
 
@@ -172,13 +162,10 @@ def test_maps_are_drawn_and_joined():
 
 
 def test_runs_name_the_layers_of_the_stacks_that_are_cut():
-    base = selection.runs.StudentRun(
-        method="sft", shape="", teacher="x", max_source_length=8, max_target_length=8, training=Training(max_steps=1)
-    )
-    run = selection.run_of(base, tiny_bart(3, 3), [0, 1, 2], [0, 2], seed=4)
+    run = selection.run_of(BASE, tiny_bart(3, 3), [0, 1, 2], [0, 2], seed=4)
     assert (run.shape, run.variant, run.training.seed) == ("3-2", "decoder 0 2", 4)
     assert (run.encoder_layer_ids, run.decoder_layer_ids) == (None, [0, 2])
-    assert selection.run_of(base, tiny_bart(3, 3), [1], [0, 2], 0).variant == "encoder 1, decoder 0 2"
+    assert selection.run_of(BASE, tiny_bart(3, 3), [1], [0, 2], 0).variant == "encoder 1, decoder 0 2"
     selection.runs.check_runs([run], tiny_bart(3, 3))
     with pytest.raises(InputError, match="give 2 different ids from 0 to 1"):
         selection.runs.check_runs([run], tiny_bart(3, 2))
@@ -193,10 +180,10 @@ def test_verdict_tells_a_win_from_noise():
     take = dict.fromkeys(("rouge2", "rouge2_low", "rouge2_high", "ms_per_token", "latency_ms"), 8.0) | {"label": "6-3"}
     take |= {"speedup": 1.5, "share": 0.96, "share_low": 0.9, "share_high": 1.02, "not_worse_5_percent": False}
     text = selection.verdict([0, 1, 5], [win, same], known, [noise], take, 0.9, 300, 1, 60)
-    assert "beats the published table and is the same map as even spacing" in text
-    assert "cannot be separated from" in text and "ranks the maps as training does" in text and "Take 6-3" in text
+    for said in ("beats the published", "same map as even", "cannot be separated", "ranks the maps as", "Take 6-3"):
+        assert said in text
     text = selection.verdict([0, 1, 5], [win], {**known, "p_value": 0.2}, [], None, 0.9, 240, 1, 2)
-    assert "is not shown to rank" in text and "Take none of these" in text and "one seed are a demonstration" in text
+    assert "is not shown to rank" in text and "Take none" in text and "demonstration" in text
     assert "Smoke run" in selection.verdict([0, 1, 5], [win], known, [], None, 0.9, 24, 1, 2)
 
 

@@ -4,10 +4,11 @@
 """
 
 import ast
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+
+import pandas as pd
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.evaluation.statistics import compare, effect_sign, holm
@@ -23,17 +24,17 @@ def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
     method, *pairs = text.split()
     known = [field.name for field in fields(base) if field.name not in FIXED]
     changes: dict = {"method": method, "variant": " ".join(pairs)}
-    for pair in pairs:
-        name, _, written = pair.partition("=")
-        value = _value(written)
+    for name, value in parse_settings(pairs).items():
+        default = getattr(base, name, None)
+        kinds = {float: (int, float), type(None): (list,)}.get(type(default), (type(default),))
         if name == "learning_rate":
             changes["training"] = replace(base.training, learning_rate=float(value))
         elif name.startswith("label_") and name not in known:
             changes["label_settings"] = changes.get("label_settings", base.label_settings) | {name[6:]: value}
         elif name not in known:
             raise InputError(f"ablation {text!r}: there is no {name}: use {', '.join(known)}, learning_rate")
-        elif not _fits(value, getattr(base, name)):
-            raise InputError(f"ablation {text!r}: {name} cannot be {written!r}: write it like {getattr(base, name)!r}")
+        elif type(value) not in kinds:
+            raise InputError(f"ablation {text!r}: {name} cannot be {value!r}: write it like {default!r}")
         else:
             changes[name] = value
     return replace(base, **changes)
@@ -46,7 +47,10 @@ def parse_settings(texts: Sequence[str]) -> dict:
         name, sign, written = text.partition("=")
         if not sign or not name.strip():
             raise InputError(f"{text!r} sets nothing: write name=value, as in num_beams=2")
-        found[name.strip()] = _value(written.strip())
+        try:
+            found[name.strip()] = ast.literal_eval(written.strip())
+        except (ValueError, SyntaxError):  # a plain word
+            found[name.strip()] = written.strip()
     return found
 
 
@@ -56,30 +60,15 @@ def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], t
     Of several that fit the last counts; a variant that sets its own learning rate keeps it, and a rate of 0 becomes
     the usual one of the shape and method.
     """
-    rates = parse_settings(texts)
-    fits = {name: [set(name.split()) <= {run.method, run.shape} for run in plan] for name in rates}
-    for name, rate in rates.items():
-        if not any(fits[name]) or type(rate) not in (int, float):
-            raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
     changed = [fine_tuning.at_usual_rate(run, teacher) for run in plan]
-    for i, run in enumerate(plan):
-        own = [float(rate) for name, rate in rates.items() if fits[name][i]]
-        if own and "learning_rate=" not in run.variant:
-            changed[i] = replace(changed[i], training=replace(run.training, learning_rate=own[-1]))
+    for name, rate in parse_settings(texts).items():
+        fits = [i for i, run in enumerate(plan) if set(name.split()) <= {run.method, run.shape}]
+        if not fits or type(rate) not in (int, float):
+            raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
+        for i in fits:
+            if "learning_rate=" not in plan[i].variant:
+                changed[i] = replace(changed[i], training=replace(plan[i].training, learning_rate=float(rate)))
     return changed
-
-
-def _value(written: str):
-    try:
-        return ast.literal_eval(written)
-    except (ValueError, SyntaxError):  # a plain word
-        return written
-
-
-def _fits(value, default) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    return default is None or isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
 def parse_ablation(base: runs.StudentRun, text: str) -> tuple[runs.StudentRun, runs.StudentRun]:
@@ -126,21 +115,15 @@ def ablation_rows(
     return [row | {"p (Holm)": p_value} for row, p_value in zip(rows, adjusted, strict=True)]
 
 
-def claims() -> list[dict]:
-    """Return what the papers and the first author's logs suggest: claim, comparison that should gain, source.
+def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
+    """Return one row per claim of the papers and the first author's logs: confirmed, contradicted, or neither.
 
     The file has more than what two runs of students can test; report/dashboard.py judges those from all pages.
     """
-    with open(ASSETS / "claims.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["page"] == "03"]
-    return [{key: row[key] for key in ("claim", "comparison", "source")} for row in rows]
-
-
-def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
-    """Return one row per published claim: confirmed, contradicted, not confirmed, or not tested in this run."""
+    claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'")[["claim", "comparison", "source"]]
     words = {1: "confirmed", -1: "contradicted", 0: "not confirmed"}
     rows = []
-    for claim in claims():
+    for claim in claims.to_dict("records"):
         test = ablation_row(base, claim["comparison"], tested, seeds)
         found = {"ROUGE-2": "", "seeds": "", "here": "not tested here"}
         if test:

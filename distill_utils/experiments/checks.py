@@ -21,7 +21,7 @@ from distill_utils import artifacts
 from distill_utils.artifacts import InputError
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
-from distill_utils.distillation.losses import chunked_token_losses, hidden_loss
+from distill_utils.distillation.losses import hidden_loss
 from distill_utils.distillation.objectives import teacher_mode
 from distill_utils.distillation.teacher_cache import states_of, with_targets, write_targets
 from distill_utils.evaluation import ctranslate, generation
@@ -137,20 +137,10 @@ def check_initial_student(
         )
     with eval_mode(student, teacher):
         theirs, ours = _forward("teacher", teacher, batch), _forward("student", student, batch)
-        labels, same = batch["labels"].to(student.device), torch.nn.Identity()
-        terms = chunked_token_losses(
-            ours.logits,
-            same,
-            labels,
-            theirs.logits.to(student.device),
-            same,
-            chunk_tokens=labels.numel(),
-            weights=(0.0, 1.0),
-        )
         row: dict[str, float | None] = {
-            "kl_loss": terms["kl_loss"].item(),
+            "kl_loss": runs.held_out_losses(student, teacher, [batch])["validation_kl"],
             "encoder_gap": _gap(ours, theirs, "encoder", batch["attention_mask"]),
-            "decoder_gap": _gap(ours, theirs, "decoder", labels != -100),
+            "decoder_gap": _gap(ours, theirs, "decoder", batch["labels"] != -100),
         }
         _check_cache(student, batch, max_new_tokens=min(16, max_new_tokens))
         predictions = generation.summarize(
@@ -183,7 +173,7 @@ def _forward(name: str, model, batch: dict[str, torch.Tensor]):
 
 
 def _gap(student_out, teacher_out, stack: str, mask: torch.Tensor) -> float | None:
-    pair = [getattr(out, f"{stack}_hidden_states")[-1].to(mask.device) for out in (student_out, teacher_out)]
+    pair = [getattr(out, f"{stack}_hidden_states")[-1].cpu() for out in (student_out, teacher_out)]
     return hidden_loss(*pair, mask).item() if pair[0].shape == pair[1].shape else None
 
 

@@ -3,18 +3,18 @@
 Out of scope: training students (runs.py) and testing one (evaluation/scoring.py).
 """
 
-import csv
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
 from distill_utils.artifacts import read_json
 from distill_utils.evaluation import scoring, statistics
-from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores, text_diagnostics
+from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_words, rouge_scores
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
@@ -103,11 +103,6 @@ def decoding_row(name: str, setting: Mapping, tested: Path) -> dict:
     return row | {key: found.get(key) for key in keys}
 
 
-def reference_row(test: Dataset) -> dict:
-    """Return the text diagnostics of the references."""
-    return {"name": "reference", **text_diagnostics(list(test["document"]), list(test["summary"]))}
-
-
 def result_row(
     run: runs.StudentRun, trained: Path, tested: Path, label_seconds: float, teacher_test: Path | None = None
 ) -> dict:
@@ -137,46 +132,36 @@ def result_row(
     }
 
 
-def time_students(
-    teacher, tokenizer, plan: Sequence[runs.StudentRun], trained: Mapping[str, Path],
+def add_speed(
+    rows: list[dict], teacher, tokenizer, plan: Sequence[runs.StudentRun], trained: Mapping[str, Path],
     documents: Sequence[str], *, max_source_length: int, prefix: str = "", num_new_tokens: int = 16,
     **generation_settings,
-) -> dict[tuple[str, str, str], dict[str, float]]:  # fmt: skip
-    """Return latency_ms and ms_per_token of the teacher and of one student of each method, shape and variant.
+) -> None:  # fmt: skip
+    """Replace latency_ms and ms_per_token of the rows by those of models that take turns, and add `speedup`.
 
-    The keys are (method, shape, variant), the teacher's ("teacher", "", ""). All models are in memory and take turns,
-    because times that were taken minutes apart differ by the machine's noise more than models do.
+    In memory together are the teacher and one student of each method, shape and variant of the plan, because times that
+    were taken minutes apart differ by the machine's noise more than models do. Students of one shape are one
+    architecture and get one time per token, the median of theirs; a row outside of the plan gets no latency, which
+    depends on what is written.
     """
     models = {("teacher", "", ""): teacher}
     for run in plan:
-        if (run.method, run.shape, run.variant) not in models:
-            student = load_model(trained[run.name] / "student")[0]
-            models[run.method, run.shape, run.variant] = student.to(teacher.device)
+        if (key := (run.method, run.shape, run.variant)) not in models:
+            models[key] = load_model(trained[run.name] / "student")[0].to(teacher.device)
     options, timed = {"max_source_length": max_source_length, "prefix": prefix}, {}
     for key, model in models.items():
         decoded = scoring.decoding_runs(model, tokenizer, num_new_tokens, options, **generation_settings)
         timed |= {(key, name): function for name, function in decoded.items()}
-    found = scoring.interleaved_latency_ms(timed, documents, teacher.device)
-    per_token = {key: found[key, "ms_per_token"] / num_new_tokens for key in models}
-    return {key: {"latency_ms": found[key, "latency_ms"], "ms_per_token": per_token[key]} for key in models}
-
-
-def add_speed(rows: list[dict], times: Mapping[tuple[str, str, str], Mapping[str, float]]) -> None:
-    """Replace latency and time per token of the rows by those taken in turns, and add `speedup` over the teacher.
-
-    `times` is what `time_students` returned. Students of one shape are one architecture and get one time per
-    token, the median of theirs; one that was not timed itself has no latency, which depends on what it writes.
-    """
-    by_shape: dict[str, list[float]] = {}
-    for (_, shape, _), time in times.items():
-        by_shape.setdefault(shape, []).append(time["ms_per_token"])
-    teacher = by_shape[""][0]
+    times = scoring.interleaved_latency_ms(timed, documents, teacher.device)
+    per_token: dict[str, list[float]] = {}
+    for key in models:
+        per_token.setdefault(key[1], []).append(times[key, "ms_per_token"] / num_new_tokens)
     for row in rows:
-        key = (row["method"], row["student"], row.get("variant") or "")
-        if row.get("ms_per_token") and row["student"] in by_shape:  # rules such as lead words take no time
-            row["latency_ms"] = times.get(key, {}).get("latency_ms")
-            row["ms_per_token"] = round(float(np.median(by_shape[row["student"]])), 4)
-            row["speedup"] = round(teacher / row["ms_per_token"], 3)
+        if row.get("ms_per_token") and row["student"] in per_token:  # rules such as lead words take no time
+            key = (row["method"], row["student"], row.get("variant") or "")
+            row["latency_ms"] = times.get((key, "latency_ms"))
+            row["ms_per_token"] = round(float(np.median(per_token[row["student"]])), 4)
+            row["speedup"] = round(per_token[""][0] / row["ms_per_token"], 3)
 
 
 def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_test: Path) -> list[dict]:
@@ -269,29 +254,19 @@ def recommended(means: Sequence[dict], versus: Sequence[Mapping]) -> list[dict]:
     return [take, *(row for row in chosen if row is not take)]
 
 
-def best_students(means: Sequence[dict], versus: Sequence[Mapping], plan: Sequence[runs.StudentRun]) -> list[str]:
-    """Return the run names (first seed) of the `recommended` students."""
-    first = {(run.method, run.shape): run.name for run in reversed(plan)}
-    return [first[row["method"], row["student"]] for row in recommended(means, versus)]
-
-
-def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> list[dict]:
+def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> pd.DataFrame:
     """Return one row for each result with a published figure; data set and teacher are known by their hub names."""
-    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
-        lines = [row for row in csv.DictReader(file) if (row["dataset"], row["teacher"]) == (dataset, teacher)]
-    # Preferred sources come first, so they are written last.
-    published = {(row["method"], row["student"]): row for row in reversed(lines) if row["rouge2"]}
-    rows = []
-    for ours in means:
-        theirs = published.get((ours["method"], ours["student"]))
-        if theirs is None or ours.get("variant"):
-            continue
-        row = {"name": ours["name"]}
-        for name, heading in (("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L")):
-            row |= {name: ours[name], f"{heading} (published)": float(theirs[name]) if theirs[name] else None}
-        speedup = float(theirs["speedup"]) if theirs["speedup"] else None
-        rows.append(row | {"speed-up per document (published)": speedup, "source": theirs["source"]})
-    return rows
+    published = pd.read_csv(ASSETS / "published.csv").fillna({"student": ""})
+    published = published[(published["dataset"] == dataset) & (published["teacher"] == teacher)]
+    published = published.dropna(subset="rouge2").drop_duplicates(["method", "student"])  # preferred sources come first
+    headings = {"rouge2": "ROUGE-2 (published)", "rougeL": "ROUGE-L (published)"}
+    headings["speedup"] = "speed-up per document (published)"
+    ours = pd.DataFrame([row for row in means if not row.get("variant")])[
+        ["method", "student", "name", "rouge2", "rougeL"]
+    ]
+    return ours.merge(published.rename(columns=headings), on=["method", "student"])[
+        ["name", "rouge2", headings["rouge2"], "rougeL", headings["rougeL"], headings["speedup"], "source"]
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- signals and verdict

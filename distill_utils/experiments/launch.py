@@ -131,18 +131,11 @@ def _settle_left(stack: nn.Module, inputs: tuple, output: object) -> None:
 def unshard(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a whole copy in rank 0's main memory, None elsewhere; all processes call this together."""
     weights = model.state_dict(keep_vars=True)
-    distinct = {str(id(weight)): weight.detach() for weight in weights.values()}  # tied ones once
-    found = gather(distinct)
+    found = gather({str(id(weight)): weight.detach() for weight in weights.values()})  # tied ones once
     if rank_and_world_size()[0] > 0:
         return None
-    made = {
-        str(id(weight)): nn.Parameter(found[str(id(weight))], weight.requires_grad)
-        if isinstance(weight, nn.Parameter)
-        else found[str(id(weight))]
-        for weight in weights.values()
-    }
     whole = type(model)(copy.deepcopy(model.config))  # which may tie what this model does not (T5 v1.1)
-    whole.load_state_dict({name: made[str(id(weight))] for name, weight in weights.items()}, assign=True)
+    whole.load_state_dict({name: found[str(id(weight))] for name, weight in weights.items()}, assign=True)
     whole.generation_config = copy.deepcopy(model.generation_config)
     return whole.eval()
 

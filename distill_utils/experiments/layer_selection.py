@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from distill_utils.distillation.losses import IGNORED, chunked_token_losses
 from distill_utils.distillation.objectives import decode, encode, layer_outputs
 from distill_utils.evaluation import generation, metrics, scoring, statistics
 from distill_utils.experiments import fine_tuning, runs
-from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, scores_over_seeds, smoke_note
 from distill_utils.models import students
 
 STACKS = ("encoder", "decoder")
@@ -74,13 +75,13 @@ def greedy_rouge2(model: PreTrainedModel, tokenizer, documents: Sequence[str], r
 
 
 @contextmanager
-def measured(teacher: PreTrainedModel) -> Iterator[dict]:
-    """Fill {"seconds", "passes"} with what the block cost.
+def measured(teacher: PreTrainedModel, rows: list[dict], evidence: str, candidates: int = 0) -> Iterator[dict]:
+    """Add a row with what the block cost: its `evidence`, how many `candidates` it scored, seconds and passes.
 
     A pass is one batch through as many layers as the whole teacher has, encoder and decoder together; half of the
     layers are half a pass, and so is, of a batch that is written, every token's way through the decoder.
     """
-    cost, calls = {}, [0]
+    row, calls = {"evidence": evidence, "candidates": candidates or None}, [0]
     kinds = tuple({type(layer) for stack in STACKS for layer in _layers(teacher, stack)})
 
     def count(module: nn.Module, inputs: tuple) -> None:
@@ -88,29 +89,27 @@ def measured(teacher: PreTrainedModel) -> Iterator[dict]:
 
     hook, began = nn.modules.module.register_module_forward_pre_hook(count), time.perf_counter()
     try:
-        yield cost
+        yield row
     finally:
         hook.remove()
-        whole = sum(len(_layers(teacher, stack)) for stack in STACKS)
-        cost |= {"seconds": round(time.perf_counter() - began, 2), "passes": round(calls[0] / whole, 1)}
+    whole = sum(len(_layers(teacher, stack)) for stack in STACKS)
+    rows.append(row | {"seconds": round(time.perf_counter() - began, 2), "passes": round(calls[0] / whole, 1)})
 
 
 # --------------------------------------------------------------------------------------- leaving layers out, and search
 
 
-def view(teacher: PreTrainedModel, stack: str, layer_ids: Sequence[int]) -> PreTrainedModel:
-    """Return the teacher with only the given layers of one stack, on the teacher's own weights."""
-    kept = {name: list(range(len(_layers(teacher, name)))) for name in STACKS} | {stack: list(layer_ids)}
-    encoder, decoder = kept["encoder"], kept["decoder"]
-    return students.init_student(teacher, len(encoder), len(decoder), encoder, decoder, share_weights=True)[0]
+def view(teacher: PreTrainedModel, **kept: Sequence[int]) -> PreTrainedModel:
+    """Return the teacher with only the kept layers of each stack named, on the teacher's own weights."""
+    ids = [list(kept.get(stack, range(len(_layers(teacher, stack))))) for stack in STACKS]
+    return students.init_student(teacher, *map(len, ids), *ids, share_weights=True)[0]
 
 
 def untrained_row(
     teacher: PreTrainedModel, tokenizer, batches: Sequence[dict], documents: Sequence[str], kept: Mapping, **options
 ) -> dict:
     """Return size, speed and loss of the student that the kept layers of each stack make, before any training."""
-    ids = [list(kept[stack]) for stack in STACKS]
-    student = students.init_student(teacher, *map(len, ids), *ids, share_weights=True)[0]
+    student = view(teacher, **kept)
     speed = scoring.measure_speed(student, tokenizer, documents, repeats=1, **options)
     return {
         "parameters_m": students.count_parameters(student)["total"] / 1e6,
@@ -140,7 +139,7 @@ def distinct_maps(named: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 def leave_one_out(teacher: PreTrainedModel, stack: str, score: Callable) -> list:
     """Return `score` of the teacher without layer 0, without layer 1, ... of one stack."""
     ids = range(len(_layers(teacher, stack)))
-    return [score(view(teacher, stack, [i for i in ids if i != left_out])) for left_out in ids]
+    return [score(view(teacher, **{stack: [i for i in ids if i != left_out]})) for left_out in ids]
 
 
 def search_layers(
@@ -162,7 +161,7 @@ def search_layers(
     steps = []
     while len(kept) > size:
         order = sorted(kept, key=lambda layer: known.get(layer, 0.0))[: max_evaluations - used]
-        found = {layer: score(view(teacher, stack, [i for i in kept if i != layer])) for layer in order}
+        found = {layer: score(view(teacher, **{stack: [i for i in kept if i != layer]})) for layer in order}
         used, complete, known = used + len(found), complete and len(found) == len(kept), known | found
         out = min(found or kept, key=lambda layer: known.get(layer, np.inf))
         kept.remove(out)
@@ -213,33 +212,30 @@ def gather_evidence(
 ) -> dict:
     """Return all that is known of layers before training: `rows` by layer, `search`, `cka`, `loss`, and what each cost.
 
-    `rouge2(model)` scores the teacher's own summaries, per document. Each `measured` block is one line of `cost`.
+    `rouge2(model)` scores the teacher's own summaries, per document.
     """
     rows, cost, search = [], [], {}
     for stack in STACKS:
         depth = len(_layers(teacher, stack))
-        with measured(teacher) as spent:
+        with measured(teacher, cost, f"search, {stack}") as row:
             encoded = encode_all(teacher, batches) if stack == "decoder" else None
             loss = partial(calibration_loss, batches=batches, encoded=encoded)
             search[stack] = search_layers(teacher, stack, kept_layers, loss, search_budget)
-        cost.append({"evidence": f"search, {stack}", "candidates": search[stack]["evaluations"], **spent})
-        with measured(teacher) as spent:
+            row["candidates"] = search[stack]["evaluations"]
+        with measured(teacher, cost, f"leave one out, loss, {stack}", depth):
             before = loss(teacher)
             losses = leave_one_out(teacher, stack, loss)
-        cost.append({"evidence": f"leave one out, loss, {stack}", "candidates": depth, **spent})
-        with measured(teacher) as spent:
+        with measured(teacher, cost, f"leave one out, ROUGE-2, {stack}", depth):
             own = rouge2(teacher)
             scores = leave_one_out(teacher, stack, rouge2)
-        cost.append({"evidence": f"leave one out, ROUGE-2, {stack}", "candidates": depth, **spent})
         for layer, (left, values) in enumerate(zip(losses, scores, strict=True)):
             change = statistics.compare(values, own)
             ends = {"rouge2": change["difference"], "rouge2_low": change["low"], "rouge2_high": change["high"]}
             rows.append({"stack": stack, "layer": layer, "loss_change": left - before, **ends})
-    with measured(teacher) as spent:
+    with measured(teacher, cost, "similarity and CKA"):
         states = layer_states(teacher, batches)
         similarity = [value for stack in STACKS for value in statistics.input_output_similarity(states[stack])]
         alike = {stack: statistics.cka(states[stack][1:]).tolist() for stack in STACKS}
-    cost.append({"evidence": "similarity and CKA", "candidates": None, **spent})
     rows = [{**row, "similarity": value} for row, value in zip(rows, similarity, strict=True)]
     return {"rows": rows, "cost": cost, "search": search, "cka": alike, "loss": before}
 
@@ -266,10 +262,10 @@ def run_of(
 
 def seed_scores(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path]) -> dict[tuple[str, str], np.ndarray]:
     """Return ROUGE-2 of every (shape, variant), (seeds, documents)."""
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    folders: dict[tuple[str, str], list[Path]] = {}
     for run in plan:
-        found.setdefault((run.shape, run.variant), []).append(scoring.read_scores(tested[run.name])["rouge2"])
-    return {key: np.array(values) for key, values in found.items()}
+        folders.setdefault((run.shape, run.variant), []).append(tested[run.name])
+    return {key: scores_over_seeds(found) for key, found in folders.items()}
 
 
 def compare(name: str, values: np.ndarray, rival: str, others: np.ndarray) -> dict:
@@ -286,19 +282,18 @@ def judge_maps(
     `plan` holds one run for each map, `layers` the evidence by layer, `means` the results rows.
     """
     encoded = encode_all(teacher, batches)
-    lone = [row for row in layers if row["stack"] == "decoder"]
+    evidence = pd.DataFrame(layers).query("stack == 'decoder'").set_index("layer")
     by_variant = {row.get("variant"): row for row in means}
     rows = []
     for (name, ids), run in zip(maps.items(), plan, strict=True):
-        gone = [row for row in lone if row["layer"] not in ids]
-        after = by_variant[run.variant]
+        gone, after = evidence.drop(index=ids), by_variant[run.variant]
         rows.append(
             {
                 "map": name,
                 "layers": ids,
-                "loss before": calibration_loss(view(teacher, "decoder", ids), batches, encoded),
-                "sum left out": sum(row["loss_change"] for row in gone),
-                "change left out": sum(1 - row["similarity"] for row in gone),
+                "loss before": calibration_loss(view(teacher, decoder=ids), batches, encoded),
+                "sum left out": sum(gone["loss_change"]),
+                "change left out": sum(1 - gone["similarity"]),
                 **{key: after[key] for key in ("validation_ce", "rouge2", "rouge2_low", "rouge2_high")},
             }
         )

@@ -17,15 +17,8 @@ from distill_utils.artifacts import InputError, artifact, config_hash, hashed, l
 from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
-from distill_utils.distillation import objectives
-from distill_utils.distillation.pseudo_labels import (
-    bounds_of,
-    cross_fit_halves,
-    filter_labels,
-    join_labels,
-    pseudo_labels,
-    read_labels,
-)
+from distill_utils.distillation import objectives, pseudo_labels
+from distill_utils.distillation.pseudo_labels import filter_labels
 from distill_utils.distillation.teacher_cache import teacher_states, with_states, with_targets, write_targets
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
@@ -125,7 +118,7 @@ def _check_run(run: StudentRun, teacher) -> None:
         raise InputError(f"method {run.method!r} is unknown: use {', '.join(METHODS)}")
     check_training(run.training)
     objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
-    bounds_of(run.label_filters)
+    pseudo_labels.bounds_of(run.label_filters)
     if not 0 <= run.label_smoothing < 1 or (run.label_smoothing and run.method == "kd_cached"):
         reason = "is not between 0 and 1" if run.method != "kd_cached" else "is not for cached targets"
         raise InputError(f"label_smoothing {run.label_smoothing} {reason}: use 0, or 0.1 with another method")
@@ -208,7 +201,7 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
 
     def build(folder: Path) -> dict:
         began = time.monotonic()
-        labels = pseudo_labels(run.teacher, train, folder, **decoding)
+        labels = pseudo_labels.pseudo_labels(run.teacher, train, folder, **decoding)
         seconds = time.monotonic() - began
         _, counts = filter_labels(labels, USABLE)
         return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}
@@ -216,10 +209,9 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
     return artifact("pseudo-labels", inputs | decoding, build)
 
 
-def labelled(folder: Path, filters: dict | None = None) -> Dataset:
+def labelled(folder: Path) -> Dataset:
     """Return the usable pseudo-labels of an artifact: id, document, summary (the teacher's), reference, score."""
-    usable = filter_labels(read_labels(folder), USABLE)[0]
-    return filter_labels(usable, filters)[0] if filters else usable
+    return filter_labels(pseudo_labels.read_labels(folder), USABLE)[0]
 
 
 def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Dataset:
@@ -233,7 +225,7 @@ def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Datase
     if run.method not in ON_PSEUDO_LABELS:
         return train
     if run.cross_fit:
-        halves = cross_fit_halves(train, seed=0)
+        halves = pseudo_labels.cross_fit_halves(train, seed=0)
         tuned = [cross_fit_teacher(run, tokenizer, half) / "teacher" for half in halves]
         labellers = zip(halves, tuned[::-1] if run.cross_fit == "other" else tuned, strict=True)
         folders = [label(replace(run, teacher=str(path)), load_model(path)[0], half) for half, path in labellers]
@@ -245,10 +237,10 @@ def training_rows(run: StudentRun, teacher, tokenizer, train: Dataset) -> Datase
             folders.append(label(replace(run, teacher=name), model, train))
     usable = [labelled(folder) for folder in folders]
     written = {document_id(name) for rows in usable for name in rows["id"]}
-    rows = [filter_labels(each, run.label_filters)[0] if run.label_filters else each for each in usable]
+    rows = [filter_labels(each, run.label_filters)[0] for each in usable]
     unlabelled = train.select([i for i, name in enumerate(train["id"]) if name not in written])
     rest = train if run.method == "pl_gold" else unlabelled
-    return join_labels([*rows, rest])[0] if len(rows) > 1 or len(rest) else rows[0]
+    return pseudo_labels.join_labels([*rows, rest])[0] if len(rows) > 1 or len(rest) else rows[0]
 
 
 def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
