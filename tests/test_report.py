@@ -292,10 +292,11 @@ def test_index_and_csv(reports):
 
 def test_readme_table(reports):
     text = index.readme_table(reports)
-    assert "**[3. KD | PL](reports/03_kd.html)** (profile demo, 2026-01-02 03:04 UTC)" in text
+    assert r"| [3. KD \| PL](reports/03_kd.html) | demo | 1 |" in text
     assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
     assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" not in text  # another page of the notebook has more seeds
-    assert "mean of 3 seeds" in text and "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
+    assert "(reports/full/03_kd.html), profile full, mean of 3 seeds:" in text
+    assert "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
     assert "`make reports`: 01 1 min 01 s" in text
     assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students
@@ -310,7 +311,7 @@ def test_readme_leaves_the_scores_of_several_tasks_and_of_many_rows_to_the_page(
     for name, rows in (("04_miniend", tasks), ("05_scaling", losses), ("03_kd", many)):
         entry(tmp_path, name, title=f"Page {name}", headline=f"**{name}** is best", rows=rows)
         text = index.readme_table(tmp_path)
-        assert f"**[Page {name}](reports/{name}.html)**" in text and f"**{name}** is best" in text
+        assert f"| [Page {name}](reports/{name}.html) | demo | 1 | **{name}** is best |" in text
         assert f"| {rows[0]['method']} |" not in text
 
 
@@ -324,16 +325,17 @@ def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     results.mkdir()
     (results / "suite.json").write_text(json.dumps({"rows": rows}))
     index.update_readme(readme, reports, results)
-    assert not readme.exists()
+    assert not readme.exists() and not (reports / "quality_speed.svg").exists()
     marks = [f"<!-- {part}:{end} -->" for part in ("results", "benchmarks") for end in ("start", "end")]
     readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
     for _ in range(2):
         index.update_readme(readme, reports, results)
         text = readme.read_text()
-        assert text.startswith(f"before\n{marks[0]}\n\n**[3. KD") and text.endswith(f"{marks[3]}\nafter\n")
+        assert text.startswith(f"before\n{marks[0]}\n\n| page |") and text.endswith(f"{marks[3]}\nafter\n")
         assert f"{marks[1]}\nbetween\n{marks[2]}" in text and "old" not in text and "no goal" not in text
         line = "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6); unasked 9.00 | 0.25, 0.25, 0.25 | 50 % |"
         assert line in text.splitlines()
+    assert b"<svg" in (reports / "quality_speed.svg").read_bytes()
 
 
 def test_wall_time_names_what_was_reused():

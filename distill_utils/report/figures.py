@@ -3,6 +3,7 @@
 Out of scope: computing what is drawn; colours, names and the look (style.py).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -79,7 +80,7 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
         elif has_interval and not is_line:
             ax.errorbar(at, value, yerr=style.error_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
-            bars += [(at, height) for height in np.linspace(low, high, 9)]
+            bars += [(at, height) for height in np.linspace(low, high, 50)]
         if method == "teacher" or is_line:
             ax.axhline(value, color=color, lw=0.9 if method == "teacher" else 1.2, ls=":" if is_line else "-")
             lines.append((value, method_label(method), "#6b6b6b"))
@@ -94,13 +95,29 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     if places.min() >= 0:
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
     style.label_right(ax, lines)
-    step = 0.01 * np.ptp(ax.get_ylim())  # labels of equal points would stay one on the other
-    texts = [ax.text(at, value + i * step, name, color=color, va="center", zorder=5)
-             for i, (at, value, name, color) in enumerate(points)]  # fmt: skip
-    x_taken, y_taken = zip(*bars, strict=True) if bars else ([], [])
-    beside = {"static": "x+", "explode": "x+", "text": "y", "pull": "y"}  # to the right of all bars, one above another
-    style.separate(ax, texts, beside, x=x_taken, y=y_taken, expand=(1.3, 1.05), force_static=(0.4, 0.0))
+    _label_points(ax, points, bars)
     return ax
+
+
+def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[tuple]) -> None:
+    """Write each (x, y, text, colour) beside its point, where it hides least of `bars` (x, y) and other labels."""
+    ax.get_figure().draw_without_rendering()  # places need the final layout
+    drawn = ax.transData.transform([*bars, *(point[:2] for point in points)]) if points else []
+    boxes = [line.get_window_extent() for line in ax.texts]
+    for at, value, name, color in points:
+        places = []
+        for above, aside in itertools.product((0, 9, -9, 18, -18, 27, -27), (7, -7)):
+            text = ax.annotate(name, (at, value), (aside, above), textcoords="offset points", color=color, va="center",
+                               ha="left" if aside > 0 else "right", zorder=5)  # fmt: skip
+            box = text.get_window_extent().padded(4)
+            hidden = sum(box.contains(*place) for place in drawn) + abs(above) / 9
+            hidden += 100 * (box.count_overlaps(boxes) + (box.x0 < ax.bbox.x0))
+            places.append((hidden, len(places), text, box))
+        _, _, chosen, box = min(places)
+        boxes.append(box)
+        for *_, text, _ in places:
+            if text is not chosen:
+                text.remove()
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Axes:

@@ -176,27 +176,22 @@ def wall_time(entry: dict) -> str:
 def readme_table(reports: Path) -> str:
     """Return the README's results: what the reports that train students found, and what `make reports` takes.
 
-    Each is shown by the first sentence of its headline, and of a notebook's pages the one with most seeds, of these
-    the last, by its `means` over seeds, or its rows; above `README_ROWS` of them by that alone.
+    Each is a line with the first sentence of its headline; the scores of some follow (`_scored`).
     """
-    blocks, timed, (entries, _) = [], [], gather(reports)
-    ranked = sorted(entries, key=lambda entry: (_seeds(entry), entry.get("date") or ""))
-    most = {entry["report"].rpartition("/")[2]: entry["report"] for entry in ranked}
+    entries, _ = gather(reports)
+    blocks, lines, timed = [], [], []
     for entry in entries:
-        link, wall = f"reports/{entry['report']}.html", wall_time(entry)
+        wall = wall_time(entry)
         if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
             timed.append(f"{entry['report'].partition('_')[0]} {wall}")
-        rows = entry.get("means") or entry["rows"]
-        rows = [row for row in rows if row.get("rouge2") is not None or row.get("loss") is not None]
-        grid = any({"task", "loss"} & row.keys() for row in rows)  # several tasks, or no summaries: see the page
-        if any(row.get("student") for row in rows):
-            seeds = _seeds(entry)
-            origin = [f"profile {entry['profile']}", entry.get("date"), (entry.get("provenance") or {}).get("commit")]
-            origin.append(f"mean of {seeds} seeds" if seeds > 1 else None)
-            title = f"**[{entry.get('title') or entry['report']}]({link})** ({', '.join(filter(None, origin))})"
-            blocks.append(": ".join(filter(None, [title, verdict(entry)])))
-            if len(rows) <= README_ROWS and not grid and entry["report"] in most.values():
-                blocks.append(_markdown_table([_scores(row) for row in rows]))
+        if any(row.get("student") for row in entry["rows"]):
+            line = {"page": _link(entry), "profile": entry["profile"], "seeds": str(_seeds(entry))}
+            lines.append(line | {"verdict": verdict(entry)})
+    if lines:
+        blocks.append(_markdown_table(lines))
+    for entry, rows in _scored(entries):
+        basis = f"{_link(entry)}, profile {entry['profile']}, mean of {_seeds(entry)} seed{'s' * (_seeds(entry) > 1)}:"
+        blocks += [basis, _markdown_table([_scores(row) for row in rows])]
     judged = Counter(claim["verdict"] for claim in dashboard.judged_claims(entries))
     if judged.keys() - {"not testable here"}:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in judged.items())
@@ -204,6 +199,26 @@ def readme_table(reports: Path) -> str:
     if timed:
         blocks.append(f"Wall time of `make reports`: {'; '.join(timed)}.")
     return "\n\n".join(blocks) + "\n" if blocks else "No report has been made yet.\n"
+
+
+def _link(entry: dict) -> str:
+    return f"[{entry.get('title') or entry['report']}](reports/{entry['report']}.html)"
+
+
+def _scored(entries: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
+    """Return the entries whose scores the README shows, and these: means over seeds, or rows.
+
+    Of a notebook's pages it is the one with most seeds, of these the last. Left out are those of several tasks, without
+    summaries, or with more than README_ROWS.
+    """
+    ranked = sorted(entries, key=lambda entry: (_seeds(entry), entry.get("date") or ""))
+    found = []
+    for entry in {entry["report"].rpartition("/")[2]: entry for entry in ranked}.values():
+        rows = [row for row in entry.get("means") or entry["rows"] if row.get("rouge2") is not None]
+        fits = len(rows) <= README_ROWS and not any({"task", "loss"} & row.keys() for row in rows)
+        if fits and any(row.get("student") for row in rows):
+            found.append((entry, rows))
+    return found
 
 
 def _seeds(entry: dict) -> int:
@@ -223,9 +238,9 @@ def _scores(row: dict) -> dict[str, str]:
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Write rows of the same headings as a table; a column without any value is left out."""
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    left = ("method", "student", "report", "of which", "measured", "times faster than")
+    left = ("page", "profile", "verdict", "method", "student", "measured", "times faster than")
     rules = ["---" if heading in left else "---:" for heading in headings]
-    lines = [headings, rules, *([row[heading] for heading in headings] for row in rows)]
+    lines = [headings, rules, *([row[heading].replace("|", "\\|") for heading in headings] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -249,9 +264,15 @@ def update_readme(
     readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports",
     results: Path = REPOSITORY / "benchmarks" / "results",
 ) -> None:  # fmt: skip
-    """Write the tables of reports and of benchmarks between the README's markers, where it has them."""
+    """Write the tables of reports and of benchmarks between the README's markers, and its picture to the reports."""
     if not readme.exists():
         return
+    for _, rows in _scored(gather(reports)[0])[-1:]:  # that with most seeds
+        from distill_utils.report import figures, style  # they load matplotlib
+
+        figures.use_style()
+        figure = figures.plot_quality_speed(rows).get_figure()
+        write_atomic(reports / "quality_speed.svg", style.svg(figure))
     text = readme.read_text(encoding="utf-8")
     for part, table in (("results", readme_table(reports)), ("benchmarks", benchmark_table(results))):
         start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"

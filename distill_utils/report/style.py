@@ -125,7 +125,7 @@ def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
     try:
         if failure := getattr(figure, "failure", None):
             raise failure
-        picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
+        picture = svg(figure)
     except Exception as error:  # of `or_failure`, or of the layout, which is computed only here
         plt.close(figure)
         reason = escape(f"{type(error).__name__}: {error}")
@@ -136,9 +136,15 @@ def show(figure_or_axes: Figure | Axes, alt: str, caption: str) -> None:
     else:
         mime, data = "image/png", _drawn(figure, format="png", dpi=150)
         size = {"width": round(figure.get_figwidth() * 96)}
-    plt.close(figure)
     display({mime: data, "text/plain": alt}, metadata={mime: {"alt": alt, **size}}, raw=True)
     display(HTML(f'<div class="figcaption">{escape(caption)}</div>'))
+
+
+def svg(figure: Figure) -> bytes:
+    """Return a figure as SVG and close it; the same figure gives the same bytes."""
+    picture = _drawn(figure, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return picture
 
 
 def _drawn(figure: Figure, **options) -> bytes:
