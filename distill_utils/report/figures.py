@@ -99,19 +99,21 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     return ax
 
 
-def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[tuple]) -> None:
-    """Write each (x, y, text, colour) beside its point, where it hides least of `bars` (x, y) and other labels."""
+def _label_points(
+    ax: Axes, points: Sequence[tuple[float, float, str, str]], drawn: Sequence[tuple], fontsize: str = "medium"
+) -> None:  # fmt: skip
+    """Write each (x, y, text, colour) beside its point, where it hides least of what is `drawn` (x, y)."""
     ax.get_figure().draw_without_rendering()  # places need the final layout
-    drawn = ax.transData.transform([*bars, *(point[:2] for point in points)]) if points else []
+    drawn = ax.transData.transform([*drawn, *(point[:2] for point in points)]) if points else []
     boxes = [line.get_window_extent() for line in ax.texts]
     for at, value, name, color in points:
         places = []
-        for above, aside in itertools.product((0, 9, -9, 18, -18, 27, -27), (7, -7)):
+        for above, aside in itertools.product((0, 9, -9, 18, -18, 27, -27), (7, -7, 16, -16, 25, -25, 34, -34)):
             text = ax.annotate(name, (at, value), (aside, above), textcoords="offset points", color=color, va="center",
-                               ha="left" if aside > 0 else "right", zorder=5)  # fmt: skip
+                               ha="left" if aside > 0 else "right", fontsize=fontsize, zorder=5)  # fmt: skip
             box = text.get_window_extent().padded(4)
-            hidden = sum(box.contains(*place) for place in drawn) + abs(above) / 9
-            hidden += 100 * (box.count_overlaps(boxes) + (box.x0 < ax.bbox.x0))
+            hidden = sum(box.contains(*place) for place in drawn) + (abs(above) + abs(aside)) / 30
+            hidden += 100 * (box.count_overlaps(boxes) + (box.x0 < ax.bbox.x0) + (box.y0 < ax.bbox.y0))
             places.append((hidden, len(places), text, box))
         _, _, chosen, box = min(places)
         boxes.append(box)
@@ -292,20 +294,23 @@ def plot_trade_off(rows: Sequence[Mapping], x: str = "latency_ms", legend: str =
     names = list(dict.fromkeys(row["name"] for row in rows))
     shades = sns.color_palette("crest_r", len(names)).as_hex()
     mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2
+    labels, drawn = [], []
     for number, name in enumerate(names):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
         color = style.method_color(own[0]["method"]) if mixed else shades[number]
         values, at = [row[y] for row in own], [row[x] for row in own]
         look = {"color": color, "lw": 1.2, "elinewidth": 0.7, "capsize": 2, "ms": 7, "mec": "white"}
         ax.errorbar(at, values, yerr=style.error_bars(own, y), marker=style.MARKERS[number], label=name, **look)
-        for row in own:
-            text = row["setting"].replace(" beams", "").replace(" beam", "")
-            ax.annotate(text, (row[x], row[y]), (4, 5), textcoords="offset points", color=color, fontsize="small")
+        labels += [(row[x], row[y], row["setting"].removesuffix("s").removesuffix(" beam"), color) for row in own]
+        bars = [((row[x], row[f"{y}_low"]), (row[x], row[f"{y}_high"])) for row in own]
+        for ends in (*bars, *itertools.pairwise(zip(at, values, strict=True))):
+            drawn += list(np.linspace(*ends, 25))
     ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y))
     best = pareto_front(rows, x, y)
     ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=1)
     ax.set_xlim(left=0)
     ax.legend(title=legend, frameon=False)
+    _label_points(ax, labels, drawn, fontsize="small")
     return ax
 
 
