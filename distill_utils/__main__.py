@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill_utils.artifacts import InputError, config_hash, lock, read_json, runs_dir, write_json
 from distill_utils.report import batch, settings
+from distill_utils.workers import check_workers
 
 SWEEP_EXAMPLE = """the grid, as YAML:
   notebook: 03
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
     report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
+    several = "notebooks at once here (default 1); what they time is then timed beside each other's work"
+    report.add_argument("--workers", type=int, default=1, metavar="N", help=several)
     add_told(report)
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
     swept = commands.add_parser(
@@ -129,8 +132,9 @@ def report(arguments: argparse.Namespace) -> int:
     at = next(place for place in (arguments.output, *arguments.output.resolve().parents) if place.exists())
     if not at.is_dir():
         raise InputError(f"--output {arguments.output}: {at.name} is a file, not a folder: name another folder")
+    check_workers(arguments.workers)
     plans = settings.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
-    return batch.run_reports(plans, arguments.output, arguments.told)
+    return batch.run_reports(plans, arguments.output, arguments.told, arguments.workers)
 
 
 def use_student(arguments: argparse.Namespace) -> int:

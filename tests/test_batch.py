@@ -159,6 +159,7 @@ def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, caps
         (["03", "--profile", "value"], "profiles/value.yaml must map notebook stems to parameter names and values"),
         (["03", "--profile", "broken"], "profiles/broken.yaml, line 1: not valid YAML"),
         (["--all", "03"], "exclude each other"),
+        (["--all", "--workers", "0"], "workers 0"),
         ([], "no notebook to run"),
         (["03", "--output", f"{REPOSITORY}/README.md/below"], "README.md is a file, not a folder"),
         (["03", "--bogus"], "unrecognized arguments: --bogus"),
