@@ -4,7 +4,8 @@
 
 `user` is the embedded teacher as people call it: float32, four beams, documents as they come, batches of 16. `ours` is
 `distill_utils.summarize`, which on a CPU reads the folder's CTranslate2 model (int8, or the first type that keeps to
-parity); loading it is part of the turn, while the teacher stands ready. Both write as much as they want; `value` is the ROUGE-2 of it.
+parity); loading it is part of the turn, while the teacher stands ready. Both write as much as they want; `value` is the
+ROUGE-2 of it.
 """
 
 import tempfile
