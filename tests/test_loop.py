@@ -307,6 +307,10 @@ def test_patience_brings_the_cooldown_forward(tmp_path):
     ("changes", "parts"),
     [
         ({"max_steps": 0}, ["max_steps 0"]),
+        ({"batch_size": 0}, ["batch_size 0"]),
+        ({"log_every": 0}, ["log_every 0"]),
+        ({"warmup_steps": -1}, ["warmup_steps -1"]),
+        ({"checkpoint_every": -5}, ["checkpoint_every -5"]),
         ({"micro_batch_size": 2}, ["micro_batch_size 2", "batch_size 3"]),
         ({"micro_batch_size": -1}, ["micro_batch_size -1"]),
         ({"learning_rate": 0.0}, ["learning_rate 0.0"]),
@@ -608,3 +612,34 @@ def test_a_run_in_the_background_goes_on_ignoring_interrupts(processes, uninterr
     interrupts(signal.SIG_IGN)
     train(str(tmp_path), "", Pressed(7, 2))
     assert equal(finished(processes, tmp_path)[0], uninterrupted[0])
+
+
+def extend(folder: str, until: int, dies_at: int = 0) -> None:
+    """Train a trunk up to an update in this process, or be killed at one before it."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    plant(f"update{dies_at}" if dies_at else "")
+    run = replace(RUN, max_steps=10**6, schedule="constant", checkpoint_every=70)
+    model = tiny_bart(1, 1, seed=4, dropout=0.2)
+    fit(model, loss_fn, batches, run, Path(folder), until=until)
+    save_file({name: weight.clone() for name, weight in model.state_dict().items()}, f"{folder}/final.safetensors")
+
+
+@pytest.mark.slow
+def test_a_trunk_of_300_extended_to_600_and_killed_twice_is_the_trunk_of_600(processes, tmp_path):
+    for folder, until, updates, code in (
+        ("extended", 300, 0, 0),
+        ("extended", 600, 100, -signal.SIGKILL),  # at update 400, from 300 on
+        ("extended", 600, 150, -signal.SIGKILL),  # at update 500, from 350 on
+        ("extended", 600, 0, 0),
+        ("straight", 600, 0, 0),
+    ):
+        process = processes.Process(target=extend, args=(str(tmp_path / folder), until, updates))
+        process.start()
+        process.join()
+        assert process.exitcode == code
+        last = max(path.name for path in (tmp_path / folder).glob("checkpoint-*"))
+        assert last == f"checkpoint-{until if not code else 350 if updates == 100 else 490:06d}"
+    assert equal(*(load_file(tmp_path / name / "final.safetensors") for name in ("extended", "straight")))
+    rows = [loop.read_history(tmp_path / name) for name in ("extended", "straight")]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]

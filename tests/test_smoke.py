@@ -37,6 +37,24 @@ def test_smoke_profile_makes_a_report(notebook, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student_shapes=6-0", "is 0"),
+        ("student_shapes=6-7", "is 7"),
+        ("dataset=no-such-data.jsonl", "does not exist"),
+        ("teacher=./no-such-folder", "no model folder"),
+    ],
+)
+def test_bad_input_of_a_notebook_ends_in_one_line_before_training(override, message, tmp_path):
+    command = [sys.executable, "-m", "distill_utils", "report", "03", "--profile", "smoke", "-p", override]
+    done = subprocess.run([*command, "--output", tmp_path], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.html"))
+
+
+@pytest.mark.slow
 def test_from_a_file_and_a_pretrained_model_to_a_teacher_and_its_students(tmp_path):
     rows = loading.load_pairs("pydocs", "test", 160).select_columns(["document", "summary"])
     rows.to_csv(tmp_path / "articles.csv")
