@@ -46,19 +46,20 @@ def to_ctranslate2(model_folder: Path | str, output_folder: Path | str, quantiza
     if not (model_folder / "config.json").is_file():
         raise InputError(f"{model_folder} holds no saved model (config.json is missing): give a folder of save_model")
     check_convertible(model_folder)
-    converter = _converter(model_folder)
+    converter = _converter(model_folder, quantization)
     with artifacts.folder_atomic(output_folder) as temporary:
         converter.convert(str(temporary), quantization=quantization, force=True)
         read_generation_config(model_folder).save_pretrained(temporary)
     return output_folder
 
 
-def _converter(model_folder: Path):
+def _converter(model_folder: Path, quantization: str):
     from ctranslate2.converters import TransformersConverter
 
     class FixedConverter(TransformersConverter):
         def load_model(self, model_class, name, **kwargs):
-            kwargs["dtype"] = torch.float32
+            if quantization not in ("float16", "bfloat16"):  # these keep a half-precision model at half the memory
+                kwargs["dtype"] = torch.float32
             model = model_class.from_pretrained(name, use_safetensors=True, **kwargs)
             config = model.config
             if config.model_type in T5_TYPES:
