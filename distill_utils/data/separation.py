@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -153,8 +154,13 @@ def _seen(known: np.ndarray, texts: list[str], length: int, share: float = 0.0) 
 
 def _word_hashes(texts: Iterable[str]) -> np.ndarray:
     """Return the hashes of all words as 64-bit numbers, a break of 0 behind each text."""
-    words = (map(hash, [*_WORD.findall(text.lower()), ""]) for text in texts)  # that of "" is 0
-    return np.fromiter(itertools.chain.from_iterable(words), dtype=np.int64).view(np.uint64)
+    words = (map(_word_hash, [*_WORD.findall(text.lower()), ""]) for text in texts)
+    return np.fromiter(itertools.chain.from_iterable(words), dtype=np.uint64)
+
+
+@cache
+def _word_hash(word: str) -> int:  # not Python's own, which is another one in every process
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") if word else 0
 
 
 def _ngrams(words: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
