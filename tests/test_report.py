@@ -326,13 +326,14 @@ def test_readme_is_changed_between_its_markers_only(reports, tmp_path):
     (results / "suite.json").write_text(json.dumps({"rows": rows}))
     index.update_readme(readme, reports, results)
     assert not readme.exists() and not (reports / "quality_speed.svg").exists()
-    marks = [f"<!-- {part}:{end} -->" for part in ("results", "benchmarks") for end in ("start", "end")]
-    readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
+    marks = [f"<!-- {part}:{end} -->" for part in ("picture", "results", "benchmarks") for end in ("start", "end")]
+    readme.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\n{}\nold\n{}\nafter\n".format(*marks))
     for _ in range(2):
         index.update_readme(readme, reports, results)
         text = readme.read_text()
-        assert text.startswith(f"before\n{marks[0]}\n\n| page |") and text.endswith(f"{marks[3]}\nafter\n")
-        assert f"{marks[1]}\nbetween\n{marks[2]}" in text and "old" not in text and "no goal" not in text
+        assert text.startswith(f"before\n{marks[0]}\n\n![ROUGE-2") and text.endswith(f"{marks[5]}\nafter\n")
+        assert "full/03_kd.html), profile full, mean of 3 seeds.*" in text.partition(marks[1])[0]
+        assert f"{marks[1]}\nbetween\n{marks[2]}\n\n| page |" in text and "old" not in text and "no goal" not in text
         line = "| step | plain 3.12 (goal 2); expert 1.50 (goal 1.6); unasked 9.00 | 0.25, 0.25, 0.25 | 50 % |"
         assert line in text.splitlines()
     assert b"<svg" in (reports / "quality_speed.svg").read_bytes()

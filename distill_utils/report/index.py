@@ -190,8 +190,7 @@ def readme_table(reports: Path) -> str:
     if lines:
         blocks.append(_markdown_table(lines))
     for entry, rows in _scored(entries):
-        basis = f"{_link(entry)}, profile {entry['profile']}, mean of {_seeds(entry)} seed{'s' * (_seeds(entry) > 1)}:"
-        blocks += [basis, _markdown_table([_scores(row) for row in rows])]
+        blocks += [f"{_basis(entry)}:", _markdown_table([_scores(row) for row in rows])]
     judged = Counter(claim["verdict"] for claim in dashboard.judged_claims(entries))
     if judged.keys() - {"not testable here"}:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in judged.items())
@@ -203,6 +202,10 @@ def readme_table(reports: Path) -> str:
 
 def _link(entry: dict) -> str:
     return f"[{entry.get('title') or entry['report']}](reports/{entry['report']}.html)"
+
+
+def _basis(entry: dict) -> str:
+    return f"{_link(entry)}, profile {entry['profile']}, mean of {_seeds(entry)} seed{'s' * (_seeds(entry) > 1)}"
 
 
 def _scored(entries: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
@@ -260,6 +263,20 @@ def benchmark_table(results: Path) -> str:
     return _markdown_table(lines) + "\n" if lines else "No suite has been measured yet.\n"
 
 
+def readme_picture(reports: Path) -> str:
+    """Draw quality_speed.svg, of those that the README shows the report with most seeds, and return its caption."""
+    scored = _scored(gather(reports)[0])
+    if not scored:
+        return "No report has been made yet.\n"
+    from distill_utils.report import figures, style  # they load matplotlib
+
+    entry, rows = max(scored, key=lambda found: _seeds(found[0]))
+    figures.use_style()
+    write_atomic(reports / "quality_speed.svg", style.svg(figures.plot_quality_speed(rows).get_figure()))
+    picture = "![ROUGE-2 of teacher and students against time per generated token](reports/quality_speed.svg)"
+    return f"{picture}\n*Bars, band: 95 %. {_basis(entry)}.*\n"
+
+
 def update_readme(
     readme: Path = REPOSITORY / "README.md", reports: Path = REPOSITORY / "reports",
     results: Path = REPOSITORY / "benchmarks" / "results",
@@ -267,15 +284,10 @@ def update_readme(
     """Write the tables of reports and of benchmarks between the README's markers, and its picture to the reports."""
     if not readme.exists():
         return
-    for _, rows in _scored(gather(reports)[0])[-1:]:  # that with most seeds
-        from distill_utils.report import figures, style  # they load matplotlib
-
-        figures.use_style()
-        figure = figures.plot_quality_speed(rows).get_figure()
-        write_atomic(reports / "quality_speed.svg", style.svg(figure))
     text = readme.read_text(encoding="utf-8")
-    for part, table in (("results", readme_table(reports)), ("benchmarks", benchmark_table(results))):
+    written = readme_picture(reports), readme_table(reports), benchmark_table(results)
+    for part, new in zip(("picture", "results", "benchmarks"), written, strict=True):
         start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
         between = re.compile(f"{start}.*?{end}", re.DOTALL)
-        text = between.sub(lambda _, new=f"{start}\n\n{table}\n{end}": new, text, count=1)
+        text = between.sub(lambda _, new=f"{start}\n\n{new}\n{end}": new, text, count=1)
     write_atomic(readme, text)
