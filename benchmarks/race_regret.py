@@ -71,9 +71,9 @@ def main() -> None:
         races.append(raced(defaults | given | {"seed": seed}))
         print(seed, {key: value for key, value in races[-1].items() if key != "scores"}, flush=True)
         scores = {kind: np.stack([each["scores"][kind] for each in races]) for kind in races[0]["scores"]}
-        regret = statistics.compare(scores["grid"], scores["race"])
         rows = {
-            "regret": regret | {"share": regret["difference"] / scores["grid"].mean()},
+            "regret": statistics.compare(scores["grid"], scores["race"]),
+            "race, share of the grid's choice": statistics.share_of(scores["race"], scores["grid"]),
             "race minus sft by hand": statistics.compare(scores["race"], scores["sft by hand"]),
             "race, share of the teacher": statistics.share_of(scores["race"], scores["teacher"]),
         }
