@@ -141,3 +141,22 @@ def test_round_trip_finds_a_wrong_conversion(prove, observe_here, tmp_path, monk
 def test_round_trip_skips_what_does_not_convert(prove, observe_here):
     row = prove(FAMILIES["marian"]())
     assert row["ctranslate2_rougeL"] is None and "marian" in row["ctranslate2_skipped"]
+
+
+def test_gap_and_lost_likelihood_are_those_of_plain_forward_passes(tmp_path):
+    model, other = tiny_bart().eval(), tiny_bart(seed=5).eval()
+    tokenizer, documents = tiny_tokenizer(), make_documents(3)
+    save_model(other, tokenizer, tmp_path / "other")
+    converted = ctranslate.to_ctranslate2(tmp_path / "other", tmp_path / "converted")
+    settings = {"max_source_length": 24, "max_new_tokens": 8, "prefix": "", "min_length": 0}
+    rouge, gap, lost = checks.ctranslate2_agreement(converted, model, tokenizer, documents, documents, settings)
+    gaps = []  # of one text after the other, of each token
+    for document in documents:
+        ids = tokenizer(document, truncation=True, max_length=24, return_tensors="pt")["input_ids"]
+        start = torch.tensor([[model.generation_config.decoder_start_token_id]])
+        given = {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], 1)}
+        own, theirs = (each(**given).logits.log_softmax(-1).gather(2, ids[..., None]) for each in (model, other))
+        gaps.append((own - theirs).flatten())
+    assert gap == pytest.approx(sum(each.abs().mean().item() for each in gaps) / 3, rel=1e-4)
+    assert lost == pytest.approx(sum(each.mean().item() for each in gaps) / 3, rel=1e-4)
+    assert abs(lost) < 0.9 * gap and rouge < 100

@@ -292,7 +292,7 @@ def _converted(folder: Path, model, tokenizer, documents, expected: list[str], s
             converted = ctranslate.to_ctranslate2(folder, Path(temporary) / "converted")
         except ValueError as error:
             return {"ctranslate2_rougeL": None, "ctranslate2_score_gap": None, "ctranslate2_skipped": str(error)}
-        agreement, gap = ctranslate2_agreement(converted, model, tokenizer, documents, expected, settings)
+        agreement, gap, _ = ctranslate2_agreement(converted, model, tokenizer, documents, expected, settings)
     if agreement < MIN_AGREEMENT:
         raise ValueError(f"CTranslate2 writes other summaries: ROUGE-L {agreement:.1f} to ours, not {MIN_AGREEMENT}")
     if not gap <= MAX_SCORE_GAP:  # NaN fails as well
@@ -306,13 +306,14 @@ def _converted(folder: Path, model, tokenizer, documents, expected: list[str], s
 @torch.inference_mode()
 def ctranslate2_agreement(
     converted: Path, model, tokenizer, documents: Sequence[str], expected: list[str], settings: dict
-) -> tuple[float, float]:
-    """Return how a converted model agrees with `model`: mean ROUGE-L of greedy summaries, and the gap of scores.
+) -> tuple[float, float, float]:
+    """Return how a converted model agrees with `model`: ROUGE-L of greedy summaries, gap of scores, likelihood lost.
 
-    `expected` are the model's own greedy summaries. The gap is the mean difference of log-probabilities of the same
-    fixed texts in nats per token: a wrong output scale shows in scores alone.
+    `expected` are the model's own greedy summaries. Of the same texts, in nats per token: the gap is how far a
+    token's log-probability lies from the model's, either way (a wrong output scale shows in scores alone); what is
+    lost is their mean difference, which rounding hardly moves.
     """
-    pairs = [pair for pair in zip(documents, expected, strict=True) if pair[0].strip()][:16]
+    pairs = [pair for pair in zip(documents, expected, strict=True) if pair[0].strip()]
     cut = {"truncation": True, "max_length": settings["max_source_length"]}
     sources = tokenizer([settings["prefix"] + document for document, _ in pairs], **cut)["input_ids"]
     targets = tokenizer(text_target=[text or "-" for _, text in pairs], **cut)["input_ids"]
@@ -322,10 +323,11 @@ def ctranslate2_agreement(
     rouge = [100.0 if a == b else score for a, b, score in zip(summaries, expected, rouge, strict=True)]  # "" == ""
     starts = model.generation_config.decoder_start_token_id, model.config.decoder_start_token_id
     start = next(token for token in starts if token is not None)
-    gaps = []
+    gaps, lost = [], []
     for source, target, found in zip(sources, targets, scores, strict=True):
         ids = [torch.tensor([row], device=model.device) for row in (source, [start, *target[:-1]], target)]
         log_probs = model(input_ids=ids[0], decoder_input_ids=ids[1]).logits.float().log_softmax(-1)
         own = log_probs[0].gather(1, ids[2][0, :, None])[:, 0].cpu().numpy()
         gaps.append(np.abs(own - found).mean())
-    return float(np.mean(rouge)), float(np.mean(gaps))
+        lost.append((own - found).mean())
+    return float(np.mean(rouge)), float(np.mean(gaps)), float(np.mean(lost))
