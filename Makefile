@@ -17,7 +17,7 @@ help:
 	@echo "make reports   run every notebook and write reports/ (about an hour on two cores)"
 	@echo "make test      lint and run the tests, offline (about ten minutes on two cores)"
 	@echo "make test-all  the same, and the slow ones: every profile, the built wheel, whole workflows"
-	@echo "make bench     run every suite of benchmarks/ (about half an hour on two quiet cores); SUITES=\"relations student\" some"
+	@echo "make bench     run the suites of benchmarks/ on quiet cores; SUITES=\"relations student\" some"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make teachers  train the embedded teachers again from nothing (hours without a GPU)"
 	@echo "make clean     remove .venv and caches; runs/ and reports/ stay"

@@ -15,7 +15,7 @@ from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environm
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, write_json
-from distill_utils.report import batch, settings
+from distill_utils.report import batch, pages, settings
 
 # --------------------------------------------------------------------------------------------------------- parameters
 
@@ -61,6 +61,9 @@ def test_parameters_cell_is_rejected_when_it_cannot_be_trusted(source):
         ("list[str]", "6-3,6-1", ["6-3", "6-1"]),
         ("list[str]", "['6-3']", ["6-3"]),
         ("list[float]", "[]", []),
+        ("list[str]", '["a, b", "6-3 \\u00e9"]', ["a, b", "6-3 é"]),
+        ("list[str]", "[1, 2]", ["1", "2"]),
+        ("list[float]", "[1, 2.5]", [1.0, 2.5]),
     ],
 )
 def test_command_line_values_take_the_annotated_type(kind, text, value):
@@ -315,6 +318,14 @@ def test_a_grid_is_every_combination_in_order(notebooks, tmp_path):
     assert len({plan.name for plan in plans}) == 4 and all(plan.name.count("/") == 1 for plan in plans)
 
 
+def test_long_combinations_have_names_of_their_own_and_strings_keep_their_commas(notebooks, tmp_path):
+    shapes = ["a{'b': [0.5, 2.0]}" * 8]
+    grid = write_grid(tmp_path, f"notebook: 1\ngrid: {{shapes: [{shapes}], seed: [0, 1]}}")
+    plans = settings.read_grid(grid, notebooks)
+    assert [plan.values["shapes"] for plan in plans] == [shapes, shapes]
+    assert len({plan.name for plan in plans}) == 2 and all(len(plan.profile) <= settings.MAX_NAME for plan in plans)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -327,6 +338,7 @@ def test_a_grid_is_every_combination_in_order(notebooks, tmp_path):
         ("notebook: 9\ngrid: {seed: [1]}", "unknown notebook"),
         ("grid: {seed: [1]}", "is no grid"),
         ("notebook: [", "not a readable YAML"),
+        ("notebook: 1\nprofile: 200\ngrid: {seed: [1]}", "unknown profile '200'"),
         (f"notebook: 1\ngrid: {{seed: {list(range(1001))}}}", "1,001 combinations"),
     ],
 )
@@ -335,8 +347,18 @@ def test_a_bad_grid_is_rejected_before_anything_runs(notebooks, tmp_path, text, 
         settings.read_grid(write_grid(tmp_path, text), notebooks)
 
 
+def test_relative_paths_of_lists_count_from_where_one_types(notebooks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/set").mkdir(parents=True)
+    (plan,) = settings.make_plans(["1"], "demo", ["shapes=data/set,6-3,data/none", "method=./data/set"], notebooks)
+    first, *others = plan.values["shapes"]
+    assert others == ["6-3", "data/none"] and plan.values["method"] == first
+    assert (plan.path.parent / first).samefile(tmp_path / "data" / "set")
+
+
 def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypatch, capsys):
-    plans, ran = settings.read_grid(write_grid(tmp_path, GRID), notebooks), []
+    grid = GRID.replace("5}", f"5, method: {Path.home()}/model}}")  # of which a page names no folder of this machine
+    plans, ran = settings.read_grid(write_grid(tmp_path, grid), notebooks), []
     broken = {plans[1].name}
 
     def make(plan, reports):
@@ -346,7 +368,8 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
         page = reports / f"{plan.name}.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text("page")
-        page.with_suffix(".json").write_text(json.dumps({"parameters": plan.values}))
+        kept = pages.cleaned(plan.values, pages.scrubber(plan.path.parent))
+        page.with_suffix(".json").write_text(json.dumps({"parameters": kept}))
         return page
 
     monkeypatch.setattr(batch, "make_report", make)
@@ -358,9 +381,10 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
     assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
     with pytest.raises(InputError, match="workers 0 is too small"):
         batch.run_sweep(plans, tmp_path / "out", workers=0)
-    (tmp_path / "out" / f"{plans[2].name}.json").write_text('{"parameters": {}}')  # of a notebook from before
-    ran.clear()
-    assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]
+    for left in ('{"parameters": {}}', "{", "[]"):  # of a notebook from before; damaged
+        (tmp_path / "out" / f"{plans[2].name}.json").write_text(left)
+        ran.clear()
+        assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[2].name]
 
 
 def test_workers_of_a_sweep_make_its_pages_and_one_index(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ def entry(*rows, **values) -> dict:
     teacher = row("teacher", "", rouge2=10.0, speedup=1.0, rouge2_low=9.0, rouge2_high=11.0, parameters_m=8.0)
     parameters = {"dataset": "news", "teacher": "big", "max_steps": 2000, "num_test": 100}
     parameters |= values.pop("parameters", {})
-    return {"report": "03_x", "rows": [teacher, *rows], "parameters": parameters, **values}
+    return {"report": "03_x", "rows": [teacher, *rows], "parameters": parameters, "fingerprint": "f", **values}
 
 
 def write(reports: Path, name: str, made: dict | str) -> None:
@@ -64,6 +64,12 @@ def test_a_ratio_is_to_the_teacher_of_the_same_run_and_seeds_are_averaged():
     (mean,) = dashboard.averaged({"rows": seeds})  # without intervals, which are of one seed
     assert (mean["rouge2"], mean["rouge2_low"], mean["seeds"]) == (8.0, None, 2)
     assert dashboard.averaged({"rows": seeds, "means": [row("kd")]}) == [row("kd")]
+
+
+def test_pages_of_earlier_text_stand_beside_those_of_todays():
+    facets = dashboard.facets([entry(row("kd")), entry(row("sft", speedup=3.0), fingerprint=None)])
+    assert sorted(len(facet["front"]) for facet in facets) == [1, 1]
+    assert {facet["students"][0]["data"] for facet in facets} == {"news", "news, earlier text"}
 
 
 def test_what_to_take_rests_on_the_interval_and_on_the_best_evidence():
@@ -159,10 +165,15 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path):
     entry(row("kd", speedup=1e-320), row("pl", speedup=1e200), row("sft", parameters_m=-4.0, rouge2=-1e200)),
     entry(row("kd", untrained="x", task="a"), ways=[{}], controls=[{}], gap=[{}], routes=[{}], cuts=[{}], versus=[{}],
           claims=[{"comparison": "a"}], interpolated=[{}], parameters={"num_test": float("inf"), "max_steps": -1}),
+    entry(row("kd", seeds=None)), entry(row("kd", rouge2_low=1.0)), entry(row(None)),
+    entry(row(None), means=[row(None)]),
+    entry(means=[row("kd", share=0.9, share_low=0.8, share_high=1.0)]),
+    entry(row("kd", own=float("nan")), row("kd", own=float("nan"))),
 ])  # fmt: skip
-def test_what_no_notebook_would_write_still_gives_an_index(tmp_path, odd):
+def test_what_no_notebook_would_write_still_gives_an_index_and_a_readme(tmp_path, odd):
     write(tmp_path, "03_odd", odd)
     assert [tr.a["href"] for tr in built(tmp_path).select(".runs tbody tr")] == ["03_odd.html"]
+    assert index.readme_table(tmp_path)
 
 
 def poisoned(value, attack: str):

@@ -203,6 +203,8 @@ def test_decoding_settings_are_joined_by_time_one_line_a_model():
         {"name": name, "method": method, "setting": setting, "latency_ms": ms, **with_interval("rouge2", score)}
         for name, method, setting, ms, score in points
     ]
+    many = [row | {"name": f"SFT {i}", "method": "sft"} for i, row in enumerate(rows[1:2] * 10)]
+    assert figures.plot_trade_off([*rows, *many])  # more models than markers
     ax = figures.plot_trade_off(rows)
     assert [list(line.get_xdata()) for line in marks(ax)] == [[30.0, 80.0], [20.0]]
     assert texts(ax) == ["1", "4", "1"]

@@ -1,9 +1,12 @@
 """Profiles fit the notebooks' parameters and the published models, and run; published figures agree with themselves."""
 
+import ast
 import csv
 import functools
+import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -134,6 +137,24 @@ def hub(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     tiny_hub.write_hub(home)
     return home
+
+
+def test_commands_in_the_comments_of_profiles_name_what_exists():
+    found = []
+    for name in PROFILES:
+        text = re.sub(r"\n# *", " ", (settings.NOTEBOOKS / "profiles" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for script in re.findall(r'python -c "(.*?)"', text):
+            tree = ast.parse(script)
+            modules = {a.asname: importlib.import_module(a.name) for n in tree.body if isinstance(n, ast.Import)
+                       for a in n.names}  # fmt: skip
+            used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+            found += [n for n in used if n.value.id in modules and hasattr(modules[n.value.id], n.attr)]
+            assert all(hasattr(modules[n.value.id], n.attr) for n in used if n.value.id in modules), script
+        for command in re.findall(r"distill_utils report (.*?)(?=python -|  |$)", text):
+            given = re.findall(r"-p (\w+)=", command)
+            known = {each for path in settings.NOTEBOOKS.glob("*.ipynb") for each in settings.notebook_parameters(path)}
+            assert set(given) <= known, command
+    assert len(found) > 5
 
 
 def test_no_profile_is_left_out():

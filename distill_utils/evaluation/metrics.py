@@ -1,6 +1,6 @@
 """What summaries are worth: ROUGE, text diagnostics, and the results row of a test.
 
-Out of scope: intervals and tests (statistics.py), speed (speed.py), how summaries are generated (generation.py).
+Out of scope: intervals and tests (statistics.py), speed (scoring.py), how summaries are generated (generation.py).
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """What a model is worth on a test split: its summaries, their scores, and how fast it writes them.
 
-Out of scope: what the machine could do at best (planning/machine.py).
+Out of scope: what the machine could do at best (planning/plan.py).
 """
 
 import json

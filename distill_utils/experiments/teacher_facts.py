@@ -1,6 +1,6 @@
 """What there is to say about a corpus and its teacher: rows of tables and the verdict of notebook 1.
 
-Out of scope: measuring (evaluation/, planning/machine.py) and drawing (report/figures.py).
+Out of scope: measuring (evaluation/, planning/plan.py) and drawing (report/figures.py).
 """
 
 import re

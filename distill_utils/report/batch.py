@@ -343,5 +343,9 @@ def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all", workers: 
 
 
 def _is_finished(plan: Plan, reports: Path) -> bool:
-    entry = reports / f"{plan.name}.json"
-    return entry.with_suffix(".html").is_file() and read_json(entry).get("parameters") == plan.values
+    page = reports / f"{plan.name}.html"
+    try:
+        found = read_json(page.with_suffix(".json"))["parameters"] if page.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: made again
+        return False
+    return found == pages.cleaned(plan.values, pages.scrubber(plan.path.parent))

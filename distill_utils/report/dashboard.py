@@ -40,7 +40,7 @@ def averaged(entry: Mapping) -> list[dict]:
         mean = {"seeds": len(rows), **rows[0]}
         for key in [key for key, value in rows[0].items() if len(rows) > 1 and isinstance(value, float)]:
             known = [row[key] for row in rows if is_number(row.get(key))]
-            mean[key] = None if key.endswith(("_low", "_high")) else fmean(known)
+            mean[key] = None if key.endswith(("_low", "_high")) or not known else fmean(known)
         means.append(mean)
     return means
 
@@ -49,6 +49,8 @@ def facts(entry: Mapping) -> dict:
     """Return what an entry's figures rest on: data, teacher, seeds, documents, updates, and whether that is enough."""
     rows, given = averaged(entry), entry.get("parameters", {})
     data = entry.get("dataset") or given.get("dataset") or given.get("text") or ""
+    # Pages from before a fingerprint was written rest on other text of the same name.
+    data = data if entry.get("fingerprint") or not data else f"{data}, earlier text"
     teacher = entry.get("teacher") or given.get("teacher") or given.get("teachers") or ""
     numbers = [[place.get(name) for place in (*rows, given) for name in names] for names in (DOCUMENTS, UPDATES)]
     documents, updates = (round(next((n for n in found if n and is_number(n)), 0)) for found in numbers)
@@ -206,7 +208,8 @@ def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
         depths, shares = re.fullmatch(r"(\d+)-(\d+)", row.get("student") or ""), list(map(row.get, SHARES))
         if depths and int(depths[1]) == 2 * int(depths[2]) and None not in shares:
             points = dict(zip(NUMBERS, (100 * (share - 1 + MARGIN) for share in shares), strict=True))
-            yield "half the decoder", "95 % of the teacher", points | {"seeds": row["seeds"]}, label_of(row), "points"
+            points["seeds"] = row.get("seeds")
+            yield "half the decoder", "95 % of the teacher", points, label_of(row), "points"
     tasks = [{"model": "", **row} for row in (*entry["rows"], *entry.get("controls", [])) if row.get("task")]
     teachers = [row for row in tasks if row.get("method") == "teacher" and _sign(row) > 0]
     judging = {(row["model"], row["task"]) for row in teachers}  # elsewhere the teacher itself does not beat scratch

@@ -171,7 +171,7 @@ def plot_intervals(rows: Sequence[Mapping]) -> Axes:
         for k, row in enumerate(rows):
             at, low, high = i + step * (k - (len(rows) - 1) / 2), row[f"{metric}_low"], row[f"{metric}_high"]
             is_teacher = row["method"] == "teacher"
-            marker, size = ("*", 11) if is_teacher else (style.MARKERS[k], 6)
+            marker, size = ("*", 11) if is_teacher else (style.MARKERS[k % len(style.MARKERS)], 6)
             color = style.method_color("teacher") if is_teacher else "#8b949e"
             if is_teacher:
                 ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
@@ -300,7 +300,8 @@ def plot_trade_off(rows: Sequence[Mapping], x: str = "latency_ms", legend: str =
         color = style.method_color(own[0]["method"]) if mixed else shades[number]
         values, at = [row[y] for row in own], [row[x] for row in own]
         look = {"color": color, "lw": 1.2, "elinewidth": 0.7, "capsize": 2, "ms": 7, "mec": "white"}
-        ax.errorbar(at, values, yerr=style.error_bars(own, y), marker=style.MARKERS[number], label=name, **look)
+        look["marker"] = style.MARKERS[number % len(style.MARKERS)]
+        ax.errorbar(at, values, yerr=style.error_bars(own, y), label=name, **look)
         labels += [(row[x], row[y], row["setting"].removesuffix("s").removesuffix(" beam"), color) for row in own]
         bars = [((row[x], row[f"{y}_low"]), (row[x], row[f"{y}_high"])) for row in own]
         for ends in (*bars, *itertools.pairwise(zip(at, values, strict=True))):

@@ -52,7 +52,7 @@ def gather(reports: Path) -> tuple[list[dict], list[str]]:
                 fault = f"no readable JSON: {error}"
             name = path.relative_to(reports).with_suffix("").as_posix()
             if not fault:
-                entries.append({**entry, "report": name})
+                entries.append({"profile": "", **entry, "report": name})
             else:
                 skipped.append(f"{name}.json: {fault}")
     return entries, skipped
@@ -225,15 +225,15 @@ def _scored(entries: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
 
 
 def _seeds(entry: dict) -> int:
-    return max((row.get("seeds", 1) for row in entry.get("means") or entry["rows"]), default=1)
+    return max((row.get("seeds") or 1 for row in entry.get("means") or entry["rows"]), default=1)
 
 
 def _scores(row: dict) -> dict[str, str]:
     """Return one line of the README's table by heading, empty where the row has no such figure."""
-    line = {"method": row.get("method", ""), "student": row.get("student") or ""}
+    line = {"method": row.get("method") or "", "student": row.get("student") or ""}
     for heading, (key, decimals) in README_FIGURES.items():
         line[heading] = "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
-    if row.get("rouge2_low") is not None:
+    if None not in (row.get("rouge2_low"), row.get("rouge2_high")):
         line[INTERVAL] += f" [{row['rouge2_low']:.2f}, {row['rouge2_high']:.2f}]"
     return line
 

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_utils.artifacts import REPOSITORY, InputError
+from distill_utils.artifacts import REPOSITORY, InputError, config_hash
 from distill_utils.report import pages
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 DEFAULT_PROFILE = "demo"
 GRID_KEYS = ("notebook", "profile", "fixed", "grid")
 MAX_RUNS = 1000  # more is a mistake in the grid
+MAX_NAME = 120  # characters of a sweep's folder; longer ones end in a hash
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ def parsed_text(parameter: Parameter, text: str, where: str) -> object:
 
     if not parameter.type.startswith("list["):
         return checked_value(parameter, converted(text.strip()), where)
+    with contextlib.suppress(ValueError):  # as `as_text` writes it: strings may hold commas
+        found = json.loads(text)
+        if isinstance(found, list) and (element is not str or all(isinstance(item, str) for item in found)):
+            return checked_value(parameter, found, where)
     inner = text.strip().removeprefix("[").removesuffix("]").strip()
     items = [item.strip(" '\"") for item in inner.split(",")] if inner else []
     return checked_value(parameter, [converted(item) for item in items], where)
@@ -209,16 +214,18 @@ def make_plans(
             name, equals, text = override.partition("=")
             if not equals:
                 raise InputError(f"-p {override!r} has no value: write -p name=value")
-            values[name] = parsed_text(_known(name, parameters, path), _seen_from(path.parent, text), path.stem)
+            values[name] = _seen_from(path.parent, parsed_text(_known(name, parameters, path), text, path.stem))
         changed = {name: value for name, value in values.items() if value != parameters[name].default}
         plans.append(Plan(path, profile, values, changed))
     return plans
 
 
-def _seen_from(folder: Path, text: str) -> str:
-    """Return a relative path that exists where the user typed it as the notebook, run in its own folder, sees it."""
-    relative = "/" in text and not Path(text).is_absolute() and Path(text).exists()
-    return os.path.relpath(text, folder) if relative else text
+def _seen_from(folder: Path, value: object) -> object:
+    """Return relative paths that exist where the user typed them as the notebook, run in its own folder, sees them."""
+    if isinstance(value, list):
+        return [_seen_from(folder, item) for item in value]
+    relative = isinstance(value, str) and "/" in value and not Path(value).is_absolute() and Path(value).exists()
+    return os.path.relpath(value, folder) if relative else value
 
 
 def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:
@@ -255,9 +262,12 @@ def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
     for values in itertools.product(*grid.values()):
         chosen = {name: as_text(value) for name, value in zip(grid, values, strict=True)}
         given = [f"{name}={text}" for name, text in {**{k: as_text(v) for k, v in fixed.items()}, **chosen}.items()]
-        (plan,) = make_plans(named, asked.get("profile", DEFAULT_PROFILE), given, folder)
+        (plan,) = make_plans(named, str(asked.get("profile") or DEFAULT_PROFILE), given, folder)
         label = ",".join(f"{name}={text}" for name, text in chosen.items())
-        plans.append(replace(plan, profile=re.sub(r"[^A-Za-z0-9.,=-]+", "_", label)[:120].strip("_")))
+        folder_name = re.sub(r"[^A-Za-z0-9.,=-]+", "_", label).strip("_")
+        if len(folder_name) > MAX_NAME:
+            folder_name = f"{folder_name[: MAX_NAME - 11]}-{config_hash(label)}"
+        plans.append(replace(plan, profile=folder_name))
     if len({plan.name for plan in plans}) < number:
         raise InputError(f"{path.name}: two combinations are alike: give each value once")
     return plans
