@@ -197,6 +197,8 @@ def output_folder(output: Path, asked: dict):
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    if os.environ.get("DISTILL_RUNS"):  # notebooks run in their own folder, where a relative path names another one
+        os.environ["DISTILL_RUNS"] = str(Path(os.environ["DISTILL_RUNS"]).absolute())
     try:
         if arguments.command == "report":
             return report(arguments)

@@ -47,6 +47,8 @@ def test_a_text_names_a_run():
         ("kd divergence=kl", ["'kl'", "reverse_kl", "tvd"]),
         ("kd match=middle", ["'middle'", "inputs"]),
         ("kd_cached top_k=1000", ["1000", "96"]),
+        ("kd label_smothing=0.1 versus kd", ["kd reads no pseudo-labels", "label_smothing"]),
+        ("pl label_beams=4", ["label_beams", "num_beams"]),
         ("pl cross_fit=both", ["'both'", "own"]),
         ("pl cross_fit=other", ["cross_fit_base"]),
         ("pl label_filters={'copied':1}", ["copied", "copy_rate"]),

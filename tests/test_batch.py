@@ -14,7 +14,7 @@ import pytest
 from tiny_notebooks import PARAMETERS, REPOSITORY, SAVE, code, command, environment, run_report, write_notebook
 
 from distill_utils.__main__ import main
-from distill_utils.artifacts import InputError, write_json
+from distill_utils.artifacts import InputError, runs_dir, write_json
 from distill_utils.report import batch, pages, settings
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -189,6 +189,14 @@ def test_list_prints_parameters(notebooks, capsys):
     assert main(["report", "--list", "--notebooks", str(notebooks)]) == 0
     text = capsys.readouterr().out
     assert "03_kd_pl_sft  A title" in text and "num_train: int = 100" in text and "documents, 0 = all" in text
+
+
+def test_runs_by_a_relative_path_lie_where_one_types(notebooks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_RUNS", "mine")
+    assert main(["report", "--list", "--notebooks", str(notebooks)]) == 0
+    monkeypatch.chdir(notebooks)  # where a kernel runs
+    assert runs_dir() == tmp_path / "mine"
 
 
 def test_import_is_light():

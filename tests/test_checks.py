@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 from test_generation import make_documents
-from tiny_models import EOS, FAMILIES, tiny_bart, tiny_batch, tiny_t5_v1_1, tiny_tokenizer
+from tiny_models import EOS, FAMILIES, WORDS, tiny_bart, tiny_batch, tiny_mbart, tiny_t5_v1_1, tiny_tokenizer
+from transformers import MBartTokenizer
+from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
@@ -141,6 +143,21 @@ def test_round_trip_finds_a_wrong_conversion(prove, observe_here, tmp_path, monk
 def test_round_trip_skips_what_does_not_convert(prove, observe_here):
     row = prove(FAMILIES["marian"]())
     assert row["ctranslate2_rougeL"] is None and "marian" in row["ctranslate2_skipped"]
+
+
+def test_a_language_behind_the_end_token_is_not_compared(tmp_path):
+    words = ("<s>", "<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *FAIRSEQ_LANGUAGE_CODES, "<mask>")
+    tokenizer = MBartTokenizer(vocab=[(word, 0.0) for word in words], src_lang="en_XX", tgt_lang="en_XX")
+    language = tokenizer.convert_tokens_to_ids("en_XX")
+    assert tokenizer(text_target="the of")["input_ids"][-2:] == [2, language]
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": language}
+    model, documents = tiny_mbart(vocab_size=len(tokenizer), **ids).eval(), make_documents(4)
+    model.generation_config.update(**ids)
+    save_model(model, tokenizer, tmp_path / "model")
+    converted = ctranslate.to_ctranslate2(tmp_path / "model", tmp_path / "converted")
+    settings = {"max_source_length": 24, "max_new_tokens": 8, "prefix": "", "min_length": 0}
+    _, gap, lost = checks.ctranslate2_agreement(converted, model, tokenizer, documents, documents, settings)
+    assert gap < 1e-4 and abs(lost) < 1e-4
 
 
 def test_gap_and_lost_likelihood_are_those_of_plain_forward_passes(tmp_path):

@@ -66,9 +66,11 @@ def test_settings_not_given_are_the_models_own():
         generation.decoding_settings(config, top_p=0.5)
 
 
-def test_length_limits_mean_the_same_in_both_engines(tmp_path):
+@pytest.mark.parametrize("forced", [None, EOS])
+def test_length_limits_mean_the_same_in_both_engines(tmp_path, forced):
     model, tokenizer = tiny_bart(seed=3), tiny_tokenizer()
     model.final_logits_bias[0, EOS] = 8.0  # wants to end at once
+    model.generation_config.forced_eos_token_id = forced
     folder = convert(model, tokenizer, tmp_path)
     for min_length, max_new_tokens in ((0, 6), (2, 6), (5, 6), (7, 6), (5, 5), (4, 3)):
         settings = GREEDY | {"min_length": min_length, "max_new_tokens": max_new_tokens}

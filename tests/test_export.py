@@ -23,7 +23,7 @@ import distill_utils
 from distill_utils import __main__ as cli
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError, read_json, write_json
-from distill_utils.evaluation import scoring
+from distill_utils.evaluation import generation, scoring
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import checks, export, use
 from distill_utils.models.loading import load_model, save_model
@@ -97,6 +97,21 @@ def test_export_of_every_family_writes_what_its_run_would(family, tmp_path):
     assert rouge_scores(found, expected)["rougeL"].mean() > 80  # the other engine, and 8 bits
 
 
+@pytest.mark.parametrize(("own", "trained"), [("summarize: ", ""), ("", "read: "), ("summarize: ", "read: ")])
+def test_a_student_reads_as_it_was_trained_to(tmp_path, own, trained):
+    model = tiny_t5()
+    if own:
+        model.config.task_specific_params = {"summarization": {"prefix": own}}
+    run = train(model, prefix=trained)
+    wanted = generation.summarize(*load_model(run / "student"), DOCUMENTS, max_source_length=20, prefix=trained)
+    assert use.summarize(DOCUMENTS, run) == wanted
+    folder = export.export(run, tmp_path / "mine")
+    shutil.rmtree(folder / use.CONVERTED)
+    assert use.summarize(DOCUMENTS, folder) == wanted
+    if own:
+        assert use.summarize(DOCUMENTS, run, prefix=own) != wanted
+
+
 def test_the_cards_code_runs_as_it_stands(tmp_path, capsys, monkeypatch):
     train(tiny_t5(), prefix="read: ")
     export.export("kd-3-1-s0", tmp_path / "mine")
@@ -137,7 +152,8 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
         export.export(run, folder, replace=True)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "text.txt").write_text("Dear")
-    for other in (tmp_path / "letters", tmp_path / "letters" / "text.txt"):
+    save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
+    for other in (tmp_path / "letters", tmp_path / "letters" / "text.txt", tmp_path / "teacher"):
         with pytest.raises(InputError, match="exists"):
             export.export(run, other, replace=True)
     assert (tmp_path / "letters" / "text.txt").read_text() == "Dear"
@@ -250,6 +266,9 @@ def test_list_shows_finished_students_with_their_scores(capsys):
     run = train(tiny_bart())
     tested = read_json(measure(run) / "results.json")
     train(tiny_bart(), "sft-3-1-s0")
+    notebook = artifacts.start_notebook("distill", {"__annotations__": {"hours": float}, "hours": 1.0})
+    save_model(tiny_bart(), tiny_tokenizer(), notebook.folder / "student")  # where its student lies without `output`
+    notebook.save([], "A verdict.")
     rows = {row["name"]: row for row in json.loads(run_cli(capsys, "list", "--json").out)}
     assert rows.keys() == {"kd-3-1-s0", "sft-3-1-s0"}
     row = rows["kd-3-1-s0"]

@@ -17,7 +17,7 @@ from tokenizers import processors
 
 from distill_utils.artifacts import InputError
 from distill_utils.data import loading, pydocs
-from distill_utils.data.batches import batch_list, collate, length_batches, pair_stream, tokenize_pairs
+from distill_utils.data.batches import batch_list, collate, document_id, length_batches, pair_stream, tokenize_pairs
 
 ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
 TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
@@ -104,6 +104,7 @@ BAD_FILES = {
     "ragged.csv": (b"document,summary\na,b\na,b,c,d\n", "line 3"),
     "text.parquet": (b"no parquet", "parquet"),
     "rows.xlsx": (b"x", ".jsonl.gz, .json, .csv, .parquet"),
+    "half.jsonl": (PAIR + b'{"document": "a \\ud83d", "summary": "b"}\n', "line 2 has half a character"),
     "broken.jsonl": (PAIR + b'\n{"document": "a", "summ\n', "line 3 is not JSON"),
     "list.jsonl": (PAIR + b'["a", "b"]\n', "line 2"),
     "plain.jsonl.gz": (PAIR, "plain.jsonl.gz"),
@@ -111,6 +112,24 @@ BAD_FILES = {
     "cut.jsonl.gz": (gzip.compress(PAIR * 99)[:-20], "cut.jsonl.gz"),
     "nothing.jsonl": (PAIR.replace(b"b", b" ") + PAIR.replace(b'"a"', b"null"), "0 usable rows"),
 }
+
+
+def test_ids_that_repeat_or_look_like_those_of_labels_are_made_unique(tmp_path, capsys):
+    for ids in (["a", "a", "b"], [None] * 3, ["page#0", "page#1", "page#2"], ["user@1", "x", "y"]):
+        rows = [row | {"id": name} for row, name in zip(ROWS, ids, strict=False)]
+        loaded = loading.load_pairs(write_rows(tmp_path / "rows.jsonl", rows), "train")
+        found = loaded["id"]
+        assert len(set(found)) == 3 and [document_id(f"{name}#1@2") for name in found] == list(found)
+        assert "row is put behind" in capsys.readouterr().out
+        rows = tokenize_pairs(loaded, tiny_tokenizer(), 16, 8)
+        (batch,) = pair_stream(rows, PAD, 3, seed=0, order=rows)(0)
+        assert sorted(batch["ids"]) == sorted(found)
+
+
+def test_a_list_of_sentences_is_their_text_and_a_whole_surrogate_pair_a_character(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"document": ["One.", "Two."], "summary": "\\ud83d\\ude00 smiles"}\n')
+    (row,) = loading.load_pairs(str(tmp_path / "rows.jsonl"), "train").to_list()
+    assert (row["document"], row["summary"]) == ("One. Two.", "\N{GRINNING FACE} smiles")
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

@@ -298,6 +298,11 @@ def test_patience_brings_the_cooldown_forward(tmp_path):
     end_of(further, tmp_path / "trunk", 12, evaluate=scripted([3, 3]))
     again = end_of(run, tmp_path / "again", trunk=tmp_path / "trunk", evaluate=scripted([3, 2]))
     assert equal(again[0], weights) and again[1] == history  # a trunk that went on is the same trunk
+    trunk, patient = tmp_path / "patient", replace(run, patience=5)
+    longer = end_of(patient, tmp_path / "more", trunk=trunk, evaluate=scripted([5, 4, 4, 4, 4, 4, 4, 3, 2, 1]))
+    assert longer[1][-1]["step"] > 11
+    less = end_of(run, tmp_path / "less", trunk=trunk, evaluate=scripted(evaluations))
+    assert equal(less[0], weights) and less[1] == history  # whoever came first
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -313,6 +318,7 @@ def test_patience_brings_the_cooldown_forward(tmp_path):
         ({"checkpoint_every": -5}, ["checkpoint_every -5"]),
         ({"micro_batch_size": 2}, ["micro_batch_size 2", "batch_size 3"]),
         ({"micro_batch_size": -1}, ["micro_batch_size -1"]),
+        ({"seed": -1}, ["seed -1"]),
         ({"learning_rate": 0.0}, ["learning_rate 0.0"]),
         ({"learning_rate": float("nan")}, ["learning_rate nan"]),
         ({"max_grad_norm": 0.0}, ["max_grad_norm 0.0"]),
@@ -606,6 +612,24 @@ def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterr
         assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{expected:06d}"]
     weights, history = finished(processes, tmp_path)
     assert equal(weights, uninterrupted[0]) and history == uninterrupted[1]
+
+
+def test_an_interrupt_at_the_end_leaves_a_checkpoint_too(tmp_path, interrupts):
+    interrupts(signal.default_int_handler)
+    def evaluate(model):
+        signal.raise_signal(signal.SIGINT)
+        return {"validation_ce": 1.0}
+
+    for name, run, last in (("end", settings(), 6), ("patience", settings(eval_every=1, patience=1), 1)):
+        with pytest.raises(KeyboardInterrupt):
+            end_of(run, tmp_path / name, evaluate=evaluate)
+        assert [path.name for path in (tmp_path / name).glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
+    assert equal(end_of(settings(), tmp_path / "end")[0], end_of(settings(), tmp_path / "whole")[0])
+
+
+def test_an_evaluation_that_is_not_finite_stops_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="nan.* at step 6: lower learning_rate"):
+        end_of(settings(), tmp_path / "run", evaluate=scripted([float("nan")]))
 
 
 def test_a_run_in_the_background_goes_on_ignoring_interrupts(processes, uninterrupted, tmp_path, interrupts):

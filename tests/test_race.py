@@ -274,6 +274,8 @@ def test_a_killed_or_shared_race_ends_with_the_same_winner_and_weights(given, tm
         ({"workers": 2, "slurm": "long"}, "exclude each other"),
         ({"parameters": ""}, "no budget: give latency"),
         ({"hours": 0.0}, "hours 0 is not positive"),
+        ({"num_timed": 0}, "num_timed 0"),
+        ({"num_test": -1}, "-1"),
         ({"metric": "bleu"}, "metric 'bleu' is unknown"),
         ({"methods": ["kd_cached"]}, "'kd_cached' cannot race"),
         ({"methods": ["kdd"]}, "method 'kdd' is unknown"),
@@ -289,10 +291,12 @@ def test_bad_requests_are_rejected_before_anything_is_trained(given, change, mes
         distill.prepare(given | change)
 
 
-def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_its_name(given):
+@pytest.mark.parametrize("beams", [None, 2])  # as bart-base, which names beams and no length
+def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_its_name(given, beams):
     model, tokenizer = load_model(given["teacher"])
-    kept = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**kept, decoder_start_token_id=model.config.decoder_start_token_id)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    kept = {key: getattr(model.config, key) for key in names}
+    model.generation_config = GenerationConfig(**kept, num_beams=beams)
     shutil.rmtree(given["teacher"])
     save_model(model, tokenizer, given["teacher"])  # as a pre-trained model, it does not say how it summarizes
     asked = distill.prepare(given | {"train_teacher": True, "first_rung": 12, "num_train": 40, "hours": 0.5})
@@ -300,7 +304,7 @@ def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_
     assert 12 <= own["updates"] <= fine_tuning.TEACHER_PASSES * 40 / 8 and own["priced_s"] > 0 < own["measured_s"]
     base, found = load_model(given["teacher"])[0], load_model(name)[0]
     assert name.startswith("sft-3-3-pairs-s0-")
-    assert (found.generation_config.num_beams, found.generation_config.max_new_tokens) == (4, 10)
+    assert (found.generation_config.num_beams, found.generation_config.max_new_tokens) == (beams or 4, 10)
     for model in (found, load_model(own["name"])[0]):
         assert all(
             torch.equal(one, other) for one, other in zip(model.parameters(), asked.teacher.parameters(), strict=True)

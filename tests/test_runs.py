@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
-from distill_utils.artifacts import InputError, read_json
+from distill_utils.artifacts import InputError, config_hash, file_hash, read_json
 from distill_utils.data.batches import batch_list, document_id, tokenize_pairs
 from distill_utils.distillation.pseudo_labels import cross_fit_halves, measure_labels
 from distill_utils.evaluation import scoring
@@ -17,7 +17,7 @@ from distill_utils.evaluation.generation import summarize
 from distill_utils.experiments import comparison, runs
 from distill_utils.experiments.checks import forecast
 from distill_utils.models import students
-from distill_utils.models.loading import load_model, model_fingerprint, save_model
+from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, save_model
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(max_steps=4, batch_size=4, learning_rate=1e-3, log_every=2, seed=0)
@@ -134,6 +134,11 @@ def test_held_out_losses_of_the_teacher_itself(place):
         ({"shape": "3-4"}, "is 4"),
         ({"shape": "3x1"}, "'3x1'"),
         ({"max_source_length": 65}, "65 exceeds the teacher's 64"),
+        ({"max_source_length": 0}, "max_source_length 0"),
+        ({"max_target_length": 1}, "max_target_length 1"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"method": "on_policy", "on_policy_share": 0.3, "training": {"batch_size": 3}}, "on_policy_share 0.3"),
+        ({"label_settings": {"beams": 4}}, "label_beams sets nothing"),
         ({"training": {"patience": 2, "eval_every": 1}}, "99 validation rows"),
         ({"training": {"patience": 2, "eval_every": 0}}, "patience 2"),
         ({"training": {"stop_metric": "rouge2"}}, "stop_metric 'rouge2'"),
@@ -153,11 +158,17 @@ def test_repeated_or_no_runs_are_rejected(methods, message):
         runs.check_runs(runs.grid(BASE, methods, ["3-1"], [0]), tiny_bart())
 
 
-def test_fingerprint_is_of_the_weights_or_of_a_hub_models_commit(tmp_path, monkeypatch):
+def test_fingerprint_is_of_the_files_or_of_a_hub_models_commit(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         save_model(tiny_t5(seed=seed), tiny_tokenizer(), tmp_path / name)
     a, b, c = (model_fingerprint(str(tmp_path / name), None) for name in "abc")
     assert a == b != c
+    settings = tmp_path / "b" / "generation_config.json"
+    settings.write_text(settings.read_text().replace("14", "9"))  # another length of its summaries
+    assert model_fingerprint(str(tmp_path / "b"), None) not in (a, c)
+    ours = [model_fingerprint(name, None) for name in ("pydocs-bart", "pydocs-t5")]
+    assert ours == [config_hash([file_hash(file) for file in ASSETS.glob(f"{name}/*.safetensors")])
+                    for name in ("pydocs-bart", "pydocs-t5")]  # by weights alone, as runs of today are named
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository, found = tmp_path / "models--someone--summarizer", []

@@ -23,12 +23,14 @@ from datasets import Dataset, IterableDataset, disable_progress_bars, load_datas
 
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
 from distill_utils.data import pydocs, separation
+from distill_utils.data.batches import document_id
 
 disable_progress_bars()
 SPLITS = separation.SPLITS
 TASKS = {"belongs": pydocs.belongs_task, "family": pydocs.family_task}
 HUB_CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}
 HUB_COLUMNS = {"abisee/cnn_dailymail": ("article", "highlights")}
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -52,6 +54,10 @@ def load_pairs(
     ids = found["id"] if "id" in found.column_names else range(len(found))
     texts = zip(ids, found[document_column], found[summary_column], strict=True)
     rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
+    names = [row["id"] for row in rows]
+    if len(set(names)) < len(names) or any(document_id(name) != name for name in names):  # labels are found by them
+        print(f"{label}: ids repeat or end in #number or @number, so the number of the row is put behind them")
+        rows = [row | {"id": f"{row['id']}:{number}"} for number, row in enumerate(rows)]
     kept = [row for row in rows if row["document"] and row["summary"]]
     if len(kept) < len(rows):
         print(f"{label}: dropped {len(rows) - len(kept)} rows with an empty document or summary")
@@ -267,6 +273,8 @@ def _read_json_lines(path: Path) -> Dataset:
                     rows.append(json.loads(text))
                     if not isinstance(rows[-1], dict):
                         raise InputError(f"{path.name} line {number} is not an object: expected one {{...}} per line")
+                    if HALF.search(text) and re.search("[\ud800-\udfff]", json.dumps(rows[-1], ensure_ascii=False)):
+                        raise InputError(f"{path.name} line {number} has half a character, as in \\ud83d: remove it")
     except json.JSONDecodeError as error:
         raise InputError(f"{path.name} line {number} is not JSON ({error.msg}): fix or remove it") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -278,4 +286,6 @@ def _read_json_lines(path: Path) -> Dataset:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):  # sentences
+        return " ".join(value)
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)

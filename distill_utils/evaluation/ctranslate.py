@@ -158,6 +158,8 @@ def summarize_ctranslate2(
         decoding |= {"num_beams": 1, "length_penalty": 1.0}
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
     translator = translator or load_translator(folder, one_worker=temperature is not None)
+    # A forced end takes the last place from the text.
+    longest = decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None)
     waiting = []
     for chosen in generation.batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens):
         futures = translator.translate_batch(
@@ -168,9 +170,8 @@ def summarize_ctranslate2(
             length_penalty=decoding["length_penalty"],
             no_repeat_ngram_size=decoding["no_repeat_ngram_size"],
             repetition_penalty=settings.repetition_penalty or 1.0,
-            min_decoding_length=max(0, decoding["min_length"] - 1),
-            # A forced end takes the last place from the text.
-            max_decoding_length=decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None),
+            min_decoding_length=min(max(0, decoding["min_length"] - 1), longest),
+            max_decoding_length=longest,
             max_input_length=0,
             return_scores=True,
             return_end_token=True,

@@ -29,7 +29,9 @@ def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
         kinds = {float: (int, float), type(None): (list,)}.get(type(default), (type(default),))
         if name == "learning_rate":
             changes["training"] = replace(base.training, learning_rate=float(value))
-        elif name.startswith("label_") and name not in known:
+        elif name.startswith("label_") and name not in known and method in runs.METHODS:
+            if method not in runs.ON_PSEUDO_LABELS:
+                raise InputError(f"ablation {text!r}: {method} reads no pseudo-labels: use pl, or leave {name} out")
             changes["label_settings"] = changes.get("label_settings", base.label_settings) | {name[6:]: value}
         elif name not in known:
             raise InputError(f"ablation {text!r}: there is no {name}: use {', '.join(known)}, learning_rate")

@@ -317,6 +317,9 @@ def ctranslate2_agreement(
     cut = {"truncation": True, "max_length": settings["max_source_length"]}
     sources = tokenizer([settings["prefix"] + document for document, _ in pairs], **cut)["input_ids"]
     targets = tokenizer(text_target=[text or "-" for _, text in pairs], **cut)["input_ids"]
+    ends = generation.as_list(model.generation_config.eos_token_id or model.config.eos_token_id)
+    # mBART writes its language behind the end token, which the engine cannot score.
+    targets = [ids[: 1 + next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in targets]
     summaries, _ = ctranslate.summarize_ctranslate2(converted, tokenizer, documents, num_beams=1, **settings)
     scores = ctranslate.score_ctranslate2(converted, sources, targets, tokenizer)
     rouge = rouge_scores(summaries, expected)["rougeL"]

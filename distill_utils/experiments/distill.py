@@ -56,6 +56,8 @@ def prepare(given: dict, train: bool = True) -> Request:
         check_target(Path(given["output"]).expanduser(), replace=True)
     if not given["hours"] > 0:
         raise InputError(f"hours {given['hours']:g} is not positive: give for example 1")
+    if given["num_timed"] < 1:
+        raise InputError(f"num_timed {given['num_timed']} times nothing: give at least 1")
     if given["metric"] not in METRICS:
         raise InputError(f"metric {given['metric']!r} is unknown: use one of {', '.join(METRICS)}")
     if unpriced := set(given["methods"]) & set(UNPRICED):
@@ -80,6 +82,7 @@ def prepare(given: dict, train: bool = True) -> Request:
     runs.check_runs(runs.grid(base, given["methods"], shapes, [given["seed"]]), teacher)
     columns, splits = {name: given[name] for name in ("document_column", "summary_column")}, {}
     for split in loading.SPLITS:
+        loading.check_request(split, given[f"num_{split}"])
         rows, wanted = loading.load_pairs(given["dataset"], split, **columns), given[f"num_{split}"]
         splits[split] = rows.select(range(min(wanted or len(rows), len(rows))))
     lengths = given["max_source_length"], given["max_target_length"]

@@ -47,7 +47,9 @@ def export(name: str | Path, folder: str | Path, push: str = "", replace: bool =
     length = facts["config"].get("max_source_length")
     if length:
         tokenizer.model_max_length = length
-    if prefix := facts["config"].get("prefix") or use.own_prefix(model.config):
+    own = use.own_prefix(model.config)
+    prefix = facts["config"].get("prefix", own)  # a run's "" is how it was trained, whatever its teacher's config says
+    if prefix or own:
         model.config.task_specific_params = {"summarization": {"prefix": prefix}}
     length = length or use.longest_source(tokenizer, getattr(model.config, "max_position_embeddings", None))
     settings = {"max_source_length": length, "prefix": prefix}
@@ -71,7 +73,9 @@ def check_target(folder: Path, replace: bool) -> None:
     """Reject a folder that cannot be written, or that exists; to be replaced it must be empty or an earlier export."""
     if folder.exists():
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if not replace or not (found <= {"report"} or {"config.json", "model.safetensors"} <= found):
+        card = folder / "README.md"  # what an export says of itself; a teacher's folder has weights, too
+        exported = card.is_file() and "from distill_utils import summarize" in card.read_text(encoding="utf-8")
+        if not replace or not (found <= {"report"} or exported):
             raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

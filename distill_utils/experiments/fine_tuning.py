@@ -79,7 +79,9 @@ def train_teacher(run: runs.StudentRun, model, tokenizer, splits: Mapping[str, D
     base.generation_config = copy.deepcopy(model.generation_config)
     given = base.generation_config
     if not any((given.max_new_tokens, given.max_length, (given.num_beams or 1) > 1)):
-        given.update(**DECODING, max_new_tokens=run.max_target_length)
+        given.update(**DECODING)
+    if not (given.max_new_tokens or given.max_length):  # as bart-base: 20 tokens would be written
+        given.max_new_tokens = run.max_target_length
     return runs.train_student(run, base, tokenizer, splits["train"], splits["validation"])
 
 

@@ -30,6 +30,8 @@ from distill_utils.training.optimizers import MIN_VALIDATION, Training, check_ea
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
 CROSS_FIT = ("", "other", "own")
+LABEL_SETTINGS = (*pseudo_labels.DECODING, *pseudo_labels.SAMPLING, "num_candidates", "seed", "engine", "quantization",
+                  "batch_size")  # fmt: skip
 HELD_OUT_METRICS = ("validation_ce", "validation_kl")
 USABLE = {"repeating": 0}  # labels that every run trains on; empty ones are always dropped
 
@@ -119,6 +121,8 @@ def _check_run(run: StudentRun, teacher) -> None:
     check_training(run.training)
     objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
     pseudo_labels.bounds_of(run.label_filters)
+    if unknown := set(run.label_settings) - set(LABEL_SETTINGS):
+        raise InputError(f"label_{min(unknown)} sets nothing: after label_ give one of {', '.join(LABEL_SETTINGS)}")
     if not 0 <= run.label_smoothing < 1 or (run.label_smoothing and run.method == "kd_cached"):
         reason = "is not between 0 and 1" if run.method != "kd_cached" else "is not for cached targets"
         raise InputError(f"label_smoothing {run.label_smoothing} {reason}: use 0, or 0.1 with another method")
@@ -126,6 +130,11 @@ def _check_run(run: StudentRun, teacher) -> None:
         raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
     if run.cross_fit and not run.cross_fit_base:
         raise InputError("cross_fit needs cross_fit_base: name the model that the teacher was fine-tuned from")
+    if not run.temperature > 0:
+        raise InputError(f"temperature {run.temperature} is not positive: use for example 2.0")
+    rows = run.training.micro_batch_size or run.training.batch_size
+    if run.method == "on_policy" and run.on_policy_share * rows < 1:
+        raise InputError(f"on_policy_share {run.on_policy_share} is less than a row of {rows}: raise it or the batch")
     if not 1 <= run.top_k <= teacher.config.vocab_size:
         raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
 
@@ -137,6 +146,9 @@ def _check_run(run: StudentRun, teacher) -> None:
         if ids is not None:
             students.check_layer_ids(name, ids, layers, len(stack))
 
+    for name, length in zip(("max_source_length", "max_target_length"), run.lengths[:2], strict=True):
+        if length < 2:  # the end token alone
+            raise InputError(f"{name} {length} leaves no room for text: give at least 2")
     positions = getattr(teacher.config, "max_position_embeddings", None)
     longest = max(run.max_source_length, run.max_target_length)
     if positions and -(-longest // 8) * 8 > positions:  # batches are padded to multiples of 8
@@ -328,6 +340,8 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
     }
     if run.method in ON_PSEUDO_LABELS:
         settings["order"] = "documents"  # that of the labels, in results from before
+    if others := [*run.label_teachers, *([run.cross_fit_base] if run.cross_fit else [])]:
+        settings["others"] = [model_fingerprint(name, load_model(name)[0]) for name in others]
 
     def build(folder: Path) -> dict:
         rows = training_rows(run, teacher, tokenizer, train)

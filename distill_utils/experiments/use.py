@@ -107,7 +107,7 @@ def list_runs() -> list[dict]:
     rows = []
     for path in runs_dir().glob("*/results.json"):
         folder, results = path.parent, read_json(path)
-        if not (folder / "student").is_dir() or not results.get("parameters"):
+        if not (folder / "student").is_dir() or not results.get("parameters") or "notebook" in results:
             continue
         tested, files = tests.get(folder.name, {}), [file for file in folder.rglob("*") if file.is_file()]
         row = {"name": names.get(folder.name, folder.name), "folder": folder.name}
@@ -161,7 +161,8 @@ def summarize(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {i} is {text!r:.40}, a {type(text).__name__}: give strings")
-    source, _ = find_model(model)
+    source, run = find_model(model)
+    trained = read_json(run / "config.json") if run else {}
     converted = _find_converted(source) if device().type == "cpu" else None
     config = load_config(source)
     if converted:
@@ -172,8 +173,8 @@ def summarize(
         options = {"batch_size": batch_size, "with_scores": False}
         write = partial(generation.summarize_with_scores, network.to(device()), tokenizer, **options)
     positions = getattr(config, "max_position_embeddings", None)
-    limit = max_source_length or longest_source(tokenizer, positions)
-    prefix = own_prefix(config) if prefix is None else prefix
+    limit = max_source_length or trained.get("max_source_length") or longest_source(tokenizer, positions)
+    prefix = trained.get("prefix", own_prefix(config)) if prefix is None else prefix
 
     generation.check_source_length(limit, positions)
     read = generation.tokenize_documents(tokenizer, texts, limit + 1, prefix)

@@ -180,8 +180,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def model_fingerprint(name_or_path: str, model) -> str:
-    """Return a short hash that changes with a model's weights: of its files when local, of its commit on the hub."""
-    files = sorted(model_folder(name_or_path).glob("*.safetensors"))
+    """Return a short hash that changes with a model: of its files when local, of its commit on the hub."""
+    folder = model_folder(name_or_path)
+    files = sorted(folder.glob("*.safetensors"))
+    if files and folder.parent != ASSETS and runs_dir().resolve() not in folder.resolve().parents:
+        files += sorted(folder.glob("*.json"))  # a user's own may be edited: how it decodes, its tokens, its dropout
     if files:
         return config_hash([file_hash(file) for file in files])
     with contextlib.suppress(ValueError):  # a path without weights is no hub name

@@ -119,6 +119,13 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     state.began = time.monotonic() - kept["seconds"]
 
 
+def newest_history(folder: Path, at_most: int) -> list[dict]:
+    """Return the history in the newest checkpoint up to a step; empty without one."""
+    step = max((step for step in checkpoint_steps(folder) if step <= at_most), default=0)
+    kept = folder / f"checkpoint-{step:06d}" / "state.json"
+    return read_json(kept)["history"] if kept.exists() else []
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Return after how many updates a run's checkpoints were written."""
     return [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")]

@@ -71,11 +71,10 @@ def fit(
     made = make_optimizers(model, parameters, settings)
     state = TrainingState(folder, settings, model, parameters, made, memory, _data_hash(batches(0)))
     end = min(until or settings.max_steps, settings.max_steps)
-    checkpoints.restore_checkpoint(state, end)
     can_stop = settings.patience and settings.schedule != "cooldown"
-    if can_stop and (stopped := stopped_at(state.history, settings)):
-        end = stopped
-        checkpoints.restore_checkpoint(state, end)  # a run that went on without patience has passed it
+    if can_stop and (stopped := stopped_at(checkpoints.newest_history(folder, end), settings)):
+        end = stopped  # a run that went on with more patience has passed it
+    checkpoints.restore_checkpoint(state, end)
 
     with _delayed_interrupt() as interrupted:
         for step, micro_batches in _prefetched(batches, state.step, end, on):
@@ -122,6 +121,8 @@ def fit(
                         found = evaluate(model)
                     distributed.reset_fsdp_state(model)
                     row |= found
+                    if not all(math.isfinite(value) for value in found.values()):
+                        raise InputError(f"{stage}: {found} at step {state.step}: lower learning_rate")
                     if rank == 0:
                         print(format_row(stage, row, settings.max_steps), flush=True)
                 state.history.append(row)
@@ -129,17 +130,20 @@ def fit(
                     optimizers.check_metric(settings, found)
                     if optimizers.best_row(state.history, settings) is row:
                         checkpoints.save_best(state)
-                if can_stop and stopped_at(state.history, settings):
-                    break
-            due = interrupted or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0)
-            if due and state.step < end:
+            stops = bool(can_stop and stopped_at(state.history, settings))
+            due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
+            if interrupted or (due and state.step < end and not stops):
                 save_checkpoint(state)
             if interrupted:
                 raise KeyboardInterrupt
+            if stops:
+                break
     model.eval()
     if until:
         save_checkpoint(state, keep=True)
     elif settings.patience and optimizers.best_row(state.history, settings):
+        if world > 1:
+            torch.distributed.barrier()  # rank 0 may still write them
         checkpoints.load_weights(model, folder / "best")
     if rank == 0:
         checkpoints.write_history(folder, state.history)

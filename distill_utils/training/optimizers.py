@@ -45,7 +45,7 @@ class Training:
 def check_training(settings: Training, num_processes: int = 1) -> None:
     """Reject impossible settings before anything is computed."""
     least = dict.fromkeys(("max_steps", "batch_size", "log_every"), 1)
-    others = ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "patience")
+    others = ("micro_batch_size", "warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "patience", "seed")
     for name, value in (least | dict.fromkeys(others, 0)).items():
         if getattr(settings, name) < value:
             raise InputError(f"{name} {getattr(settings, name)} is too small: use at least {value}")
