@@ -230,6 +230,18 @@ def test_training_rows_of_each_way_to_label(based, tmp_path):
             rows_of(**change)
 
 
+@pytest.mark.parametrize("way", ["label_teachers", "cross_fit"])
+def test_another_model_in_the_same_folder_makes_another_student(based, way):
+    base, teacher, tokenizer = based
+    path = base.cross_fit_base
+    run = replace(base, **({"label_teachers": [path]} if way == "label_teachers" else {"cross_fit": "own"}))
+    train, validation = planted(12, 1), planted(4, 2)
+    first = runs.train_student(run, teacher, tokenizer, train, validation)
+    assert runs.train_student(run, teacher, tokenizer, train, validation) == first
+    save_model(tiny_bart(seed=10), tokenizer, path)
+    assert runs.train_student(run, teacher, tokenizer, train, validation) != first
+
+
 def test_every_method_sees_the_same_documents_in_every_update(based, monkeypatch):
     base, teacher, tokenizer = based
     train = planted(22, 1)
