@@ -1,13 +1,15 @@
 #!/bin/bash
 # Everything that only a GPU can show, in few full calls on a bare machine without a network:
 #
-#     OUT=results bash benchmarks/gpu.sh check bench     # about 4 minutes: does it run at all, then speed and memory
-#     OUT=results bash benchmarks/gpu.sh teachers        # about 8 minutes: the last stages of the embedded teachers
+#     OUT=results bash benchmarks/gpu.sh bench check     # less than 10 minutes: speed and memory, then tests
 #     OUT=results bash benchmarks/gpu.sh study           # about 6 minutes: students of notebook 03
+#     OUT=results bash benchmarks/gpu.sh teachers        # about 9 minutes: the last stages of the embedded teachers
 #
-# Parts: check, bench, teachers, study. WHEELS is a folder of wheels to install beside what is there; CORPUS a built corpus (a tar of
-# runs/pydocs-*), as other package versions give other text. TINY=1 takes sizes that a CPU can do, to try the script.
-# ONLY="kd_step tests" leaves the other steps of the parts out. A part that fails does not stop the next; logs and small result files lie in $OUT.
+# Parts: check, bench, teachers, study. WHEELS is a folder of wheels to install beside torch and transformers: datasets, dill and
+# multiprocess are enough for bench, adjustText more for check and teachers; study needs all that notebooks and pages do. CORPUS is a built
+# corpus (a tar of runs/pydocs-*) for teachers and study, as other package versions give other text. TINY=1 takes sizes that a CPU can do,
+# to try the script. ONLY="kd_step tests" leaves the other steps of the parts out. A part that fails does not stop the next; one log
+# and small result files lie in $OUT.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results}
@@ -29,27 +31,30 @@ if [ -n "${CORPUS:-}" ]; then
     export DISTILL_CORPUS
 fi
 
-run() {  # run NAME SECONDS COMMAND...: with a limit, a log of its own, its time and its end on the screen
+run() {  # run NAME SECONDS COMMAND...: with a limit, its time and its end on the screen
     local name=$1 limit=$2 began=$SECONDS
     shift 2
     [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]] && return 0
-    timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
+    local log=$OUT/log.txt
+    [[ $name == pydocs-* ]] && log=$OUT/$name.log  # these run side by side
+    echo "== $name" >> "$log"
+    timeout -k 5 "$limit" "$@" >> "$log" 2>&1
     local code=$?
     echo "== $name: exit $code after $((SECONDS - began)) s"
-    [ $code -ne 0 ] && tail -n 12 "$OUT/$name.log"
+    [ $code -ne 0 ] && tail -n 12 "$log"
     return $code
 }
 
 check() {
     run facts 60 $PYTHON -c "
-import json, torch, transformers, datasets
+import json, os, torch, transformers, datasets
 from distill_utils import artifacts
 from distill_utils.data import loading
 from distill_utils.planning.plan import machine_ceilings
-print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts()['fingerprint'], **artifacts.provenance()}))"
-    tail -n 1 "$OUT/facts.log"
-    run tests 150 $PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py
-    tail -n 2 "$OUT/tests.log"
+print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts()['fingerprint'] if os.environ.get('DISTILL_CORPUS') else None, **artifacts.provenance()}))"
+    tail -n 1 "$OUT/log.txt"
+    run tests 100 $PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py
+    tail -n 2 "$OUT/log.txt"
 }
 
 bench() {
@@ -62,29 +67,29 @@ bench() {
         run relations 600 $PYTHON relations.py --lengths 32 --tokens 64 --rounds 2 --output "$OUT/relations.json"
         run loss_memory 600 $PYTHON loss_memory.py --documents 2 --target 9 --width 32 --output "$OUT/loss_memory.json"
     else
-        run kd_step 90 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
+        run kd_step 140 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
             --forms ours published expert trainer --output "$OUT/kd_step.json"
-        run step_at_scale 45 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
+        run step_at_scale 110 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
             --paths logits both --output "$OUT/step_at_scale.json"
-        run pseudo_labels 40 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 256 \
-            --output "$OUT/pseudo_labels.json"
-        run relations 60 $PYTHON relations.py --shapes t5-base --lengths 128 512 1024 --tokens 8192 --rounds 8 \
+        run relations 75 $PYTHON relations.py --shapes t5-base --lengths 128 512 1024 --tokens 8192 --rounds 8 \
             --output "$OUT/relations.json"
         run loss_memory 40 $PYTHON loss_memory.py --documents 64 --rounds 5 --output "$OUT/loss_memory.json"
+        run pseudo_labels 90 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 128 \
+            --output "$OUT/pseudo_labels.json"
     fi
     cd ..
 }
 
 teachers() {  # the last stages of the embedded teachers, side by side: none of them fills the GPU
-    local seconds=${TEACHER_SECONDS:-330} tuning=${TUNING_SECONDS:-100} size=() name jobs=()
+    local seconds=${TEACHER_SECONDS:-240} tuning=${TUNING_SECONDS:-70} size=() name jobs=()
     [ -n "${TINY:-}" ] && seconds=2 tuning=2 size=(--batch-size 2)
-    run prepare 240 $PYTHON -c "
+    run prepare 100 $PYTHON -c "
 from distill_utils.experiments import t5_teacher, teacher
 for folder in (teacher.train_tokenizer(), t5_teacher.make_tokenizer()):
     for split in ('train', 'validation'):
         teacher.token_stream(split, teacher.load_tokenizer(folder), folder)"
     for name in pydocs-bart pydocs-t5 pydocs-t5-small pydocs-t5-tiny; do
-        run "$name" $((seconds + tuning + 150)) $PYTHON benchmarks/timed_teachers.py $name --seconds "$seconds" \
+        run "$name" $((seconds + tuning + 120)) $PYTHON benchmarks/timed_teachers.py $name --seconds "$seconds" \
             --tuning-seconds "$tuning" "${size[@]}" --output "$OUT/$name" &
         jobs+=($!)
     done
@@ -93,12 +98,13 @@ for folder in (teacher.train_tokenizer(), t5_teacher.make_tokenizer()):
         grep -h "updates in" "$OUT/$name.log" | tail -n 1
         cp "$OUT/$name"/*.json "$OUT"/
     done
-    (cd "$OUT" && cp pydocs-bart/pydocs-bart/model.safetensors bart.safetensors &&
-        cp pydocs-bart/pydocs-bart-base/model.safetensors base.safetensors)
-    (cd "$OUT" && cp pydocs-t5/pydocs-t5/model.safetensors t5.safetensors)
+    # One cut short must not take the others with it.
+    cp "$OUT/pydocs-bart/pydocs-bart-base/model.safetensors" "$OUT/base.safetensors"
+    cp "$OUT/pydocs-bart/pydocs-bart/model.safetensors" "$OUT/bart.safetensors"
+    cp "$OUT/pydocs-t5/pydocs-t5/model.safetensors" "$OUT/t5.safetensors"
     (cd "$OUT" && mkdir rest && for name in pydocs-bart pydocs-t5-small pydocs-t5-tiny; do
-        mv $name rest/; done && rm rest/pydocs-bart/*/model.safetensors && tar -cf rest.tar rest)
-    (cd "$OUT" && tar -cJf logs.tar.xz ./*.log ./*.json && rm -rf ./*.log ./*.json rest pydocs-*)
+        mv $name rest/; done; rm -f rest/pydocs-bart/*/model.safetensors; tar -cf rest.tar rest)
+    (cd "$OUT" && tar -czf logs.tar.gz ./*.log ./*.json && rm -rf ./*.log ./*.json rest pydocs-*)
 }
 
 study() {
@@ -106,8 +112,8 @@ study() {
     [ -n "${TINY:-}" ] &&
         changes=(-p num_train=64 -p num_test=24 -p num_validation=16 -p max_steps=4 -p batch_size=8 -p warmup_steps=1)
     run report_03 ${REPORT_SECONDS:-350} $PYTHON -m distill_utils report 03 --profile h200 "${changes[@]}" --output "$OUT/reports"
-    (cd "$DISTILL_RUNS" && tar -cJf "$OUT/study_runs.tar.xz" */history.csv */results.json */scores.json)
-    tar -cJf "$OUT/study.tar.xz" -C "$OUT" reports
+    (cd "$DISTILL_RUNS" && tar -czf "$OUT/study_runs.tar.gz" */history.csv */results.json */scores.json)
+    tar -czf "$OUT/study.tar.gz" -C "$OUT" reports
     rm -rf "$OUT/reports"
 }
 

@@ -59,6 +59,7 @@ def plain(model, tokenizer, documents: list[str], longest: int, settings: dict, 
 def form(name: str, turns: timing.Turns, case: dict) -> dict | None:
     """Label all documents in a turn, loading left out; free decoding afterwards where the model has learned to."""
     torch.manual_seed(0)
+    turns.counts = False  # nothing below asks for operations
     model, tokenizer = load_model("pydocs-bart")
     embedded, longest = case["shape"] == "pydocs-bart", LONGEST[case["shape"]]
     if embedded:

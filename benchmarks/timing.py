@@ -51,6 +51,7 @@ class Turns:
         self.ask, self.tell, self.warm_up, self.begun = ask, tell, warm_up, 0
         self.laps: dict[str, float] = {}
         self.notes: dict[str, float] = {}  # of the last turn: whatever a form finds worth telling
+        self.counts = True  # operations, of the last turn that is not timed; many small ones take ten times as long
         self.facts: dict[str, float] = {}
         self.squares, self.hooks = [], []
         self.counter, self.on, self.last = FlopCounterMode(display=False), device(), 0.0
@@ -65,7 +66,7 @@ class Turns:
         if not self.ask():
             raise StopIteration
         self.laps, self.notes = {}, {}
-        if self.begun == self.warm_up - 1 >= 0:
+        if self.counts and self.begun == self.warm_up - 1 >= 0:
             self.counter.__enter__()
         self.begun += 1
         self.last = time.perf_counter()
@@ -74,7 +75,7 @@ class Turns:
     def _end(self) -> None:
         if not self.laps:
             self.lap("")
-        if self.begun == self.warm_up:
+        if self.counts and self.begun == self.warm_up:
             self.counter.__exit__(None, None, None)
             self.facts["tflop"] = self.counter.get_total_flops() / 1e12
         if self.hooks:

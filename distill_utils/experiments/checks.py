@@ -290,7 +290,7 @@ def _converted(folder: Path, model, tokenizer, documents, expected: list[str], s
     with tempfile.TemporaryDirectory() as temporary:
         try:
             converted = ctranslate.to_ctranslate2(folder, Path(temporary) / "converted")
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # without a CPU to serve, the engine may be missing
             return {"ctranslate2_rougeL": None, "ctranslate2_score_gap": None, "ctranslate2_skipped": str(error)}
         agreement, gap, _ = ctranslate2_agreement(converted, model, tokenizer, documents, expected, settings)
     if agreement < MIN_AGREEMENT:
