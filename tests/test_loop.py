@@ -616,6 +616,7 @@ def test_an_interrupt_waits_for_the_update_and_loses_nothing(processes, uninterr
 
 def test_an_interrupt_at_the_end_leaves_a_checkpoint_too(tmp_path, interrupts):
     interrupts(signal.default_int_handler)
+
     def evaluate(model):
         signal.raise_signal(signal.SIGINT)
         return {"validation_ce": 1.0}

@@ -85,7 +85,7 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     others, or when processes see different folders.
     """
     state.folder.mkdir(parents=True, exist_ok=True)
-    step = max((step for step in checkpoint_steps(state.folder) if step <= at_most), default=0)
+    step = newest_step(state.folder, at_most)
     rank, world = rank_and_world_size()
     if world > 1:
         seen = torch.tensor([step, -step], device=device())
@@ -121,9 +121,13 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
 
 def newest_history(folder: Path, at_most: int) -> list[dict]:
     """Return the history in the newest checkpoint up to a step; empty without one."""
-    step = max((step for step in checkpoint_steps(folder) if step <= at_most), default=0)
-    kept = folder / f"checkpoint-{step:06d}" / "state.json"
+    kept = folder / f"checkpoint-{newest_step(folder, at_most):06d}" / "state.json"
     return read_json(kept)["history"] if kept.exists() else []
+
+
+def newest_step(folder: Path, at_most: int) -> int:
+    """Return after how many updates the newest checkpoint up to a step was written, 0 without one."""
+    return max((step for step in checkpoint_steps(folder) if step <= at_most), default=0)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
