@@ -25,6 +25,7 @@ from distill_utils.report.style import method_label
 # lost in nats per token at most. The first type that keeps to it is written. Rounding to int8 moves single tokens by
 # 0.07 either way and rewords a third of summaries; 400 documents show no loss of ROUGE-2 (LOG.md, 2026-11-29).
 PARITY = {"int8": (80.0, 0.02), "bfloat16": (90.0, 0.02), "float32": (checks.MIN_AGREEMENT, checks.MAX_SCORE_GAP)}
+NUM_TEXTS, NUM_PROVED = 64, 16  # that types are compared on; of these, that a new process must write alike
 
 
 def export(name: str | Path, folder: str | Path, push: str = "", replace: bool = False) -> Path:
@@ -58,8 +59,9 @@ def export(name: str | Path, folder: str | Path, push: str = "", replace: bool =
         for file in temporary.glob("*.safetensors"):  # written for its owner alone
             file.chmod((temporary / "config.json").stat().st_mode)
         model.to(device())
-        proof = checks.round_trip(temporary, model, tokenizer, facts["documents"][:16], convert=False, **settings)
-        proof |= _convert(temporary, model, tokenizer, facts["documents"], settings)
+        documents = facts["documents"]
+        proof = checks.round_trip(temporary, model, tokenizer, documents[:NUM_PROVED], convert=False, **settings)
+        proof |= _convert(temporary, model, tokenizer, documents, settings)
         write_atomic(temporary / "README.md", str(card(push or folder.name, model, facts, settings, proof)))
     beside = "CTranslate2 in {quantization}" if proof["quantization"] else "no CTranslate2: {skipped}"
     print(f"wrote {folder}: reloaded with the same summaries, {beside.format_map(proof)}")
@@ -128,10 +130,10 @@ def _facts(source: str, run: Path | None) -> dict:
     found["teacher"] = made_from.get("teacher") or known.get(found["config"].get("teacher"))
     found["dataset"] = made_from.get("dataset")
     if found["test"]:
-        found["documents"] = [row["document"] for row in scoring.read_predictions(found["test"]["folder"])[:64]]
+        found["documents"] = [row["document"] for row in scoring.read_predictions(found["test"]["folder"])[:NUM_TEXTS]]
     else:  # texts that are always there
         functions = [value for value in vars(inspect).values() if inspect.isfunction(value)]
-        found["documents"] = [text for value in functions if (text := inspect.getdoc(value))][:64]
+        found["documents"] = [text for value in functions if (text := inspect.getdoc(value))][:NUM_TEXTS]
     return found
 
 
