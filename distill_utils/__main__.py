@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from distill_utils.artifacts import InputError, config_hash, lock, read_json, runs_dir, write_json
+from distill_utils.device import share_cores
 from distill_utils.report import batch, settings
 from distill_utils.workers import check_workers
 
@@ -44,13 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("notebook", nargs="*", help="number (03), stem (03_kd_pl_sft) or path")
-    report.add_argument("--all", action="store_true", help="every notebook that the profile speaks of")
+    report.add_argument("--all", action="store_true", help="every notebook in the profile")
     profile = {"default": settings.DEFAULT_PROFILE, "metavar": "NAME", "help": "notebooks/profiles/NAME.yaml"}
     report.add_argument("--profile", **profile)
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
-    report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="instead of reports/")
-    report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="of the notebooks")
-    several = "notebooks at once here (default 1); what they time is then timed beside each other's work"
+    report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="default: reports/")
+    report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="where they are")
+    several = "notebooks at once (default 1); above 1 they disturb each other's timings"
     report.add_argument("--workers", type=int, default=1, metavar="N", help=several)
     add_told(report)
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     swept.add_argument("grid", type=Path, metavar="GRID.yaml")
-    swept.add_argument("--output", type=Path, metavar="FOLDER", help="of the pages; default: the grid's name")
+    swept.add_argument("--output", type=Path, metavar="FOLDER", help="for the pages; default: the grid's name")
     swept.add_argument("--workers", type=int, default=1, metavar="N", help="combinations at once here (default 1)")
     swept.add_argument("--slurm", default="", metavar="PARTITION", help="or each as a Slurm job of this partition")
     add_told(swept)
@@ -88,8 +89,8 @@ def add_told(parser) -> None:
     """Describe what is printed: all, one line, one object."""
     told = parser.add_mutually_exclusive_group()
     words = {"action": "store_const", "dest": "told", "default": "all"}
-    told.add_argument("--quiet", const="quiet", help="print one line in the end, errors aside", **words)
-    told.add_argument("--json", const="json", help="print one JSON object in the end, errors aside", **words)
+    told.add_argument("--quiet", const="quiet", help="print one line at the end, apart from errors", **words)
+    told.add_argument("--json", const="json", help="print one JSON object at the end, apart from errors", **words)
 
 
 def add_distill(commands) -> None:
@@ -104,16 +105,16 @@ def add_distill(commands) -> None:
     parser.add_argument("--teacher", default="pydocs-bart", metavar="NAME", help="shipped name, folder or hub name")
     parser.add_argument("--train-teacher", action="store_true", help="fine-tune the teacher on these pairs first")
     parser.add_argument("--dataset", default="pydocs", metavar="NAME", help="pydocs, hub name, folder or file")
-    parser.add_argument("--latency", default="", metavar="TIME", help="of one summary at most: 30ms, 0.03s")
-    parser.add_argument("--speedup", default="0", metavar="TIMES", help="over the teacher at least")
-    parser.add_argument("--parameters", default="", metavar="NUMBER", help="at most: 100M")
-    parser.add_argument("--memory", default="", metavar="SIZE", help="of the weights at most: 500MB")
-    parser.add_argument("--int8", action="store_true", help="the budget is about the student in int8, on a CPU")
-    parser.add_argument("--hours", default="1", help="for everything (default 1)")
-    parser.add_argument("--metric", default="rouge2", help="what validation documents decide by (default rouge2)")
+    parser.add_argument("--latency", default="", metavar="TIME", help="longest time per summary: 30ms, 0.03s")
+    parser.add_argument("--speedup", default="0", metavar="TIMES", help="smallest speed-up over the teacher")
+    parser.add_argument("--parameters", default="", metavar="NUMBER", help="largest number of parameters: 100M")
+    parser.add_argument("--memory", default="", metavar="SIZE", help="largest size of the weights: 500MB")
+    parser.add_argument("--int8", action="store_true", help="apply the budget to the student in int8, on a CPU")
+    parser.add_argument("--hours", default="1", help="hours for everything (default 1)")
+    parser.add_argument("--metric", default="rouge2", help="metric that decides (default rouge2)")
     parser.add_argument("--workers", default="1", metavar="N", help="processes that share a rung here (default 1)")
     parser.add_argument("--slurm", default="", metavar="PARTITION", help="or each student as a Slurm job")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the student")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the student")
     add_told(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what fits and what it costs, train nothing")
     parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
@@ -189,7 +190,7 @@ def output_folder(output: Path, asked: dict):
     with lock(kept):
         mine = (kept / "config.json").exists() and read_json(kept / "config.json") == asked
         if output.exists() and not (output.is_dir() and (mine or not any(output.iterdir()))):
-            raise InputError(f"--output {output.name} exists and is not this race's: name another folder, or remove it")
+            raise InputError(f"--output {output.name} exists, but not from this command: name another, or remove it")
         write_json(kept / "config.json", asked)
         yield output
 
@@ -197,6 +198,7 @@ def output_folder(output: Path, asked: dict):
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    share_cores()
     if os.environ.get("DISTILL_RUNS"):  # notebooks run in their own folder, where a relative path names another one
         os.environ["DISTILL_RUNS"] = str(Path(os.environ["DISTILL_RUNS"]).absolute())
     try:

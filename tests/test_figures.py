@@ -179,7 +179,7 @@ def test_history_names_lines_and_skips_missing_values():
 
 def test_lengths_state_the_share_left_whole():
     ax = figures.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
-    assert texts(ax) == ["80 (80 % whole)"]
+    assert texts(ax) == ["80 (80 % not cut)"]
     assert max(ax.lines[0].get_xdata()) == 100
 
 

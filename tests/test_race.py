@@ -372,7 +372,7 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
     taken.mkdir()
     (taken / "file").touch()
     assert main(command_of(given, "--output", str(taken))) == 2
-    assert "exists and is not this race's" in capsys.readouterr().err
+    assert "exists, but not from this command" in capsys.readouterr().err
 
     done = []
     monkeypatch.setattr(batch, "run_reports", lambda *given: done.append(given) or batch.OK)

@@ -167,8 +167,10 @@ def test_fingerprint_is_of_the_files_or_of_a_hub_models_commit(tmp_path, monkeyp
     settings.write_text(settings.read_text().replace("14", "9"))  # another length of its summaries
     assert model_fingerprint(str(tmp_path / "b"), None) not in (a, c)
     ours = [model_fingerprint(name, None) for name in ("pydocs-bart", "pydocs-t5")]
-    assert ours == [config_hash([file_hash(file) for file in ASSETS.glob(f"{name}/*.safetensors")])
-                    for name in ("pydocs-bart", "pydocs-t5")]  # by weights alone, as runs of today are named
+    assert ours == [
+        config_hash([file_hash(file) for file in ASSETS.glob(f"{name}/*.safetensors")])
+        for name in ("pydocs-bart", "pydocs-t5")
+    ]  # by weights alone, as runs of today are named
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository, found = tmp_path / "models--someone--summarizer", []

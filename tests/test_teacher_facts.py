@@ -115,7 +115,7 @@ def test_verdict_follows_the_numbers():
     compared = [{"metric": metric, "difference": 0.7, "low": 0.1, "high": 1.0} for metric in ("ROUGE-1", "ROUGE-2")]
     text = teacher_facts.verdict(result("teacher", 20), rules, compared, texts, 400)
     assert "Distill" in text and "beats lead words and object name" in text and "stock" not in text
-    assert "that it is better than lead words is real (0.7, from 0.1 to 1.0)" in text
+    assert "it is better than lead words by 0.7 (interval 0.1 to 1.0)" in text
     unclear = [compared[0], compared[1] | {"low": -0.1}]
     assert "not shown to be better" in teacher_facts.verdict(result("teacher", 11), rules, unclear, texts, 400)
     below = [row | {"low": -2.0, "high": -1.0} for row in compared]

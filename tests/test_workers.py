@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from distill_utils import workers
 from distill_utils.artifacts import InputError, lock
+from distill_utils.device import share_cores
 from distill_utils.workers import check_workers, share_out
 
 
@@ -118,3 +120,20 @@ def test_bad_input_starts_nothing(number, slurm, has_submitit, message, monkeypa
     check_workers(1)
     with pytest.raises(InputError, match=message):
         check_workers(number, slurm)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how many threads run")
+@pytest.mark.parametrize(
+    ("processors", "given", "expected"), [(1, "", "PASSIVE"), (1, "ACTIVE", "ACTIVE"), (10**6, "", "")]
+)
+def test_threads_sleep_where_others_compute(monkeypatch, processors, given, expected):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    if not given:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    busy = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(busy, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        share_cores()
+        other.kill()
+    assert os.environ.get("OMP_WAIT_POLICY", "") == expected

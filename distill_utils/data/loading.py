@@ -56,7 +56,7 @@ def load_pairs(
     rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
     names = [row["id"] for row in rows]
     if len(set(names)) < len(names) or any(document_id(name) != name for name in names):  # labels are found by them
-        print(f"{label}: ids repeat or end in #number or @number, so the number of the row is put behind them")
+        print(f"{label}: ids repeat or end in #number or @number, so the row number is appended to each")
         rows = [row | {"id": f"{row['id']}:{number}"} for number, row in enumerate(rows)]
     kept = [row for row in rows if row["document"] and row["summary"]]
     if len(kept) < len(rows):

@@ -183,22 +183,22 @@ def interval_scope(num_seeds: int, what: str = "documents") -> str:
 
 
 def how_sure(test: Mapping, than: str = "") -> str:
-    """Return what a paired difference says: "that it is worse is real (1.0, from 0.1 to 2.1)"."""
+    """Return what a paired difference says: "it is worse by 1.0 (interval 0.1 to 2.1)"."""
     sign, ends = effect_sign(test), [test["low"], test["high"]]
     if not sign:
         low, high = (f"{end:+.1f}" for end in ends)
-        return f"whether it is worse{than} is open ({test['difference']:+.1f}, from {low} to {high})"
+        return f"it is not shown to be better or worse{than} ({test['difference']:+.1f}, interval {low} to {high})"
     near, far = sorted(map(abs, ends))
     decimals = 1 if near >= 0.05 else 2  # "from 0.0" would look like an interval that holds 0
     size, low, high = (f"{value:.{decimals}f}" for value in (abs(test["difference"]), near, far))
-    return f"that it is {'better' if sign > 0 else 'worse'}{than} is real ({size}, from {low} to {high})"
+    return f"it is {'better' if sign > 0 else 'worse'}{than} by {size} (interval {low} to {high})"
 
 
 def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
     """Return which updates and seeds stand behind a result, and whether these are a demonstration."""
     seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    reach = "are a demonstration" if num_seeds < 3 else "stand behind this"
-    return f"{max_steps:,} updates, {what} and {seeds} {reach}"
+    reach = "A demonstration with" if num_seeds < 3 else "Based on"
+    return f"{reach} {max_steps:,} updates, {what} and {seeds}"
 
 
 def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, lower_is_better: bool = False) -> str:

@@ -123,7 +123,7 @@ def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequenc
     The file has more than what two runs of students can test; report/dashboard.py judges those from all pages.
     """
     claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'")[["claim", "comparison", "source"]]
-    words = {1: "confirmed", -1: "contradicted", 0: "not confirmed"}
+    words = {1: "confirmed", -1: "contradicted", 0: "not separable"}
     rows = []
     for claim in claims.to_dict("records"):
         test = ablation_row(base, claim["comparison"], tested, seeds)

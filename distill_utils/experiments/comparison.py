@@ -328,7 +328,7 @@ def verdict(
     take, *others = recommended(means, versus)
     share, _, interval = statistics.format_share(take)[0].partition(" (")
     says = f"{share} of the teacher's ROUGE-2; {statistics.how_sure(take)}"
-    says += f", and so is that it keeps at least 95 % ({interval}" if take["not_worse_5_percent"] else ""
+    says += f", and is shown to keep at least 95 % ({interval}" if take["not_worse_5_percent"] else ""
     lines = [f"**Take {take['name']}**: {take['speedup']:.2f} times as fast per token and {says}."]
 
     rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)
@@ -343,12 +343,12 @@ def verdict(
         if not names and best["difference"] > 0:
             times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
             more = "test documents and seeds" if seeds > 1 else "test documents"
-            lines[-1] = lines[-1][:-1] + f"; about {times:,.1f} times as many {more} would settle {best['name']}."
+            lines[-1] = lines[-1][:-1] + f"; {best['name']} would need about {times:,.1f} times as many {more}."
 
     others = [method_label("sft", row["student"]) for row in others]
     better = [test["name"] for test in versus if test["versus"] in others and statistics.effect_sign(test) > 0]
     if better:
-        lines.append(f"Of other shapes shown to beat SFT: {', '.join(better)}.")
+        lines.append(f"In other shapes, shown to beat SFT: {', '.join(better)}.")
 
     losses = [[row["validation_ce"] for row in history if "validation_ce" in row] for history in histories]
     reasons = {

@@ -51,7 +51,7 @@ def prepare(given: dict, train: bool = True) -> Request:
     check_workers(given["workers"], given["slurm"])
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
     if not given["student_shapes"] and not limits:
-        raise InputError("no budget: give latency, speedup, parameters or memory, or fix student_shapes")
+        raise InputError("no budget: give latency, speedup, parameters or memory, or name student_shapes")
     if given["output"]:
         check_target(Path(given["output"]).expanduser(), replace=True)
     if not given["hours"] > 0:
@@ -287,7 +287,7 @@ def verdict(
         lines.append(f"**No student is needed for this budget**: on validation documents {', '.join(named)} meet it.")
     label = method_label(student["method"], student["student"])
     side = "worse" if student[metric] < teacher[metric] else "better"
-    sure = f"that it is {side} is real" if student[f"{metric}_p_value"] < 0.05 else f"whether it is {side} is open"
+    sure = f"it is {side}" if student[f"{metric}_p_value"] < 0.05 else "it is not shown to be better or worse"
     lines.append(
         f"**Take {label}**: {speed['speedup']:.2f} times as fast per summary ({speed['latency_ms']:.1f} ms) and "
         f"{statistics.format_share(student)[0]} of the teacher's ROUGE-2; {sure} (p = "
@@ -302,4 +302,4 @@ def verdict(
         lines.append(f"{found['simplest']} is smaller and cannot be separated from it on validation documents.")
     seeds = max(found["finalists"].values())
     reach = statistics.budget_in_words(found["updates"], seeds, f"{num_test:,} test documents")
-    return " ".join([*lines, f"{reach}; {found['ended']}."])
+    return " ".join([*lines, f"{reach}; the race ended because {found['ended']}."])

@@ -346,7 +346,7 @@ def verdict(
         said = f"**Take {take['label']}**: {take['speedup']:.2f} times as fast per token, the fastest student that is "
         said += f"not shown to fall short of {share}; it keeps {statistics.format_share(take)[0]}"
     else:
-        said = f"**Take none of these students**: each is as slow as the teacher or falls short of {share}"
+        said = f"**Take none of these students**: each is no faster than the teacher or falls short of {share}"
     found = " and ".join(_in_words(test) for test in versus)
     kept = ", ".join(map(str, searched))
     lines = [said, f"The search before training keeps decoder layers {kept}: it {found}; {_ranking(correlation)}"]

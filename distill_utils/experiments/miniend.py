@@ -380,7 +380,7 @@ def headline(
     said[0] += f"; not separated from it: {', '.join(near)}." if near else "."
     if proposed in closes and proposed not in (best, *near):
         said.append(f"The proposed path, {proposed}, {closes[proposed]}.")
-    return f"{' '.join(said)} Tasks that count: {', '.join(paths[0]['tasks'])}. {budget}."
+    return f"{' '.join(said)} Tasks where the teacher beats scratch: {', '.join(paths[0]['tasks'])}. {budget}."
 
 
 def equal_token_steps(

@@ -85,8 +85,8 @@ def check_hours(prices: Mapping, seconds: float) -> None:
     # Rounded up: what is named must suffice.
     one, every = (math.ceil((fixed + paid(prices, chosen, 0)) / 36) / 100 for chosen in (names[:1], names))
     raise InputError(
-        f"hours {seconds / 3600:g} is below one rung of {prices['first_rung']} updates: one candidate needs {one:.2f}, "
-        f"all {len(names)} need {every:.2f}; raise hours, or lower first_rung, num_train or num_test"
+        f"hours {seconds / 3600:g} is below one rung of {prices['first_rung']} updates: one candidate needs "
+        f"{one:.2f} h, all {len(names)} need {every:.2f} h; raise hours, or lower first_rung, num_train or num_test"
     )
 
 

@@ -82,13 +82,14 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
         return "**One teacher shows no gap**: name several"
     signs = [statistics.effect_sign(test) for test in tests]
     worse = [
-        f"{test['versus'].removeprefix('by ')} by {test['difference']:.3f}"
+        f"{test['versus'].removeprefix('by ')} (by {test['difference']:.3f})"
         for test, sign in zip(tests, signs, strict=True)
         if sign > 0
     ]
     if worse:
         seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-        return f"**Take a smaller teacher**: in {seeds} the largest's student is worse than that of {', '.join(worse)}"
+        found = f"in {seeds} the largest's student has a higher loss than that of {', '.join(worse)}"
+        return f"**Take a smaller teacher**: {found}"
     if max(signs) < 0:
         return "**Take the largest teacher**: there is no capacity gap, its student beats that of every smaller one"
     return "**Keep the largest teacher**: no capacity gap is shown, no smaller one's student is better"
@@ -198,7 +199,7 @@ def cost_row(route: str, rounds: Sequence[Mapping], price: float, watts: float) 
         "price": hours * price,
         "energy (kWh)": hours * watts / 1e3,
         "peak_memory_gb": max(row["peak_memory_gb"] for row in rounds),
-        "GB sent a step": max(row["communication (GB/step)"] for row in rounds),
+        "GB sent per step": max(row["communication (GB/step)"] for row in rounds),
     }
 
 
@@ -218,7 +219,7 @@ def verdict(
         lines += [f"At equal tokens, the student {said[0]}"] if said else []
     if checks:
         ratios = [row["planned_over_measured"] for row in checks]
-        said = f"{min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps took"
+        said = f"{min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps used"
         lines.append(f"The planned memory is {said}")
     lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_windows} windows"))
     return f"{'. '.join(lines)}."

@@ -50,7 +50,7 @@ def find_model(name: str | Path) -> tuple[str, Path | None]:
     if folder.name in SAVED and _is_run(folder.parent):
         folder = folder.parent
     if _is_run(folder) and not (folder / "results.json").exists():
-        raise InputError(f"run {folder.name} is unfinished{_progress(folder)}: run what began it again, it goes on")
+        raise InputError(f"run {folder.name} is unfinished{_progress(folder)}: repeat its command to resume it")
     saved = [folder / part for part in SAVED if (folder / part / "config.json").is_file()]
     if saved:
         return str(saved[0]), folder

@@ -212,8 +212,8 @@ def check_fits(
         planned += [(change, again(*change.items())) for change in kind[at : at + 1]]
     causes = sorted(step["memory"].items(), key=lambda item: -item[1])[:2]
     needs = (
-        f"a step needs {step['peak_bytes'] / 1e9:.2f} GB ({', '.join(f'{c} {b / 1e9:.2f}' for c, b in causes)}), of "
-        f"{memory / 1e9:.2f} GB {room / 1e9:.2f} may be used"
+        f"a step needs {step['peak_bytes'] / 1e9:.2f} GB ({', '.join(f'{c} {b / 1e9:.2f}' for c, b in causes)}), but "
+        f"only {room / 1e9:.2f} of {memory / 1e9:.2f} GB may be used"
     )
     if not planned:
         raise InputError(f"{needs}; no single change of settings fits: combine some, or use a smaller model")

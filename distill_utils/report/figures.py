@@ -138,7 +138,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
         if name in limits:
             whole = 100 * np.mean(np.asarray(values) <= limits[name])
             ax.axvline(limits[name], color=color, ls="--", lw=1.1)
-            note = f"{limits[name]} ({whole:.0f} % whole)"
+            note = f"{limits[name]} ({whole:.0f} % not cut)"
             ax.annotate(note, (limits[name], 101), (0, 4), textcoords="offset points", color=color, ha="center")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")

@@ -241,7 +241,7 @@ def _scores(row: dict) -> dict[str, str]:
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Write rows of the same headings as a table; a column without any value is left out."""
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    left = ("page", "profile", "verdict", "method", "student", "measured", "times faster than")
+    left = ("page", "profile", "verdict", "method", "student", "measured", "speed, relative to")
     rules = ["---" if heading in left else "---:" for heading in headings]
     lines = [headings, rules, *([row[heading].replace("|", "\\|") for heading in headings] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -258,7 +258,7 @@ def benchmark_table(results: Path) -> str:
         times = [f"{r['other']} {r['ratio']:.2f}" + (f" (goal {r['goal']:.3g})" if r.get("goal") else "") for r in rows]
         sizes = [f"{row['ours_peak_mb'] / row['other_peak_mb']:.2f}" for row in rows if row.get("other_peak_mb")]
         share = rows[0].get("ceiling_share")
-        line = {"measured": case, "times faster than": "; ".join(times), "memory, of theirs": ", ".join(sizes)}
+        line = {"measured": case, "speed, relative to": "; ".join(times), "memory, relative": ", ".join(sizes)}
         lines.append(line | {"of the ceiling": f"{100 * share:.0f} %" if share else ""})
     return _markdown_table(lines) + "\n" if lines else "No suite has been measured yet.\n"
 
@@ -274,7 +274,7 @@ def readme_picture(reports: Path) -> str:
     figures.use_style()
     write_atomic(reports / "quality_speed.svg", style.svg(figures.plot_quality_speed(rows).get_figure()))
     picture = "![ROUGE-2 of teacher and students against time per generated token](reports/quality_speed.svg)"
-    return f"{picture}\n*Bars, band: 95 %. {_basis(entry)}.*\n"
+    return f"{picture}\n*Bars and band: 95 % intervals. {_basis(entry)}.*\n"
 
 
 def update_readme(

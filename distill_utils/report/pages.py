@@ -18,7 +18,7 @@ from distill_utils.artifacts import REPOSITORY, runs_dir
 
 TEMPLATES = Path(__file__).resolve().parent
 HEADINGS = re.compile(r"^h[1-6]$")
-READ_ON = """<p class="note">Read on: the sections below give the evidence, figure by figure, with the code of each step
+READ_ON = """<p class="note">The sections below give the evidence, figure by figure; the code of each step is
 folded. <a href="#contents">Contents</a>, <a href="#cite">how to cite, and the results as a file</a>.</p>"""
 
 

@@ -28,6 +28,9 @@ HEADINGS = {
     "ms_per_token": "ms/token",
     "throughput": "summaries/s",
     "speedup": "speed-up",
+    "p_value": "p-value",
+    "peak_memory_gb": "peak memory (GB)",
+    "kl_loss": "KL (nats/token)",
 }
 AXIS_LABELS = HEADINGS | {
     "ms_per_token": "time per generated token (ms)",
