@@ -172,7 +172,7 @@ def distill(arguments: argparse.Namespace) -> int:
             print(dry_run(plan.values))
         return batch.OK
     if arguments.output is None:
-        raise InputError("no --output: name the folder of the student, or take --dry-run")
+        raise InputError("no --output: name the folder of the student, or use --dry-run")
     with output_folder(arguments.output.resolve(), plan.values) as output:
         shown = os.path.relpath(output, plan.path.parent)  # the page shows it: no home path
         (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, [*overrides, f"output={shown}"])

@@ -23,7 +23,7 @@ def amp_dtype(on=None, precision: str = "auto"):
     if precision == "float32":
         return None
     if on.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text()
         if "avx512_bf16" in flags or "amx_bf16" in flags:

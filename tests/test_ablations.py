@@ -9,7 +9,7 @@ from tiny_models import tiny_bart
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
-from distill_utils.experiments import ablations, comparison, runs
+from distill_utils.experiments import ablations, checks, comparison, runs
 from distill_utils.training.loop import Training
 
 BASE = runs.StudentRun(
@@ -52,12 +52,14 @@ def test_a_text_names_a_run():
         ("pl cross_fit=both", ["'both'", "own"]),
         ("pl cross_fit=other", ["cross_fit_base"]),
         ("pl label_filters={'copied':1}", ["copied", "copy_rate"]),
+        ("pl label_num_beams=4 label_temperature=1.0", ["num_beams 4", "sampling has no beams"]),
+        ("pl label_num_candidates=8", ["num_candidates 8"]),
     ],
 )
 def test_an_impossible_variant_is_rejected_before_training(text, parts):
     with pytest.raises(InputError) as error:
         changed, _ = ablations.parse_ablation(replace(BASE, shape="2-1"), text)
-        runs.check_runs([changed], tiny_bart(2, 2))
+        checks.check_runs([changed], tiny_bart(2, 2))
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
@@ -91,7 +93,7 @@ def tested(tmp_path):
             folders[run.name].mkdir()
             scores = easy + gain + generator.normal(0, 1, 200)
             (folders[run.name] / "scores.json").write_text(json.dumps({"rouge2": list(scores)}))
-            (folders[run.name] / "results.json").write_text(json.dumps({"seconds": 5.0}))
+            (folders[run.name] / "history.csv").write_text("step,seconds\n10,2.0\n20,5.0\n")
     return folders
 
 
@@ -112,14 +114,32 @@ def test_what_a_change_did_and_which_claims_it_confirms(tested):
     first, second = ablations.ablation_rows(BASE, texts, tested, tested, [0, 1], forecast)
     assert first["high"] < 0 < second["high"] and first["ms/step"] == 7.0 and first["seconds"] == 5.0
 
-    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, tested, [0, 1])}
+    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, tested, [0, 1], "pydocs")}
     assert rows["kd versus sft"] == rows["kd versus kd hidden_weight=0"] == "confirmed"
     assert rows["sft versus kd hidden_weight=0"] == "not separable" and rows["pl versus sft"] == "not tested here"
     swapped = {"kd-6-3-s0": tested["sft-6-3-s0"], "sft-6-3-s0": tested["kd-6-3-s0"]}
-    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, swapped, [0])}
+    rows = {row["comparison"]: row["here"] for row in ablations.claim_rows(BASE, swapped, [0], "data")}
     assert rows["kd versus sft"] == "contradicted"
     for claim in rows:  # of every one both runs are possible
-        runs.check_runs(list(ablations.parse_ablation(replace(BASE, cross_fit_base="base"), claim)), tiny_bart(6, 6))
+        checks.check_runs(list(ablations.parse_ablation(replace(BASE, cross_fit_base="base"), claim)), tiny_bart(6, 6))
+
+
+def test_claims_on_other_data_are_left_out(tested):
+    claims = {
+        name: {row["claim"] for row in ablations.claim_rows(BASE, tested, [0], name)} for name in ("xsum", "a/cnn")
+    }
+    assert "KD beats SFT on abstractive data" in claims["xsum"] - claims["a/cnn"]
+    assert "Hidden states are the decisive part of KD" in claims["xsum"] & claims["a/cnn"]
+
+
+def test_what_ablations_and_decodings_cannot_be_is_rejected():
+    with pytest.raises(InputError, match="ablation_seeds is empty"):
+        ablations.ablation_runs(BASE, ["kd versus sft"], [])
+    with pytest.raises(InputError, match="decoding: num_beam "):
+        ablations.parse_decoding(["num_beam=2"], tiny_bart())
+    assert ablations.parse_decoding(["num_beams=2"], tiny_bart()) == {"num_beams": 2}
+    penalties = [ablations.parse_variant(BASE, f"pl label_length_penalty={value}") for value in (-1.0, 1.0)]
+    assert penalties[0].name != penalties[1].name
 
 
 # ------------------------------------------------------------------------------------------------ verdict and signals

@@ -362,6 +362,11 @@ def test_relative_paths_of_lists_count_from_where_one_types(notebooks, tmp_path,
     first, *others = plan.values["shapes"]
     assert others == ["6-3", "data/none"] and plan.values["method"] == first
     assert (plan.path.parent / first).samefile(tmp_path / "data" / "set")
+    Path("mine.csv").touch()
+    Path("pydocs").touch()  # no file of data: a name
+    (plan,) = settings.make_plans(["1"], "demo", ["shapes=pydocs,none.csv", "method=mine.csv"], notebooks)
+    assert (plan.path.parent / plan.values["method"]).samefile("mine.csv")
+    assert plan.values["shapes"] == ["pydocs", "none.csv"]
 
 
 def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypatch, capsys):

@@ -120,11 +120,13 @@ def test_checkpoints_that_the_converter_alone_reads_wrongly(prepare, tmp_path):
 
 
 def test_what_the_engine_cannot_express_is_rejected(tmp_path):
-    model = tiny_bart()
-    model.generation_config.encoder_no_repeat_ngram_size = 2
-    save(model, tiny_tokenizer(), tmp_path / "encoder_no_repeat_ngram_size")
+    settings = {"encoder_no_repeat_ngram_size": 2, "min_new_tokens": 4, "penalty_alpha": 0.6}
+    for name, value in settings.items():
+        model = tiny_bart()
+        setattr(model.generation_config, name, value)
+        save(model, tiny_tokenizer(), tmp_path / name)
     save(FAMILIES["marian"](), tiny_tokenizer(), tmp_path / "marian")
-    for named in ("encoder_no_repeat_ngram_size", "marian"):
+    for named in (*settings, "marian"):
         with pytest.raises(ValueError, match=named):
             ctranslate.to_ctranslate2(tmp_path / named, tmp_path / "converted")
     with pytest.raises(artifacts.InputError, match="config.json"):

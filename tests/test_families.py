@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, t
 from distill_utils.artifacts import read_json
 from distill_utils.distillation import objectives
 from distill_utils.evaluation import scoring
-from distill_utils.experiments import runs
+from distill_utils.experiments import checks, runs
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.training import loop
@@ -54,7 +54,7 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
     base = replace(BASE, teacher=str(tmp_path / "teacher"), prefix=prefix)
     train, validation = pairs(8), pairs(4, seed=1)
     plan = runs.grid(base, ["sft", "kd", "pl"], ["2-1"], [0])
-    runs.check_runs(plan, teacher)
+    checks.check_runs(plan, teacher)
     for run in plan:
         folder = runs.train_student(run, teacher, tokenizer, train, validation)
         history = read_history(folder)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import EOS, WORDS, tiny_bart, tiny_tokenizer
+from tiny_models import EOS, FAMILIES, WORDS, tiny_bart, tiny_tokenizer
 
 from distill_utils import artifacts
 from distill_utils.evaluation import generation
@@ -44,6 +44,44 @@ def test_summarize_equals_generate_one_by_one(settings):
                 ids = model.generate(**inputs_of(tokenizer, "the list " + document, 16), **settings)
             assert summary == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert generation.summarize(model, tokenizer, ["", None], max_source_length=16) == ["", ""]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 3, "return_dict_in_generate": True},
+        {"encoder_no_repeat_ngram_size": 1, "no_repeat_ngram_size": 0},
+        {"encoder_repetition_penalty": 3.0},
+    ],
+    ids=["candidates", "ngrams", "penalty"],
+)
+def test_settings_that_a_model_carries_hold_with_and_without_scores(family, settings):
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer()
+    documents = [" ".join((document + " the" * 9).split()[:9]) for document in make_documents(3)]  # nothing is padded
+    model.generation_config.update(**settings)
+    expected = []
+    for document in documents:
+        with torch.no_grad():
+            single = {"num_return_sequences": 1, "return_dict_in_generate": False}
+            ids = model.generate(**inputs_of(tokenizer, document, 24), **single)
+        expected.append(generation.to_text(tokenizer, ids[0].tolist()))
+    for summarize in (generation.summarize, lambda *given, **more: generation.summarize_with_scores(*given, **more)[0]):
+        assert summarize(model, tokenizer, documents, max_source_length=24, batch_size=3) == expected
+
+
+@pytest.mark.parametrize("limit", [{"max_length": 7}, {"max_length": None, "max_new_tokens": 6}, {"max_length": None}])
+def test_the_forced_end_does_not_count_whatever_sets_the_limit(limit):
+    model, tokenizer, document = tiny_bart(), tiny_tokenizer(), make_documents(1)[0]
+    greedy = {"num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
+    model.generation_config.update(**greedy, forced_eos_token_id=EOS, **limit)
+    inputs = inputs_of(tokenizer, document, 24)
+    with torch.no_grad():
+        ids = model.generate(**inputs)
+        log_probs = model(**inputs, decoder_input_ids=ids[:, :-1]).logits.log_softmax(-1)[0]
+    assert ids.shape[1] == (21 if limit == {"max_length": None} else 7)  # nothing but the limit has ended it
+    wanted = log_probs.gather(1, ids[0, 1:, None])[:-1].mean().item()
+    assert generation.summarize_with_scores(model, tokenizer, [document], 24)[1] == [pytest.approx(wanted, abs=1e-4)]
 
 
 @pytest.mark.parametrize("length", [1, 65])

@@ -26,7 +26,7 @@ from distill_utils.experiments import launch, miniend
 from distill_utils.experiments.miniend import AgnosticRun
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
-from distill_utils.training import checkpoints, distributed, loop
+from distill_utils.training import checkpoints, distributed, loop, optimizers
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(
@@ -242,6 +242,14 @@ def test_a_pytorch_without_the_backend_is_refused(place, monkeypatch):
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"this PyTorch has no (gloo|nccl): install a build that has it"):
         launch.distill(run, *rest, num_processes=2)
+
+
+def test_optimizers_of_whole_matrices_refuse_parts(monkeypatch):
+    monkeypatch.setattr(optimizers, "is_sharded", lambda weight: weight.ndim == 2)
+    model = tiny_t5(1, 1)
+    for name in ("adafactor", "muon"):
+        with pytest.raises(InputError, match=f"optimizer {name} needs whole matrices"):
+            optimizers.make_optimizers(model, dict(model.named_parameters()), Training(max_steps=1, optimizer=name))
 
 
 def test_what_a_process_refuses_is_said_by_the_one_that_started_it(place, forked, monkeypatch, tmp_path):

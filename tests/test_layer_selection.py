@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, PAD, tiny_bart, tiny_batch, tiny_tokenizer
 from distill_utils import device
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
+from distill_utils.experiments import checks
 from distill_utils.experiments import layer_selection as selection
 from distill_utils.models.students import decoder_layers, encoder_layers, init_student
 from distill_utils.training.loop import Training
@@ -166,9 +167,9 @@ def test_runs_name_the_layers_of_the_stacks_that_are_cut():
     assert (run.shape, run.variant, run.training.seed) == ("3-2", "decoder 0 2", 4)
     assert (run.encoder_layer_ids, run.decoder_layer_ids) == (None, [0, 2])
     assert selection.run_of(BASE, tiny_bart(3, 3), [1], [0, 2], 0).variant == "encoder 1, decoder 0 2"
-    selection.runs.check_runs([run], tiny_bart(3, 3))
+    checks.check_runs([run], tiny_bart(3, 3))
     with pytest.raises(InputError, match="give 2 different ids from 0 to 1"):
-        selection.runs.check_runs([run], tiny_bart(3, 2))
+        checks.check_runs([run], tiny_bart(3, 2))
 
 
 def test_verdict_tells_a_win_from_noise():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from tiny_models import BOS, EOS, PAD, WORDS, tiny_tokenizer
+from tiny_models import BOS, EOS, PAD, WORDS, tiny_bart, tiny_tokenizer
 from tokenizers import processors
 
 from distill_utils.artifacts import InputError
 from distill_utils.data import loading, pydocs
 from distill_utils.data.batches import batch_list, collate, document_id, length_batches, pair_stream, tokenize_pairs
+from distill_utils.models.loading import load_model, save_model
 
 ROWS = [{"id": f"row{i}", "document": f"Document {i}, café.", "summary": f"Summary {i}."} for i in range(5)]
 TEXTS = [f"Text {i} of café.\nSecond line." for i in range(40)]
@@ -120,7 +122,7 @@ def test_ids_that_repeat_or_look_like_those_of_labels_are_made_unique(tmp_path, 
         loaded = loading.load_pairs(write_rows(tmp_path / "rows.jsonl", rows), "train")
         found = loaded["id"]
         assert len(set(found)) == 3 and [document_id(f"{name}#1@2") for name in found] == list(found)
-        assert "row is put behind" in capsys.readouterr().out
+        assert "row number is appended" in capsys.readouterr().out
         rows = tokenize_pairs(loaded, tiny_tokenizer(), 16, 8)
         (batch,) = pair_stream(rows, PAD, 3, seed=0, order=rows)(0)
         assert sorted(batch["ids"]) == sorted(found)
@@ -130,6 +132,26 @@ def test_a_list_of_sentences_is_their_text_and_a_whole_surrogate_pair_a_characte
     (tmp_path / "rows.jsonl").write_text('{"document": ["One.", "Two."], "summary": "\\ud83d\\ude00 smiles"}\n')
     (row,) = loading.load_pairs(str(tmp_path / "rows.jsonl"), "train").to_list()
     assert (row["document"], row["summary"]) == ("One. Two.", "\N{GRINNING FACE} smiles")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_cells_that_are_no_text_read_the_same_from_every_format(tmp_path, ending):
+    cells = [["One.", "Two."], [], ["S."], None]
+    path = write_rows(tmp_path / f"lists.{ending}", [{"document": ["D."], "summary": cell} for cell in cells])
+    assert loading.read_files(Path(path), "train").num_rows == 4
+    kept = [loading.load_pairs(path, split).to_list() for split in {loading._drawn_split("D.")}]
+    assert [(row["document"], row["summary"]) for row in kept[0]] == [("D.", "One. Two."), ("D.", "S.")]
+    assert loading.load_text(path, loading._drawn_split("One. Two."), "summary")[0] == "One. Two."
+    numbers = write_rows(tmp_path / f"numbers.{ending}", [{"text": number} for number in (1.5, float("nan"), 7.0)])
+    found = [text for split in loading.SPLITS for text in texts_of(numbers, split)]
+    assert sorted(found) == ["1.5", "7.0"]
+
+
+def texts_of(path: str, split: str) -> list[str]:
+    try:
+        return loading.load_text(path, split)
+    except InputError:  # none drawn for it
+        return []
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -405,6 +427,19 @@ def test_pair_stream_is_a_function_of_step_and_seed():
     assert lengths == sorted(lengths) and [len(batch["ids"]) for batch in batches] == [4] * 5 + [1]
 
 
+def test_pair_stream_holds_ids_in_four_bytes():
+    """As lists of Python numbers they took 34, most of a machine's memory for a large corpus."""
+    generator = np.random.default_rng(0)
+    ids = {name: generator.integers(300, 50_000, (200, 500)).tolist() for name in ("input_ids", "labels")}
+    rows = Dataset.from_dict({"id": [str(i) for i in range(200)]} | ids)
+    del ids
+    tracemalloc.start()
+    batches = pair_stream(rows, PAD, 4, seed=0)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / (200 * 1000) < 6 and len(unpadded(batches(0))) == 4
+
+
 def test_rows_dropped_inside_a_fixed_order_leave_gaps_that_others_fill():
     rows = make_rows(20)
     whole = pair_stream(rows, PAD, 4, seed=5)
@@ -431,3 +466,18 @@ def test_several_targets_of_a_document_take_turns():
         assert [name.removesuffix("@1") for name in names] == [row[0] for row in unpadded(whole(step))]
         chosen.update(names)
     assert set(chosen.values()) == {2} and len(chosen) == 40
+
+
+@pytest.mark.parametrize(
+    ("forced", "bias", "kept"), [(BOS, 0.0, True), (5, 0.0, False), (None, 99.0, True), (None, -99.0, False)]
+)
+def test_labels_begin_with_the_start_token_where_the_model_writes_it(tmp_path, forced, bias, kept):
+    tokenizer, model = tiny_tokenizer(), tiny_bart()
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = template
+    model.generation_config.forced_bos_token_id = forced
+    model.final_logits_bias[0, BOS] = bias  # a model of the hub learned it, an embedded one the reverse
+    save_model(model, tokenizer, tmp_path / "model")
+    rows = Dataset.from_dict({"id": ["a"], "document": ["read the file"], "summary": ["read"]})
+    (labels,) = tokenize_pairs(rows, load_model(tmp_path / "model")[1], 20, 20)["labels"]
+    assert (labels[0] == BOS) == kept and labels[-1] == EOS and len(labels) == 2 + kept

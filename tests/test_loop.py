@@ -10,6 +10,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.device import device
+from distill_utils.device import amp_dtype, device
 from distill_utils.distillation import objectives
 from distill_utils.models.hooks import projections
 from distill_utils.training import checkpoints, loop, optimizers
@@ -218,6 +219,15 @@ def test_evaluation_changes_nothing_and_the_seed_does(tmp_path, capsys):
     assert not equal(weights_of(first), weights_of(other))
 
 
+@pytest.mark.parametrize(("major", "dtype"), [(7, None), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_bf16_is_used_where_the_gpu_multiplies_it_not_where_it_is_emulated(monkeypatch, major, dtype):
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value in {"is_available": True, "current_device": 0, "_check_bf16_tensor_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    assert amp_dtype(torch.device("cuda")) == dtype
+
+
 # ----------------------------------------------------------------------------------------- trunk, cooldown and patience
 
 
@@ -305,6 +315,46 @@ def test_patience_brings_the_cooldown_forward(tmp_path):
     assert equal(less[0], weights) and less[1] == history  # whoever came first
 
 
+@pytest.mark.parametrize(
+    ("changes", "evaluations", "begin", "end"),
+    [
+        ({"cooldown_share": 0.01}, [5, 6, 7, 4], 6, 7),  # one per cent of so few updates is none
+        ({"cooldown_share": 0.2, "eval_every": 1, "patience": 1}, [4, 5, 3], 2, 3),
+        ({"warmup_steps": 7}, [5, 6, 7, 8, 4, 3, 2], 8, 11),  # no plateau before the learning rate has risen
+    ],
+)
+def test_patience_ends_a_trunk_of_few_updates(tmp_path, changes, evaluations, begin, end):
+    run = settings(**{"max_steps": 100, "schedule": "cooldown", "cooldown_share": 0.25, "eval_every": 2, "patience": 2})
+    run = replace(run, **changes)
+    weights, history = end_of(run, tmp_path / "run", trunk=tmp_path / "trunk", evaluate=scripted(evaluations))
+    assert [path.name for path in (tmp_path / "trunk").glob("checkpoint-*")] == [f"checkpoint-{begin:06d}"]
+    assert history[-1]["step"] == end and history[-1]["lr"] <= history[begin - 1]["lr"] == 1e-3
+    best = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in best.items())
+    facts = optimizers.stop_facts(history, run)
+    lowest = min(
+        (row["validation_ce"], row["step"]) for row in history if row["step"] > begin and "validation_ce" in row
+    )
+    assert facts == {
+        "trained_steps": end, "stop_metric": "validation_ce", "patience": run.patience, "best_step": lowest[1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [None, torch.bfloat16])
+def test_a_checkpoint_of_another_mixed_precision_is_refused(tmp_path, monkeypatch, first):
+    """Weights that nothing trains are held in it: one machine's would replace the other's."""
+    second = None if first else torch.bfloat16
+    run = settings(max_steps=4, checkpoint_every=2)
+    monkeypatch.setattr(loop, "amp_dtype", lambda *_: first)
+    end_of(run, tmp_path, 2)
+    monkeypatch.setattr(loop, "amp_dtype", lambda *_: second)
+    with pytest.raises(InputError, match=f"checkpoint-000002 was trained with .*{first}, this machine has {second}"):
+        end_of(run, tmp_path)
+    path = tmp_path / "checkpoint-000002" / "state.json"
+    artifacts.write_json(path, {name: value for name, value in read_json(path).items() if name != "dtype"})
+    end_of(run, tmp_path)  # older ones do not say
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -327,6 +377,8 @@ def test_patience_brings_the_cooldown_forward(tmp_path):
         ({"schedule": "cosine"}, ["'cosine'", "cooldown"]),
         ({"cooldown_share": 1.0}, ["cooldown_share 1.0"]),
         ({"schedule": "cooldown", "cooldown_share": 0.5, "warmup_steps": 4}, ["warmup_steps 4", "max_steps 6"]),
+        ({"schedule": "cooldown", "max_steps": 1}, ["cooldown of 1", "max_steps 1"]),
+        ({"schedule": "cooldown", "cooldown_share": 0.95}, ["cooldown of 6", "max_steps 6"]),
         ({"patience": 2}, ["patience 2", "eval_every"]),
     ],
 )

@@ -241,8 +241,9 @@ def test_probabilities_that_add_up_to_more_than_one_and_padding_ids_do_no_harm(l
     ],
 )
 def test_bad_input_is_named(logits, labels, teacher, options, message):
-    with pytest.raises(ValueError, match=message):
-        token_losses(logits[0], torch.zeros(3, *teacher), labels, **options)
+    for weights in (None, (0.5, 0.5)):
+        with pytest.raises(ValueError, match=message):
+            token_losses(logits[0], torch.zeros(3, *teacher), labels, weights=weights, **options)
 
 
 def test_hidden_states_of_another_width_are_rejected(logits):

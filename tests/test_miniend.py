@@ -18,7 +18,7 @@ from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import chunked_token_losses
 from distill_utils.evaluation import tasks
 from distill_utils.evaluation.statistics import share_of_gap
-from distill_utils.experiments import miniend
+from distill_utils.experiments import interpolation, miniend
 from distill_utils.experiments.miniend import PATHS, AgnosticRun
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
@@ -111,6 +111,7 @@ def test_classification_is_scored_row_by_row(place, monkeypatch):
     ("changes", "said"),
     [
         ({"path": "nothing"}, "path 'nothing' is unknown: use scratch, logits"),
+        ({"source_length": 65}, "source_length 65 exceeds the model's 64 positions"),
         ({"init": "copy"}, "init 'copy' is unknown: use random or copied"),
         ({"init": "copied", "width": 8}, "a student of width 8 cannot copy layers"),
         ({"path": "hidden", "width": 8}, "path hidden compares hidden states of equal width"),
@@ -145,6 +146,15 @@ def test_embeddings_of_another_tokenizer_are_rejected_before_training(place, tmp
     miniend.check_runs([replace(run, embeddings=base.teacher)], teacher)
 
 
+def test_other_embeddings_in_the_same_folder_make_another_student(place, tmp_path):
+    base, teacher, tokenizer, *_ = place
+    run, made = replace(base, embeddings=str(tmp_path / "start")), []
+    for seed in (5, 5, 6):
+        save_model(tiny_bart(seed=seed), tokenizer, tmp_path / "start")
+        made.append(miniend.untrained(run, teacher, tokenizer))
+    assert made[0] == made[1] != made[2]
+
+
 def test_held_out_loss_is_the_mean_over_tokens():
     model, total, tokens, batches = tiny_t5(), 0.0, 0, []
     for lengths in ((5, 2), (4, 2, 2)):
@@ -171,7 +181,7 @@ def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(t5_place, mo
 
     monkeypatch.setattr(miniend, "distill", spy)
     route = "3-3", 8, teacher, *rest  # MiniLM's rule: as deep as the teacher, as wide as the student
-    found = miniend.with_assistant(run, *route, share=1 / 3)
+    found = interpolation.with_assistant(run, *route, share=1 / 3)
     name, model = taught[found["student"]]
     assert name == str(found["assistant"] / "student") and taught[found["assistant"]] == (run.teacher, teacher)
     assert equal_weights(model, load_model(found["assistant"] / "student")[0]) and equal_weights(teacher, before)
@@ -183,7 +193,7 @@ def test_teacher_to_assistant_to_student_in_the_direct_run_s_budget(t5_place, mo
     assert results[1]["parameters"] == straight["parameters"]
     sizes = [students.count_parameters(teacher)["total"], *(result["parameters"]["total"] for result in results)]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert miniend.with_assistant(run, *route, share=1 / 3) == found  # reused
+    assert interpolation.with_assistant(run, *route, share=1 / 3) == found  # reused
 
 
 @pytest.mark.parametrize(("width", "middle", "share"), [(0, 0, 0.5), (0, 16, 0.2), (8, 0, 0.7), (8, 8, 0.5)])
@@ -191,7 +201,7 @@ def test_the_student_is_that_of_the_direct_run_and_updates_are_split(t5_place, w
     run, teacher, *_ = t5_place
     training = replace(run.training, max_steps=10, warmup_steps=5)
     run = replace(run, width=width, training=training, mix_start=0.4)
-    assistant, student = miniend.split_run(run, "2-2", middle, teacher, share)
+    assistant, student = interpolation.split_run(run, "2-2", middle, teacher, share)
     assistant_model = miniend.new_student(assistant, teacher)
     assert assistant_model.config.d_model == (middle or 16)
     assert equal_weights(miniend.new_student(student, assistant_model), miniend.new_student(run, teacher))
@@ -221,14 +231,17 @@ def test_the_student_is_that_of_the_direct_run_and_updates_are_split(t5_place, w
 def test_what_is_no_assistant_is_rejected_before_training(t5_place, shape, width, share, changes, said):
     run, teacher, *rest = t5_place
     with pytest.raises(InputError, match=said):
-        miniend.with_assistant(replace(run, **changes), shape, width, teacher, *rest, share=share)
+        interpolation.with_assistant(replace(run, **changes), shape, width, teacher, *rest, share=share)
 
 
 def test_assistants_are_written_as_layers_and_width():
-    assert miniend.parse_assistant("6-6-w96") == ("6-6", 96) and miniend.parse_assistant("4-12") == ("4-12", 0)
+    assert interpolation.parse_assistant("6-6-w96") == ("6-6", 96) and interpolation.parse_assistant("4-12") == (
+        "4-12",
+        0,
+    )
     for label in ("", "6", "6-6-96", "6-6-w", "a-6"):
         with pytest.raises(InputError, match=f"assistant '{label}' is not understood"):
-            miniend.parse_assistant(label)
+            interpolation.parse_assistant(label)
 
 
 # --------------------------------------------------------------------------------------------------------- mixed target
@@ -383,6 +396,7 @@ def test_headline_names_the_winner_and_what_it_cannot_separate():
     assert "100 updates, 50 of fine-tuning, 250 test rows and 3 seeds" in text and "demonstration" not in text
     assert "no path is shown to beat it" in said(miniend=(0.1, -0.1, 0.3))
     assert "there is no gap" in said(miniend=(None, None, None))
+    assert "No path was compared" in said()
     assert said(49, miniend=(0.6, 0.4, 0.8)).startswith("**Smoke run:** 49 test rows")
 
 

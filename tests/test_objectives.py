@@ -220,6 +220,22 @@ def test_samples_follow_the_students_distribution_and_end_at_the_end_token(famil
 
 
 @each_family
+def test_special_tokens_of_samples_are_those_that_generate_takes(family):
+    """Those of the generation settings come before the config's, which may have none, as mBART's start token."""
+    student, batch = FAMILIES[family](1, 1), tiny_batch()
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    student.generation_config.update(decoder_start_token_id=7, eos_token_id=[EOS, 8])
+    with torch.no_grad():  # as if every sample ended with the second end token at once
+        student.get_output_embeddings().weight.mul_(1e-3)
+        student.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(VOCAB_SIZE))
+        student.get_output_embeddings().bias[8] = 100.0
+    if family != "marian":  # whose config allows none to be missing
+        student.config.decoder_start_token_id = None
+    drawn = draw_samples(student, rows, 3)
+    assert drawn["decoder_input_ids"].tolist() == [[7]] * 3 and drawn["labels"].tolist() == [[8]] * 3
+
+
+@each_family
 def test_on_policy_is_the_divergence_on_samples_and_pl_kl_on_the_rest(family):
     teacher, batch = FAMILIES[family](3, 3), tiny_batch(source_lengths=(9, 5, 7, 6), target_lengths=(4, 6, 3, 5))
     student, _, _ = init_student(teacher, 2, 1)
@@ -296,8 +312,9 @@ def test_padding_amount_changes_no_loss(family):
     assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
 
 
-def test_a_batch_without_labels_gives_zero_token_losses(monkeypatch):
-    teacher, batch = tiny_bart(), tiny_batch()
+@each_family
+def test_a_batch_without_labels_gives_zero_token_losses(family, monkeypatch):
+    teacher, batch = FAMILIES[family](), tiny_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     student, _, _ = init_student(teacher, 3, 1)
     losses = kd(student, teacher, batch, encoder_layer_ids=[], decoder_layer_ids=[0])

@@ -143,8 +143,9 @@ def test_other_families_are_planned(family):
         ({"batch_size": 8, "micro_batch_size": 3}, "no multiple of 3"),
         ({"source_length": 0}, "source_length 0"),
         ({"devices": 16}, "batch_size 8"),
-        ({"optimizer": "sgd"}, "use adamw or muon"),
+        ({"optimizer": "sgd"}, "use adamw or adafactor or muon"),
         ({"optimizer": "muon", "devices": 2}, "muon .* 2 devices"),
+        ({"optimizer": "adafactor", "devices": 2}, "adafactor .* 2 devices"),
         ({"teacher_dtype": "float16"}, "teacher_dtype 'float16'"),
     ],
 )
@@ -226,6 +227,27 @@ def test_what_does_not_fit_is_refused_with_three_changes_that_do():
         assert step.plan_step(LOGITS, *pair, **given | change)["peak_bytes"] <= 0.9 * needed
     with pytest.raises(InputError, match="use a smaller model"):  # no change is enough
         check(memory=1000)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"batch_size": 24, "micro_batch_size": 8}, {"batch_size": 8, "optimizer": "muon"}, {"optimizer": "adafactor"}],
+    ids=["eight do not divide a quarter", "muon", "adafactor"],
+)
+def test_every_change_that_is_proposed_can_be_planned(given):
+    given = TEXT | PLAIN | given
+    settings = step.plan_step(objectives.sft, configs()[0], **given)["settings"]
+    kinds = plan._changes(settings)
+    assert any("devices" in change for kind in kinds for change in kind) == (settings["optimizer"] == "adamw")
+    for change in (change for kind in kinds for change in kind):
+        assert step._check_step(settings | change) >= 1, change
+
+
+def test_moments_of_adafactor_are_rows_and_columns():
+    student = T5ForConditionalGeneration(configs()[0])
+    sizes = [sum(weight.shape) if weight.ndim == 2 else weight.numel() for weight in student.parameters()]
+    kept = planned(batch_size=2, micro_batch_size=1, optimizer="adafactor")["memory"]["optimizer"]
+    assert 4 * sum(sizes) <= kept <= 4 * (sum(sizes) + 4 * len(sizes))  # and the size of each weight
 
 
 # ------------------------------------------------------------------------------------------------------ the machine

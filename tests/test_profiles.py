@@ -18,7 +18,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, PegasusConfig, PegasusForConditionalGeneration
 
 from distill_utils.artifacts import read_json
-from distill_utils.experiments import runs
+from distill_utils.experiments import checks, runs
 from distill_utils.models import loading, students
 from distill_utils.report import settings
 from distill_utils.training import loop
@@ -86,7 +86,7 @@ def test_published_profile_can_run_on_the_real_shapes(profile):
     lengths = {name: values[name] for name in ("max_source_length", "max_target_length")}
     base = runs.StudentRun(method="sft", shape="", teacher=values["teacher"], training=training, **lengths)
     plan = runs.grid(base, values["methods"], values["student_shapes"], values["seeds"])
-    runs.check_runs(plan, large(layers, positions))
+    checks.check_runs(plan, large(layers, positions))
     rows = [r for r in published_rows() if (r["dataset"], r["teacher"]) == (values["dataset"], values["teacher"])]
     assert {"", *shapes} - {row["student"] for row in rows} <= {"9-6"}  # no 9-6 on CNN/DailyMail
     assert {row["method"] for row in rows} <= {"", "teacher", *runs.METHODS}

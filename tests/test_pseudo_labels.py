@@ -14,6 +14,7 @@ from distill_utils import artifacts
 from distill_utils.artifacts import InputError
 from distill_utils.distillation import pseudo_labels
 from distill_utils.distillation.pseudo_labels import filter_labels, measure_labels
+from distill_utils.evaluation import ctranslate, generation
 from distill_utils.models.loading import load_model
 
 COLUMNS = ["id", "document", "summary", "reference", "score"]
@@ -105,6 +106,7 @@ def test_labels_resume_to_the_identical_file(engine, decoding, label, dataset, t
         ({"documents": 0}, "empty"),
         ({"engine": "warp"}, "warp"),
         ({"max_source_length": 65}, "65 is beyond the model's 64 positions"),
+        ({"max_new_tokens": 65}, "65 is beyond the model's 64 positions"),
         ({"min_length": 9}, "min_length 9 is beyond max_new_tokens 8"),
         ({"num_candidates": 3}, "num_candidates 3 of 2 beams"),
         ({"num_candidates": 0}, "num_candidates 0 of 2 beams"),
@@ -175,6 +177,26 @@ def test_engine_auto_falls_back_where_the_model_does_not_convert(model_folder, t
     assert pseudo_labels._choose_engine(marian, "auto") == "transformers"
     with pytest.raises(ValueError, match="marian"):
         pseudo_labels._choose_engine(marian, "ctranslate2")
+
+
+def test_labels_are_no_longer_than_the_model_has_positions(tmp_path):
+    model, tokenizer = tiny_bart(1, 1), tiny_tokenizer()
+    with torch.no_grad():
+        model.final_logits_bias[0, :5] = -1000.0  # no special token, so that every text has its full length
+    converted = ctranslate.to_ctranslate2(save(model, tokenizer, tmp_path / "model"), tmp_path / "converted")
+    greedy = {"max_source_length": 16, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0}
+    decoding = {"num_candidates": 1, "num_beams": 1, "min_length": 0} | dict.fromkeys(pseudo_labels.SAMPLING)
+    engines = (
+        partial(generation.summarize, model, tokenizer, ["the list"]),
+        lambda **given: ctranslate.summarize_ctranslate2(converted, tokenizer, ["the list"], **given)[0],
+    )
+    for write in engines:
+        assert len(write(**greedy, max_new_tokens=64)[0].split()) == 64
+        with pytest.raises((IndexError, RuntimeError)):
+            write(**greedy, max_new_tokens=65)
+    pseudo_labels._check_decoding(decoding | {"max_new_tokens": 64}, 96, 64)
+    with pytest.raises(InputError, match="max_new_tokens 65 is beyond the model's 64 positions"):
+        pseudo_labels._check_decoding(decoding | {"max_new_tokens": 65}, 96, 64)
 
 
 # ------------------------------------------------------------------------------------------------------------ filters

@@ -148,7 +148,7 @@ def test_rungs_halve_and_time_drops_the_last():
 def test_hours_below_one_rung_name_what_is_needed():
     made = prices({"a": 30.0, "b": 6.0}, measured=300.0, end=300.0)
     assert len(race.planned_rungs(made, 1e6)) > len(race.planned_rungs(made | {"max_rungs": 2}, 1e6)) == 2
-    with pytest.raises(InputError, match="one candidate needs 1.00, all 2 need 1.17"):
+    with pytest.raises(InputError, match="one candidate needs 1.00 h, all 2 need 1.17 h"):
         race.check_hours(made, 3599.0)
     race.check_hours(made, 3600.0)
 
@@ -289,6 +289,16 @@ def test_a_killed_or_shared_race_ends_with_the_same_winner_and_weights(given, tm
 def test_bad_requests_are_rejected_before_anything_is_trained(given, change, message):
     with pytest.raises(InputError, match=message):
         distill.prepare(given | change)
+
+
+def test_a_teacher_without_a_length_may_write_as_much_as_targets(given):
+    for length, changes in ((None, {}), (9, {"max_new_tokens": 9})):
+        model, tokenizer = load_model(given["teacher"])
+        model.generation_config = GenerationConfig(decoder_start_token_id=2, **changes)
+        shutil.rmtree(given["teacher"])
+        save_model(model, tokenizer, given["teacher"])
+        assert fine_tuning.load_teacher(given["teacher"], 33)[0].generation_config.max_new_tokens == (length or 33)
+        assert fine_tuning.load_teacher(given["teacher"], 0)[0].generation_config.max_new_tokens == length
 
 
 @pytest.mark.parametrize("beams", [None, 2])  # as bart-base, which names beams and no length

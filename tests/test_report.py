@@ -301,6 +301,11 @@ def test_readme_table(reports):
     assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students
     assert "Take **6-3**; it costs" in text
+    path = reports / "03_kd.json"  # own parameters are not the demo
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"changed": {"dataset": "mine"}, "wall_seconds": 9.0}))
+    assert "`make reports`: 01 1 min 01 s." in index.readme_table(reports)
+    path.write_text(json.dumps(entry))
     assert index.readme_table(reports / "none") == "No report has been made yet.\n"
 
 

@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
-from distill_utils.artifacts import InputError, config_hash, file_hash, read_json
+from distill_utils.artifacts import InputError, config_hash, file_hash, read_json, write_json
 from distill_utils.data.batches import batch_list, document_id, tokenize_pairs
 from distill_utils.distillation.pseudo_labels import cross_fit_halves, measure_labels
 from distill_utils.evaluation import scoring
 from distill_utils.evaluation.generation import summarize
-from distill_utils.experiments import comparison, runs
+from distill_utils.experiments import checks, comparison, runs
 from distill_utils.experiments.checks import forecast
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, save_model
@@ -47,7 +47,7 @@ def test_every_method_from_description_to_row(place, capsys):
     train, validation, test = planted(16, 1), planted(6, 2), planted(8, 3)
     before = {name: weight.clone() for name, weight in teacher.named_parameters()}
     plan = runs.grid(base, list(runs.METHODS), ["3-1"], [0, 1])
-    runs.check_runs(plan, teacher)
+    checks.check_runs(plan, teacher)
     predicted = forecast(plan, teacher, tokenizer, train)
     trained = {run.name: runs.train_student(run, teacher, tokenizer, train, validation) for run in plan}
     options = {"max_source_length": base.max_source_length, "num_speed": 2}
@@ -104,6 +104,22 @@ def test_every_method_from_description_to_row(place, capsys):
     assert {"loss", "ce_loss", "kl_loss", "hidden_loss", "validation_ce", "validation_kl"} <= history[-1].keys()
 
 
+def test_costs_hold_what_the_teacher_wrote_and_what_was_trained_before_a_resume(place):
+    base, teacher, tokenizer = place
+    train, validation, rows = planted(16, 1), planted(6, 2), {}
+    for stored in (False, True):
+        run = replace(base, method="kd", shape="3-1", cache_states=stored)
+        made = runs.train_student(run, teacher, tokenizer, train, validation)
+        whole = read_history(made)[-1]["seconds"]
+        results = read_json(made / "results.json")
+        write_json(made / "results.json", results | {"seconds": whole / 9})  # as after a resume
+        expected = forecast([run], teacher, tokenizer, train)
+        (rows[stored],) = comparison.cost_table([run], {run.name: made}, 0.0, expected)
+        assert rows[stored]["train_seconds"] == whole > 0
+    assert rows[True]["teacher passes"] == 0 < rows[False]["teacher passes"]
+    assert rows[True]["states_seconds"] > 0 == rows[False]["states_seconds"]
+
+
 def test_methods_start_equal_and_frozen_parts_stay_the_teachers(place):
     base, teacher, _ = place
     starts = [runs.cut_student(replace(base, method=method), teacher) for method in runs.METHODS]
@@ -148,14 +164,14 @@ def test_held_out_losses_of_the_teacher_itself(place):
 def test_impossible_runs_are_rejected_in_one_line(change, value):
     training = replace(BASE.training, **change.get("training", {}))
     with pytest.raises(InputError, match=value) as error:
-        runs.check_runs([replace(BASE, **change | {"training": training})], tiny_bart(), num_validation=99)
+        checks.check_runs([replace(BASE, **change | {"training": training})], tiny_bart(), num_validation=99)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("methods", "message"), [(["sft", "sft"], "named twice"), ([], "nothing to train")])
 def test_repeated_or_no_runs_are_rejected(methods, message):
     with pytest.raises(InputError, match=message):
-        runs.check_runs(runs.grid(BASE, methods, ["3-1"], [0]), tiny_bart())
+        checks.check_runs(runs.grid(BASE, methods, ["3-1"], [0]), tiny_bart())
 
 
 def test_fingerprint_is_of_the_files_or_of_a_hub_models_commit(tmp_path, monkeypatch):
@@ -230,6 +246,17 @@ def test_training_rows_of_each_way_to_label(based, tmp_path):
     for change in ({"label_teachers": [path]}, {"cross_fit": "own", "cross_fit_base": path}):
         with pytest.raises(InputError, match="another tokenizer"):
             rows_of(**change)
+
+
+def test_teachers_of_halves_decode_as_the_teacher_does_now(based):
+    base, teacher, tokenizer = based
+    made = []
+    for penalty in (0.5, 2.0, 0.5):
+        teacher.generation_config.length_penalty = penalty
+        save_model(teacher, tokenizer, base.teacher)
+        made.append(runs.cross_fit_teacher(base, tokenizer, planted(12, 1)))
+        assert load_model(made[-1] / "teacher")[0].generation_config.length_penalty == penalty
+    assert made[0] == made[2] != made[1]
 
 
 @pytest.mark.parametrize("way", ["label_teachers", "cross_fit"])

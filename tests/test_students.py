@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import test_loading
 import torch
 from safetensors.torch import load, save_file
-from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
+from tiny_models import FAMILIES, GENERATION, VOCAB_SIZE, tiny_bart, tiny_batch, tiny_pegasus, tiny_t5, tiny_tokenizer
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -233,6 +234,20 @@ def folder(tmp_path):
 refusal = partial(test_loading.refusal, load_model)
 
 
+def test_published_pegasus_files_have_no_tables_of_positions(tmp_path):
+    model, batch = tiny_pegasus(1, 1), tiny_batch()
+    for stack in (model.get_encoder(), model.get_decoder()):
+        place = torch.arange(64)[:, None] / 10_000 ** (torch.arange(0, 16, 2) / 16)  # Vaswani et al. 2017, section 3.5
+        stack.embed_positions.weight.data = torch.cat([place.sin(), place.cos()], dim=1)
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: weight for name, weight in load(path.read_bytes()).items() if "embed_positions" not in name}
+    save_file(weights, path, {"format": "pt"})
+    torch.testing.assert_close(load_model(tmp_path / "model")[0](**batch).logits, model(**batch).logits)
+    save_file({name: weight for name, weight in weights.items() if "fc1" not in name}, path, {"format": "pt"})
+    assert "disagree on 4 weights, such as model.decoder.layers.0.fc1.bias" in refusal(tmp_path / "model")
+
+
 def test_folder_without_weights_is_rejected(folder):
     (folder / "model.safetensors").unlink()
     assert "has no weights" in refusal(folder)
@@ -387,6 +402,19 @@ def test_new_student_of_the_teachers_width_shares_nothing_with_it_and_heads_stay
         students.new_student(teacher, 2, 2, 15)
     with pytest.raises(InputError, match="decoder_layers is 9"):
         students.new_student(teacher, 2, 9)
+
+
+@each_family
+def test_new_student_begins_near_a_guess_and_keeps_its_head(family, tmp_path):
+    """Of unit embeddings and a head scaled by 1 / sqrt(width), or small ones, logits have about unit variance."""
+    teacher, batch = FAMILIES[family](2, 2), tiny_batch()
+    student = students.new_student(teacher, 1, 1)
+    loss = objectives.sft(student, None, batch)["loss"].detach()
+    assert abs(float(loss) - math.log(VOCAB_SIZE)) < 1.5
+    tied = student.lm_head.weight is student.get_input_embeddings().weight
+    assert tied == (family != "t5_v1_1")
+    save_model(student, tiny_tokenizer(), tmp_path)
+    torch.testing.assert_close(objectives.sft(load_model(tmp_path)[0], None, batch)["loss"], loss)
 
 
 def test_student_like_another_model_has_its_sizes_and_the_teachers_tokens(tmp_path):

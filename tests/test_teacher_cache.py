@@ -123,6 +123,23 @@ def test_large_vocabularies_and_bf16_teachers_are_kept_too(tmp_path, monkeypatch
     assert (batch["target_ids"][valid] == 69_999).all() and (batch["target_probs"][valid] == 1).all()
 
 
+def test_targets_are_computed_in_the_dtype_asked_for(tmp_path, monkeypatch):
+    teacher, rows = tiny_bart(1, 1), make_rows(3)
+    monkeypatch.setattr(device, "amp_dtype", lambda on=None: torch.bfloat16)  # what the machine is good at
+    (batch,) = batch_list(rows, PAD, 3)
+    with torch.no_grad():
+        logits = teacher(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+    exact = (logits / 2).softmax(-1)[batch["labels"] != -100]
+    errors = {}
+    for name, options in {"float32": {"dtype": None}, "auto": {}}.items():
+        write_targets(tmp_path / name, teacher, rows, top_k=VOCAB_SIZE, temperature=2.0, **options)
+        (found,) = with_targets(lambda step: [batch], tmp_path / name)(0)
+        probs = torch.zeros_like(logits).scatter_(-1, found["target_ids"], found["target_probs"])
+        errors[name] = float((probs[batch["labels"] != -100] - exact).abs().max())
+    assert errors["float32"] < 3e-4  # they lie on disk in float16
+    assert errors["auto"] > 2 * errors["float32"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -202,10 +219,10 @@ def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
 
 
 def test_states_fit_or_not():
-    teacher, train = tiny_bart(), planted(10, 1)
+    teacher = tiny_bart()
     gigabytes = 4 * 10 * (24 + 8 * 2) * teacher.config.d_model / 1e9  # of 8 target tokens the last state and a layer's
-    assert teacher_cache.fits_disk(teacher, train, 24, 8, 1.01 * gigabytes)
-    assert not teacher_cache.fits_disk(teacher, train, 24, 8, 0.99 * gigabytes)
+    assert teacher_cache.fits_disk(teacher, 10, 24, 8, 1.01 * gigabytes)
+    assert not teacher_cache.fits_disk(teacher, 10, 24, 8, 0.99 * gigabytes)
     assert BASE.cache_states is False and "cache_states" not in runs.hashed(BASE)
     assert runs.hashed(replace(BASE, cache_states=True)) == runs.hashed(BASE) | {"cache_encoder": True}
 

@@ -30,8 +30,8 @@ def tokenize_pairs(
     line = "<n>" if "<n>" in tokenizer.get_vocab() else " "  # Pegasus has a token for it; BART never saw a line break
     summaries = [re.sub(r"\s*\n\s*", line, text) for text in dataset["summary"]]
     labels = tokenizer(text_target=summaries, truncation=True, max_length=max_target_length)["input_ids"]
-    # A start token in the labels would teach the student to write it twice: the model's shift adds its own.
-    labels = [ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids for ids in labels]
+    if not getattr(tokenizer, "model_writes_bos", False):  # set by models.loading.load_model
+        labels = [ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids for ids in labels]
     return Dataset.from_dict({"id": dataset["id"], "input_ids": encoded, "labels": labels})
 
 
@@ -94,7 +94,9 @@ def pair_stream(
     """
     if not len(rows):
         raise InputError("there are no training rows: check the data set and num_train")
-    columns = {name: list(rows[name]) for name in ("id", "input_ids", "labels")}
+    columns = {"id": list(rows["id"])}
+    for name in ("input_ids", "labels"):  # as Python numbers ids take eight times the memory
+        columns[name] = [np.asarray(ids, dtype=np.int32) for ids in rows[name]]
     # By source alone: pseudo-labels have other lengths than references, and the order must not depend on the method.
     lengths = [len(source) for source in (order or rows)["input_ids"]]
     targets: list[list[int]] = [[row] for row in range(len(rows))]  # of each document, its rows

@@ -34,19 +34,20 @@ def pack_text(texts: list[str], tokenizer) -> np.ndarray:
 
 def denoising_stream(
     tokens: np.ndarray, tokenizer, objective: str, source_length: int, batch_size: int, seed: int,
-    micro_batch_size: int = 0, *, aligned_steps: int = 0, max_positions: int | None = None,
+    micro_batch_size: int = 0, *, aligned_steps: int = 0,
 ) -> Callable[[int], list[dict]]:  # fmt: skip
     """Return `batches(step)`: micro-batches of corrupted windows of `tokens`, a function of step and seed alone.
 
     `source_length` bounds the tokens that the encoder sees, end token included; span corruption meets it exactly, and
     its target length too. In the first `aligned_steps` of text infilling spans are not collapsed: cross-attention finds
-    copying by position long before it does by content. `max_positions` is the model's limit (None, as for T5: none).
+    copying by position long before it does by content.
     Raises InputError for an unknown objective, a tokenizer without the tokens it needs, and sizes that do not fit.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"denoising objective {objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
     bos, eos, mask_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
     start, end = np.array([bos] if bos is not None else [], dtype=np.int64), np.array([eos])
+    first = start if getattr(tokenizer, "model_writes_bos", False) else start[:0]
     window = source_length - len(start) - 1
     if objective == "span_corruption":
         window, _ = span_corruption_lengths(source_length)  # the target is never the longer side
@@ -55,8 +56,6 @@ def denoising_stream(
         mask_id = tokenizer.get_vocab().get("<mask_1>", mask_id)
     if mask_id is None and objective in ("text_infilling", "gap_sentences"):
         raise InputError(f"the tokenizer has no mask token, which {objective} needs: use span_corruption")
-    if max_positions and source_length > max_positions:
-        raise InputError(f"source_length {source_length} exceeds the model's {max_positions} positions: lower it")
     split = sentence_splitter(tokenizer) if "sentence" in objective else None
 
     def corrupt(texts: np.ndarray, generator: np.random.Generator, step: int):
@@ -72,7 +71,7 @@ def denoising_stream(
                 source = permute_sentences(split(text), generator)
             else:
                 source, target = mask_sentences(split(text), mask_id, eos)
-            yield np.concatenate([start, source, end])[:source_length], np.concatenate([target, end])
+            yield np.concatenate([start, source, end])[:source_length], np.concatenate([first, target, end])
 
     padding = tokenizer.pad_token_id, 1 if objective == "span_corruption" else 8
     return _window_stream(tokens, window, corrupt, "window {}".format, padding, batch_size, micro_batch_size, seed)

@@ -53,7 +53,7 @@ def load_pairs(
         _check_column(found, column, label, "name the right ones by document_column and summary_column")
     ids = found["id"] if "id" in found.column_names else range(len(found))
     texts = zip(ids, found[document_column], found[summary_column], strict=True)
-    rows = [{"id": str(i), "document": str(d or "").strip(), "summary": str(s or "").strip()} for i, d, s in texts]
+    rows = [{"id": str(i), "document": _text(d).strip(), "summary": _text(s).strip()} for i, d, s in texts]
     names = [row["id"] for row in rows]
     if len(set(names)) < len(names) or any(document_id(name) != name for name in names):  # labels are found by them
         print(f"{label}: ids repeat or end in #number or @number, so the row number is appended to each")
@@ -92,7 +92,7 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
     with _hub_errors(label):  # a stream is read here only
         _check_column(found, column, label, "name the right one by column")
         # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
-        texts = (str(text or "") for rows in found.select_columns(column).iter(1000) for text in rows[column])
+        texts = (_text(text) for rows in found.select_columns(column).iter(1000) for text in rows[column])
         kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
         kept = list(islice(kept, num or None))
     check_count(label, len(kept), num)
@@ -286,6 +286,9 @@ def _read_json_lines(path: Path) -> Dataset:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):  # sentences
+    """Return a cell of any format as text: sentences joined, and "" for what is missing."""
+    if value is None or value != value:  # NaN is what pandas writes for a missing text
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):  # sentences
         return " ".join(value)
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return json.dumps(value, default=str) if isinstance(value, (bool, list, dict)) else str(value)

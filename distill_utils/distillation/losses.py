@@ -261,6 +261,7 @@ class _TokenLosses(torch.autograd.Function):
                     d_logits = q.mul_(ce_weight)
             if teacher is not None:
                 u = project_teacher(teacher[chunk]).float()
+                _check_vocabularies(z, u)
                 u = torch.lerp(z, u, mix) if mix != 1 else u
                 z, u = z / temperature, u / temperature
                 q, p = z.softmax(-1), u.softmax(-1)
@@ -327,11 +328,7 @@ def _ce_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Ten
 def _divergence_sum(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: str, jsd_beta: float, mix: float
 ) -> Tensor:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student has {student_logits.shape[-1]} vocabulary entries and teacher {teacher_logits.shape[-1]}; "
-            "logits are only comparable over one vocabulary, so start the student from this teacher"
-        )
+    _check_vocabularies(student_logits, teacher_logits)
     if mix != 1:
         teacher_logits = torch.lerp(student_logits.detach().float(), teacher_logits.float(), mix)
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
@@ -344,6 +341,14 @@ def _divergence_sum(
         log_m = torch.logaddexp(log_p + math.log(jsd_beta), log_q + math.log(1 - jsd_beta))
         return (jsd_beta * _kl_sum(log_p, log_m) + (1 - jsd_beta) * _kl_sum(log_q, log_m)) * temperature**2
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum() * temperature
+
+
+def _check_vocabularies(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student has {student_logits.shape[-1]} vocabulary entries and teacher {teacher_logits.shape[-1]}; "
+            "logits are only comparable over one vocabulary, so start the student from this teacher"
+        )
 
 
 def _kl_sum(log_a: Tensor, log_b: Tensor) -> Tensor:

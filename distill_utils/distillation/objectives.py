@@ -254,8 +254,11 @@ def decode(
     match: str = "outputs",
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Return the decoder's last hidden state (batch, target, dim) and the outputs (or inputs) of the given layers."""
-    inputs = batch.get("decoder_input_ids")  # only samples have their own
-    inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"]) if inputs is None else inputs
+    inputs, labels = batch.get("decoder_input_ids"), batch["labels"]  # only samples have inputs of their own
+    if inputs is None:
+        if model.config.model_type == "mbart":  # its shift looks for the last token of a row, which may have none
+            labels = labels.where((labels != IGNORED).any(1, keepdim=True), model.config.eos_token_id)
+        inputs = model.prepare_decoder_input_ids_from_labels(labels)
     source = {"encoder_hidden_states": encoded.to(model.dtype), "encoder_attention_mask": batch["attention_mask"]}
     with layer_outputs(decoder_layers(model), layer_ids, match) as states:
         decoded = model.get_decoder()(input_ids=inputs, **source, use_cache=False)
@@ -320,12 +323,14 @@ def draw_samples(student: PreTrainedModel, batch: dict[str, Tensor], max_new_tok
     is off; the random state is the caller's. decoder_input_ids are those drawn from, because mBART's shift takes the
     start token from the end of the labels, where a sample cut by its length has none.
     """
-    config, own = student.config, student.generation_config
-    special = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    own, special = student.generation_config, {}
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(own, name)
+        special[name] = getattr(student.config, name, None) if value is None else value
     # Settings left out would be filled up from those the student carries, so these are replaced as a whole.
     student.generation_config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max_new_tokens, bad_words_ids=own.bad_words_ids,  # Marian's padding
-        **{name: getattr(config, name) for name in special},
+        **special,
     )  # fmt: skip
     try:
         with eval_mode(student):
@@ -333,7 +338,7 @@ def draw_samples(student: PreTrainedModel, batch: dict[str, Tensor], max_new_tok
     finally:
         student.generation_config = own
     labels = drawn[:, 1:]
-    is_end = torch.isin(labels, torch.tensor(config.eos_token_id, device=labels.device))
+    is_end = torch.isin(labels, torch.tensor(special["eos_token_id"], device=labels.device))
     labels = labels.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORED)
     return batch | {"decoder_input_ids": drawn[:, :-1], "labels": labels}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset, Features, Value
+from transformers import GenerationConfig
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
@@ -81,22 +82,17 @@ def pseudo_labels(
     config = artifacts.read_json(source / "config.json")
     generation.check_source_length(max_source_length, config.get("max_position_embeddings"))
     engine = _choose_engine(source, engine)
-    if temperature is not None:  # the penalty is for beams
-        decoding |= {"num_beams": decoding.get("num_beams") or 1, "length_penalty": 1.0}
-    decoding = generation.decoding_settings(ctranslate.read_generation_config(source), **decoding)
+    decoding |= {"num_candidates": num_candidates, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = {
         "engine": engine,
         "quantization": quantization if engine == "ctranslate2" else str(_dtype()),
         "max_source_length": max_source_length,
-        "num_candidates": num_candidates,
-        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
         "seed": None if temperature is None else seed,
-        **decoding,
+        **checked_decoding(ctranslate.read_generation_config(source), config, **decoding),
         "prefix": prefix,
         "teacher": model_fingerprint(str(source), None),
         "data": data_fingerprint(dataset),
     }
-    _check_decoding(settings, config.get("vocab_size"))
     _check_settings(folder / "settings.json", settings)
     if not (folder / "pseudo_labels.jsonl").exists():
         shards = _write_shards(source, dataset, folder, settings, batch_size)
@@ -104,6 +100,11 @@ def pseudo_labels(
     for left in ("shards", "ctranslate2", "model"):
         shutil.rmtree(folder / left, ignore_errors=True)
     return read_labels(folder)
+
+
+def count_written(folder: Path) -> int:
+    """Return how many labels lie in the shards of a folder whose writing was cut off."""
+    return sum(shard.read_bytes().count(b"\n") for shard in (folder / "shards").glob("*.jsonl"))
 
 
 def read_labels(folder: Path) -> Dataset:
@@ -208,11 +209,26 @@ def _check_settings(path: Path, settings: dict) -> None:
     artifacts.write_json(path, settings)
 
 
-def _check_decoding(settings: dict, vocab_size: int | None) -> None:
+def checked_decoding(
+    own: GenerationConfig, config: dict, *, num_candidates: int = 1, temperature: float | None = None,
+    top_k: int | None = None, top_p: float | None = None, **decoding: int | float | None,
+) -> dict:  # fmt: skip
+    """Return all settings that labels are decoded with: those given, else a model's `own`; InputError if impossible."""
+    if temperature is not None:  # the penalty is for beams
+        decoding |= {"num_beams": decoding.get("num_beams") or 1, "length_penalty": 1.0}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    found = {"num_candidates": num_candidates, **sampling, **generation.decoding_settings(own, **decoding)}
+    _check_decoding(found, config.get("vocab_size"), config.get("max_position_embeddings"))
+    return found
+
+
+def _check_decoding(settings: dict, vocab_size: int | None, positions: int | None = None) -> None:
     """Raise InputError where lengths, or beams, candidates and sampling, do not go together."""
     temperature, top_k, top_p = (settings[name] for name in SAMPLING)
     num_beams, num_candidates = settings["num_beams"], settings["num_candidates"]
     shortest, longest = settings["min_length"], settings["max_new_tokens"]
+    if positions and longest > positions:
+        raise InputError(f"max_new_tokens {longest} is beyond the model's {positions} positions: lower it")
     if shortest > longest:
         raise InputError(
             f"min_length {shortest} is beyond max_new_tokens {longest}: raise max_target_length or lower it"

@@ -41,21 +41,22 @@ FACTS = {"encoder": source_facts, "decoder": target_facts}
 
 def write_targets(
     folder: Path, teacher, rows: Dataset, *, pad_token_id: int, top_k: int = 0, samples: int = 0,
-    temperature: float = 2.0, batch_size: int = 32, seed: int = 0,
+    temperature: float = 2.0, batch_size: int = 32, seed: int = 0, dtype: torch.dtype | str | None = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Write the teacher's targets for tokenized rows (id, input_ids, labels); the folder appears whole or not at all.
 
-    Either the `top_k` likeliest ids of each token, or `samples` ids drawn from the teacher's distribution. Returns
-    rows, tokens, bytes, bytes_per_token, entries_per_token, mean_residual (probability outside of the kept ids) and
-    seconds. Raises InputError for impossible numbers, repeated ids or a full disk.
+    Either the `top_k` likeliest ids of each token, or `samples` ids drawn from the teacher's distribution; `dtype` is
+    that of autocast, None without, "auto" what the device is good at. Returns rows, tokens, bytes, bytes_per_token,
+    entries_per_token, mean_residual (probability outside of the kept ids) and seconds. Raises InputError for impossible
+    numbers, repeated ids or a full disk.
     """
     began, vocab_size = time.monotonic(), teacher.get_output_embeddings().weight.shape[0]
     _check_numbers(rows, top_k, samples, temperature, vocab_size)
     generator = torch.Generator(teacher.device).manual_seed(seed)
     tokens, entries, residual = sum(map(len, rows["labels"])), 0, 0.0
     settings = {"top_k": top_k, "samples": samples, "temperature": temperature, "vocab_size": vocab_size}
-    with _writing(folder, teacher, rows, "decoder", settings, "auto", progress) as write:
+    with _writing(folder, teacher, rows, "decoder", settings, dtype, progress) as write:
         for batch in batch_list(rows, pad_token_id, batch_size):
             moved = to_device(batch, teacher.device)
             decoded, _ = decode(teacher, moved, encode(teacher, moved)[0])
@@ -145,13 +146,13 @@ def _check_numbers(rows: Dataset, top_k: int, samples: int, temperature: float, 
 # -------------------------------------------------------------------------------------------------------------- states
 
 
-def fits_disk(teacher, rows: Dataset, max_source_length: int, max_target_length: int, gigabytes: float) -> bool:
+def fits_disk(teacher, num_rows: int, max_source_length: int, max_target_length: int, gigabytes: float) -> bool:
     """Return whether the states of all rows take at most so much disk, were all as long as they may be, in float32.
 
     Counted are those of the encoder, and of the decoder for a student of half the depth.
     """
     states = max_source_length + max_target_length * (1 + len(decoder_layers(teacher)) // 2)
-    return 4 * len(rows) * states * teacher.config.d_model <= 1e9 * gigabytes
+    return 4 * num_rows * states * teacher.config.d_model <= 1e9 * gigabytes
 
 
 def teacher_states(

@@ -29,6 +29,8 @@ UNSUPPORTED_SETTINGS = {
     "sequence_bias": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
+    "min_new_tokens": 0,
+    "penalty_alpha": 0.0,
 }
 
 

@@ -50,8 +50,8 @@ def summarize_with_scores(
     device = model.device
     if dtype is None and device.type == "cuda":
         dtype = amp_dtype(device)
-    if num_candidates > 1:
-        settings["num_return_sequences"] = num_candidates
+    # Always given: the model may carry others, and rows would then go to other documents.
+    settings |= {"num_return_sequences": num_candidates, "return_dict_in_generate": False}
     summaries, scores = [""] * len(documents) * num_candidates, [None] * len(documents) * num_candidates
     own_state = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None)
     with eval_mode(model), own_state:
@@ -79,9 +79,10 @@ def _generate_with_scores(model, inputs: dict[str, Tensor], settings: dict) -> t
     """Return token ids (batch x candidates, length) and scores; the encoder runs once for both passes."""
     hidden = model.get_encoder()(**inputs).last_hidden_state  # (batch, source, dim)
     mask = inputs["attention_mask"]
-    # generate() repeats the encoder output for each beam inside the object it gets, so it gets an own one.
+    # generate() repeats the encoder output for each beam inside the object it gets, so it gets an own one; and the
+    # source's ids, which some settings look at.
     own = BaseModelOutput(last_hidden_state=hidden)
-    sequences = model.generate(encoder_outputs=own, attention_mask=mask, **settings)
+    sequences = model.generate(**inputs, encoder_outputs=own, **settings)
     config = copy.deepcopy(model.generation_config)
     config.update(**settings)
     counted = _counted_tokens(sequences, config)  # (batch x candidates, length - 1)
@@ -106,7 +107,8 @@ def _counted_tokens(sequences: Tensor, config: GenerationConfig) -> Tensor:
     counted = is_end.cumsum(1) - is_end.long() == 0
     if config.forced_bos_token_id is not None:
         counted[:, 0] = False
-    if config.forced_eos_token_id is not None and config.max_length and sequences.shape[1] == config.max_length:
+    limit = config.max_new_tokens + 1 if config.max_new_tokens else config.max_length or 21  # with the start token
+    if config.forced_eos_token_id is not None and sequences.shape[1] == limit:
         counted[:, -1] = False
     return counted
 

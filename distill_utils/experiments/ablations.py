@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from distill_utils.artifacts import InputError, read_json
+from distill_utils.artifacts import InputError
+from distill_utils.evaluation import generation
 from distill_utils.evaluation.statistics import compare, effect_sign, holm
 from distill_utils.experiments import fine_tuning, runs
-from distill_utils.experiments.comparison import scores_over_seeds
+from distill_utils.experiments.comparison import scores_over_seeds, training_seconds
 from distill_utils.models.loading import ASSETS
 
 FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length", "training", "prefix", "variant")
@@ -56,6 +57,16 @@ def parse_settings(texts: Sequence[str]) -> dict:
     return found
 
 
+def parse_decoding(texts: Sequence[str], teacher) -> dict:
+    """Return changes to a teacher's decoding of texts like "num_beams=2"; another name is rejected."""
+    found = parse_settings(texts)
+    try:
+        generation.decoding_settings(teacher.generation_config, **found)
+    except TypeError as error:
+        raise InputError(f"decoding: {error}") from error
+    return found
+
+
 def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], teacher) -> list[runs.StudentRun]:
     """Return the runs, those of a shape or method at its own peak: "6-1=0.004", "kd=0.002", "kd 6-1=0.008".
 
@@ -86,6 +97,8 @@ def parse_ablation(base: runs.StudentRun, text: str) -> tuple[runs.StudentRun, r
 
 def ablation_runs(base: runs.StudentRun, texts: Sequence[str], seeds: Sequence[int]) -> list[runs.StudentRun]:
     """Return every run that the ablations need, each once and for every seed."""
+    if texts and not seeds:
+        raise InputError("ablation_seeds is empty: name at least one, or leave ablation_list empty")
     found = [runs.with_seed(run, seed) for text in texts for run in parse_ablation(base, text) for seed in seeds]
     return list({run.name: run for run in found}.values())
 
@@ -110,19 +123,25 @@ def ablation_rows(
     rows = []
     for text in texts:
         run = runs.with_seed(parse_ablation(base, text)[0], seeds[0])
-        seconds = read_json(trained[run.name] / "results.json")["seconds"]
+        seconds = training_seconds(trained[run.name])
         step = {key: cost.get(run.group, {}).get(key) for key in ("ms/step", "activations (MB)")}
         rows.append({**ablation_row(base, text, tested, seeds), "seconds": seconds, **step})
     adjusted = holm([row["p_value"] for row in rows])
     return [row | {"p (Holm)": p_value} for row, p_value in zip(rows, adjusted, strict=True)]
 
 
-def claim_rows(base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int]) -> list[dict]:
+def claim_rows(
+    base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int], dataset: str
+) -> list[dict]:  # fmt: skip
     """Return one row per claim of the papers and the first author's logs: confirmed, contradicted, or neither.
+
+    Claims on other kinds of data than `dataset` are left out: "-cnn" is on all whose name does not hold it.
 
     The file has more than what two runs of students can test; report/dashboard.py judges those from all pages.
     """
-    claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'")[["claim", "comparison", "source"]]
+    claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'").fillna({"data": ""})
+    meant = [(name.lstrip("-") in dataset) != name.startswith("-") for name in claims["data"]]
+    claims = claims.loc[meant, ["claim", "comparison", "source"]]
     words = {1: "confirmed", -1: "contradicted", 0: "not separable"}
     rows = []
     for claim in claims.to_dict("records"):

@@ -1,4 +1,4 @@
-"""What saves a wasted day: the forecast of a run, the check of a student before training, the proof of the saved one.
+"""What saves a wasted day: checks of runs and of students before training, the forecast, the proof of a saved student.
 
 Out of scope: plans of models that are not loaded (planning/), what a run did cost (comparison.py).
 """
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils import artifacts
-from distill_utils.artifacts import InputError
+from distill_utils.artifacts import InputError, config_hash
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, timed, to_device
+from distill_utils.distillation import objectives, pseudo_labels
 from distill_utils.distillation.losses import hidden_loss
 from distill_utils.distillation.objectives import teacher_mode
 from distill_utils.distillation.teacher_cache import states_of, with_targets, write_targets
@@ -31,11 +31,74 @@ from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import entries_beyond, load_model
 from distill_utils.training.loop import choose_attention, train_mode
+from distill_utils.training.optimizers import MIN_VALIDATION, check_early_stopping, check_training
 
 TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
 LOGITS_TOLERANCE = 1e-3  # of a reloaded student, in standard deviations of the logits, or absolute where that is more
 MIN_AGREEMENT = 95.0  # mean ROUGE-L of CTranslate2's summaries against the student's own
 MAX_SCORE_GAP = 0.01  # nats per token between their log-probabilities of the same texts
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def check_runs(plan: Sequence[runs.StudentRun], teacher, num_validation: int = MIN_VALIDATION) -> None:
+    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
+    if not plan:
+        raise InputError("there is nothing to train: name at least one method, one student shape and one seed")
+    for run in plan:
+        _check_run(run, teacher)
+        check_early_stopping(run.training, runs.HELD_OUT_METRICS, num_validation)
+    if len({run.name for run in plan}) < len(plan):
+        raise InputError("a method, student shape or seed is named twice: name each once")
+
+
+def _check_run(run: runs.StudentRun, teacher) -> None:
+    if run.method not in runs.METHODS:
+        raise InputError(f"method {run.method!r} is unknown: use {', '.join(runs.METHODS)}")
+    check_training(run.training)
+    objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
+    pseudo_labels.bounds_of(run.label_filters)
+    if unknown := set(run.label_settings) - set(runs.LABEL_SETTINGS):
+        raise InputError(
+            f"label_{min(unknown)} sets nothing: after label_ give one of {', '.join(runs.LABEL_SETTINGS)}"
+        )
+    if run.method in runs.ON_PSEUDO_LABELS:
+        decoding = {name: value for name, value in run.label_settings.items() if name in runs.LABEL_SETTINGS[:-4]}
+        pseudo_labels.checked_decoding(teacher.generation_config, teacher.config.to_dict(), **decoding)
+    if not 0 <= run.label_smoothing < 1 or (run.label_smoothing and run.method == "kd_cached"):
+        reason = "is not between 0 and 1" if run.method != "kd_cached" else "is not for cached targets"
+        raise InputError(f"label_smoothing {run.label_smoothing} {reason}: use 0, or 0.1 with another method")
+    if run.cross_fit not in runs.CROSS_FIT:
+        raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
+    if run.cross_fit and not run.cross_fit_base:
+        raise InputError("cross_fit needs cross_fit_base: name the model that the teacher was fine-tuned from")
+    if not run.temperature > 0:
+        raise InputError(f"temperature {run.temperature} is not positive: use for example 2.0")
+    rows = run.training.micro_batch_size or run.training.batch_size
+    if run.method == "on_policy" and run.on_policy_share * rows < 1:
+        raise InputError(f"on_policy_share {run.on_policy_share} is less than a row of {rows}: raise it or the batch")
+    if not 1 <= run.top_k <= teacher.config.vocab_size:
+        raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
+
+    encoder, decoder = students.parse_shape(run.shape, teacher)
+    for name, ids, layers, stack in (
+        ("encoder_layer_ids", run.encoder_layer_ids, encoder, students.encoder_layers(teacher)),
+        ("decoder_layer_ids", run.decoder_layer_ids, decoder, students.decoder_layers(teacher)),
+    ):
+        if ids is not None:
+            students.check_layer_ids(name, ids, layers, len(stack))
+
+    for name, length in zip(("max_source_length", "max_target_length"), run.lengths[:2], strict=True):
+        if length < 2:  # the end token alone
+            raise InputError(f"{name} {length} leaves no room for text: give at least 2")
+    positions = getattr(teacher.config, "max_position_embeddings", None)
+    longest = max(run.max_source_length, run.max_target_length)
+    if positions and -(-longest // 8) * 8 > positions:  # batches are padded to multiples of 8
+        raise InputError(
+            f"length {longest} exceeds the teacher's {positions} positions: lower max_source_length or "
+            "max_target_length"
+        )
+
 
 # ------------------------------------------------------------------------------------------------------------- forecast
 
@@ -262,7 +325,7 @@ def _observe(model, tokenizer, documents: list[str], settings: dict) -> dict:
     return {
         **{f"generation settings, {key}": value for key, value in json.loads(json.dumps(kept, default=str)).items()},
         "tokenizer, entries": len(tokenizer),
-        "tokenizer, vocabulary": artifacts.config_hash(tokenizer.get_vocab()),
+        "tokenizer, vocabulary": config_hash(tokenizer.get_vocab()),
         **{f"tokenizer, {key}": str(value) for key, value in tokenizer.special_tokens_map.items()},
         "tokenizer, ids": tokenizer(documents, truncation=True, max_length=settings["max_source_length"])["input_ids"],
         "logits": logits.float().cpu().tolist(),
@@ -314,20 +377,21 @@ def ctranslate2_agreement(
     lost is their mean difference, which rounding hardly moves.
     """
     pairs = [pair for pair in zip(documents, expected, strict=True) if pair[0].strip()]
-    cut = {"truncation": True, "max_length": settings["max_source_length"]}
-    sources = tokenizer([settings["prefix"] + document for document, _ in pairs], **cut)["input_ids"]
-    targets = tokenizer(text_target=[text or "-" for _, text in pairs], **cut)["input_ids"]
+    rows = Dataset.from_list([{"id": "", "document": text, "summary": own or "-"} for text, own in pairs])
+    lengths = [settings["max_source_length"]] * 2
+    tokenized = tokenize_pairs(rows, tokenizer, *lengths, settings["prefix"])
     ends = generation.as_list(model.generation_config.eos_token_id or model.config.eos_token_id)
     # mBART writes its language behind the end token, which the engine cannot score.
-    targets = [ids[: 1 + next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in targets]
+    last = [next((i for i, token in enumerate(ids) if token in ends), len(ids)) for ids in tokenized["labels"]]
+    targets = [ids[: 1 + end] for ids, end in zip(tokenized["labels"], last, strict=True)]
     summaries, _ = ctranslate.summarize_ctranslate2(converted, tokenizer, documents, num_beams=1, **settings)
-    scores = ctranslate.score_ctranslate2(converted, sources, targets, tokenizer)
+    scores = ctranslate.score_ctranslate2(converted, list(tokenized["input_ids"]), targets, tokenizer)
     rouge = rouge_scores(summaries, expected)["rougeL"]
     rouge = [100.0 if a == b else score for a, b, score in zip(summaries, expected, rouge, strict=True)]  # "" == ""
     starts = model.generation_config.decoder_start_token_id, model.config.decoder_start_token_id
     start = next(token for token in starts if token is not None)
     gaps, lost = [], []
-    for source, target, found in zip(sources, targets, scores, strict=True):
+    for source, target, found in zip(tokenized["input_ids"], targets, scores, strict=True):
         ids = [torch.tensor([row], device=model.device) for row in (source, [start, *target[:-1]], target)]
         log_probs = model(input_ids=ids[0], decoder_input_ids=ids[1]).logits.float().log_softmax(-1)
         own = log_probs[0].gather(1, ids[2][0, :, None])[:, 0].cpu().numpy()

@@ -19,9 +19,11 @@ from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
 from distill_utils.report.figures import method_label
+from distill_utils.training.checkpoints import read_history
 
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
 RULES = ("lead_words", "object_name")
+COSTS = ("train_seconds", "label_seconds", "states_seconds")  # of a student; what the teacher makes is made once
 # Share of the references' word pairs that the source lacks: Narayan et al. (2018), table 1.
 NOVEL_PAIRS = {"CNN/DailyMail": 0.54, "XSum": 0.83}
 MEMORIZED = 1.15  # the teacher memorized references if its labels are this many times closer to them than test outputs
@@ -123,13 +125,19 @@ def result_row(
         "num_train": training["num_train"],
         "steps": run.training.max_steps,
         "learning_rate": run.training.learning_rate,
-        "train_seconds": training["seconds"],
+        "train_seconds": training_seconds(trained),
+        "states_seconds": training.get("states_seconds"),
         "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
         "validation_ce": training["final"]["validation_ce"],
         "validation_kl": training["final"]["validation_kl"],
         **_measured(tested),
         **(statistics.share_of(*scores) if teacher_test else {}),
     }
+
+
+def training_seconds(trained: Path) -> float:
+    """Return what the updates of a student took, those before a resume and of its trunk included."""
+    return read_history(trained)[-1]["seconds"]
 
 
 def add_speed(
@@ -226,14 +234,17 @@ def cost_table(
     rows = []
     for run in plan:
         result, step = read_json(trained[run.name] / "results.json"), predicted[run.group]
-        decoder = run.method in ("kd", "pl_kl", "on_policy")
+        stored = ["decoder"] if run.cache_states and result["shared_encoder"] and not run.teacher_dropout else []
+        stored = result.get("stored", stored)  # results from before do not say
+        decoder = run.method == "on_policy" or (run.method in ("kd", "pl_kl") and "decoder" not in stored)
         rows.append(
             {
                 "name": run.name,
-                "train_seconds": result["seconds"],
+                "train_seconds": training_seconds(trained[run.name]),
                 "predicted_seconds": step["predicted_seconds"],
                 "ms/step": step["ms/step"],
                 "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
+                "states_seconds": result.get("states_seconds"),
                 "teacher passes": run.training.max_steps * run.training.batch_size if decoder else 0,
                 "examples/s": result["final"]["examples_per_second"],
                 "padding (%)": 100 * result["final"]["padding"],
@@ -312,7 +323,7 @@ def choose_student(means: Sequence[dict], versus: Sequence[Mapping], shape: str)
     near = {test["name"] for test in versus if test["versus"] == best and test["not_worse_5_percent"]}
     tied = [test for test in versus if test["name"] == best and test["share"]]
     near |= {test["versus"] for test in tied if test["share_high"] < 1 / (1 - statistics.MARGIN)}
-    return min((rows[name] for name in {best} | near), key=lambda row: row["train_seconds"] + row["label_seconds"])
+    return min((rows[name] for name in {best} | near), key=lambda row: sum(row.get(each) or 0 for each in COSTS))
 
 
 def verdict(

@@ -21,7 +21,7 @@ from distill_utils.device import device
 from distill_utils.distillation.teacher_cache import fits_disk
 from distill_utils.evaluation import generation, scoring, statistics
 from distill_utils.evaluation.metrics import METRICS
-from distill_utils.experiments import ablations, budget, comparison, fine_tuning, race, runs
+from distill_utils.experiments import ablations, budget, checks, comparison, fine_tuning, race, runs
 from distill_utils.experiments.export import check_target
 from distill_utils.experiments.pricing import (
     COOLDOWN,
@@ -62,13 +62,10 @@ def prepare(given: dict, train: bool = True) -> Request:
         raise InputError(f"metric {given['metric']!r} is unknown: use one of {', '.join(METRICS)}")
     if unpriced := set(given["methods"]) & set(UNPRICED):
         raise InputError(f"method {min(unpriced)!r} cannot race, as its price is not known before: leave it out")
-    decoding = ablations.parse_settings(given["decoding"])
-    teacher, tokenizer = load_model(given["teacher"])
-    teacher.to(device())
-    try:
-        generation.decoding_settings(teacher.generation_config, **decoding)
-    except TypeError as error:
-        raise InputError(f"decoding: {error}") from error
+    teacher, tokenizer = fine_tuning.load_teacher(
+        given["teacher"], 0 if given["train_teacher"] else given["max_target_length"]
+    )
+    decoding = ablations.parse_decoding(given["decoding"], teacher)
     training = Training(
         max_steps=given["first_rung"], batch_size=given["batch_size"], warmup_steps=given["warmup_steps"],
         schedule="cooldown", cooldown_share=COOLDOWN, checkpoint_every=200, seed=given["seed"],
@@ -79,14 +76,15 @@ def prepare(given: dict, train: bool = True) -> Request:
         label_settings={"num_beams": given["label_beams"], "max_new_tokens": given["max_target_length"]},
     )  # fmt: skip
     shapes = given["student_shapes"] or ["1-1"]
-    runs.check_runs(runs.grid(base, given["methods"], shapes, [given["seed"]]), teacher)
+    checks.check_runs(runs.grid(base, given["methods"], shapes, [given["seed"]]), teacher)
     columns, splits = {name: given[name] for name in ("document_column", "summary_column")}, {}
     for split in loading.SPLITS:
         loading.check_request(split, given[f"num_{split}"])
         rows, wanted = loading.load_pairs(given["dataset"], split, **columns), given[f"num_{split}"]
         splits[split] = rows.select(range(min(wanted or len(rows), len(rows))))
     lengths = given["max_source_length"], given["max_target_length"]
-    base = replace(base, cache_states=fits_disk(teacher, splits["train"], *lengths, given["cache_gb"]))
+    cached = len(splits["train"]) + len(splits["validation"])
+    base = replace(base, cache_states=fits_disk(teacher, cached, *lengths, given["cache_gb"]))
     asked = Request(given, limits, teacher, tokenizer, splits, base, decoding)
     return fine_tuning.with_own_teacher(asked, train) if given["train_teacher"] else asked
 
@@ -114,7 +112,7 @@ def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentR
                 training = replace(asked.base.training, learning_rate=rate)
                 run = replace(asked.base, method=method, shape=shape, training=training, variant=f"lr{rate:g}")
                 found[f"{method_label(method, shape)}, {rate:g}"] = run
-    runs.check_runs(list(found.values()), asked.teacher)
+    checks.check_runs(list(found.values()), asked.teacher)
     return found
 
 

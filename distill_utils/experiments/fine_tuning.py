@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from distill_utils.artifacts import InputError, read_json
 from distill_utils.device import device
-from distill_utils.experiments import runs
+from distill_utils.experiments import checks, runs
 from distill_utils.experiments.pricing import Request, measured_prices
 from distill_utils.models import students
 from distill_utils.models.loading import load_model
@@ -26,6 +26,18 @@ TEACHER_SHARE, TEACHER_PASSES = 0.4, 20  # of the hours, and over the training p
 RATE, WIDTH = 5e-4, 192  # AdamW's peak where a model of that width and its teacher's depth learns from references
 # How summaries are written where the model that was fine-tuned does not say, as one that was only pre-trained.
 DECODING = {"num_beams": 4, "no_repeat_ngram_size": 3, "early_stopping": True}
+
+
+def load_teacher(name: str, max_target_length: int) -> tuple:
+    """Return (model on the device, tokenizer); without a length, as T5 of the hub, it may write as much as targets.
+
+    Else `generate` would end it after 20 tokens. With 0 it is left as it is, to be fine-tuned.
+    """
+    model, tokenizer = load_model(name)
+    given = model.generation_config
+    if max_target_length and not (given.max_new_tokens or given.max_length):
+        given.max_new_tokens = max_target_length
+    return model.to(device()), tokenizer
 
 
 def teacher_run(
@@ -50,7 +62,7 @@ def teacher_run(
         max_source_length=source_length, max_target_length=target_length, freeze_encoder=False,
         freeze_embeddings=False, variant=Path(dataset).name.partition(".")[0],
     )  # fmt: skip
-    runs.check_runs([run], model, num_validation)
+    checks.check_runs([run], model, num_validation)
     return run
 
 

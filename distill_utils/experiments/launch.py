@@ -69,6 +69,14 @@ def check_processes(settings: Training, num_processes: int) -> None:
         raise InputError(f"num_processes {num_processes} is more than the GPUs here: use {torch.cuda.device_count()}")
 
 
+def usable_processes(settings: Training, wanted: int) -> int:
+    """Return how many of the wanted processes this machine has a device for, at least 1, after `check_processes`."""
+    number = min(wanted, max(torch.cuda.device_count(), 1)) if device().type == "cuda" else wanted
+    if number > 1:
+        check_processes(settings, number)
+    return number
+
+
 def check_backend() -> str:
     """Return how processes talk here, NCCL between GPUs and gloo between CPUs, or refuse a PyTorch without it."""
     backend = "nccl" if device().type == "cuda" else "gloo"

@@ -1,13 +1,12 @@
 """Task-agnostic distillation: a student distilled on plain text along one path, then fine-tuned like any other model.
 
-Interpolated distillation is named and not described by the paper (Zhang et al. 2023). It has two readings here: an
-assistant that learns first and then teaches (Wang et al. 2020, MiniLM), and a mixed target, `AgnosticRun.mix_start`.
+Out of scope: an assistant on the way (interpolation.py).
 """
 
+import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from distill_utils.experiments.comparison import FEW_DOCUMENTS, smoke_note
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
 from distill_utils.models.hooks import projections
-from distill_utils.models.loading import load_model, model_fingerprint, save_model
+from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, save_model
 from distill_utils.training.distributed import local_rows, sum_over_processes
 from distill_utils.training.loop import Training, check_training, choose_attention, fit, recompute_activations
 
@@ -104,7 +103,11 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
         if run.mix_start < 1 and not run.weights["kl_weight"]:
             raise InputError(f"path {run.path} imitates no distribution to be mixed: use mix_start=1 or logits")
         check_training(run.training)
-        student = _without_weights(teacher, run.shape, run.width, run.like)
+        student = without_weights(teacher, run.shape, run.width, run.like)
+        limits = [getattr(model.config, "max_position_embeddings", None) for model in (student, teacher)]
+        positions = min(filter(None, limits), default=math.inf)
+        if -(-run.source_length // 8) * 8 > positions:  # batches are padded to multiples of 8
+            raise InputError(f"source_length {run.source_length} exceeds the model's {positions} positions: lower it")
         if any(run.weights[name] for name in RELATIONS):
             widths = [projections(model, "encoder_self", -1)[0].out_features for model in (student, teacher)]
             check_relation_heads(run.num_relation_heads, *widths)
@@ -114,7 +117,7 @@ def check_runs(plan: Sequence[AgnosticRun], teacher) -> None:
         raise InputError("a path, student shape or seed is named twice: name each once")
 
 
-def _without_weights(teacher, shape: str, width: int, like: str = "") -> torch.nn.Module:
+def without_weights(teacher, shape: str, width: int, like: str = "") -> torch.nn.Module:
     """Return a student that has sizes only."""
     with torch.device("meta"):
         return students.new_student(teacher, *students.parse_shape(shape, teacher), width, like)
@@ -133,10 +136,16 @@ def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
     return student
 
 
+def _others(run: AgnosticRun) -> dict:
+    """Return what further models of a run are, where their names may come to mean others: folders and trained runs."""
+    names = {run.like, run.embeddings} - {"", *(path.name for path in ASSETS.iterdir())}
+    return {"others": [model_fingerprint(name, load_model(name)[0]) for name in sorted(names)]} if names else {}
+
+
 def untrained(run: AgnosticRun, teacher, tokenizer) -> Path:
     """Return the folder of the student that a run starts from: what fine-tuning alone makes of it is the floor."""
     settings = {n: v for n, v in hashed(run).items() if n in ("shape", "width", "init", "like", "embeddings")}
-    settings |= {"teacher": model_fingerprint(run.teacher, teacher), "seed": run.training.seed}
+    settings |= {"teacher": model_fingerprint(run.teacher, teacher), "seed": run.training.seed} | _others(run)
 
     def build(folder: Path) -> dict:
         save_model(new_student(run, teacher).to("cpu"), tokenizer, folder / "student")
@@ -159,7 +168,7 @@ def distill(
         "weights": run.weights,
         "teacher": model_fingerprint(run.teacher, teacher),
         "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
-    }
+    } | _others(run)
 
     def build(folder: Path) -> dict:
         student = new_student(run, teacher)
@@ -199,7 +208,6 @@ def train_student(
             losses["mix"] = losses["loss"].new_tensor(mixing["mix"])  # for the history
         return losses
 
-    began = time.monotonic()
     with frozen_in(amp_dtype(precision=training.precision), student, teacher):
         history = fit(
             student, loss_fn, lambda step: batches(start + step), training, folder, evaluate, stage=run.name,
@@ -209,7 +217,7 @@ def train_student(
     return {
         "name": run.name,
         "parameters": students.count_parameters(student) if student.config.is_encoder_decoder else None,
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": round(history[-1]["seconds"], 2),  # those before a resume included
         "target_tokens": sum(int((batch["labels"] != -100).sum()) for batch in batches(0)) * training.max_steps,
         "final": history[-1],
     }
@@ -235,68 +243,6 @@ def window_losses(
     """Return the losses of the first windows of a fixed order of text, nats per target token."""
     batches = stream(tokens, tokenizer, denoising, source_length, 1, seed=0)
     return np.array([held_out_loss(model, batches(number))["validation_loss"] for number in range(num)])
-
-
-# --------------------------------------------------------------------------------------------------------- assistants
-
-
-def parse_assistant(label: str) -> tuple[str, int]:
-    """Return shape and width of an assistant written as "6-6-w96", or "6-6" for the teacher's width (0)."""
-    found = re.fullmatch(r"(\d+-\d+)(?:-w(\d+))?", label)
-    if not found:
-        raise InputError(f"assistant {label!r} is not understood: write layers and width, as in 6-6-w96")
-    return found[1], int(found[2] or 0)
-
-
-def split_run(
-    run: AgnosticRun, assistant_shape: str, assistant_width: int, teacher, share: float = 0.5
-) -> tuple[AgnosticRun, AgnosticRun]:
-    """Return the runs of an assistant and of its student, which together take as many updates as `run` takes directly.
-
-    `share` of the updates and of the warm-up is the assistant's, all else that of `run`; width 0 is the teacher's. The
-    student's `teacher` is to be replaced by the assistant's folder. Raises InputError unless the assistant lies between
-    teacher and student in size, and for what `check_runs` rejects.
-    """
-    steps, warmup = run.training.max_steps, run.training.warmup_steps
-    first = round(share * steps)
-    if not 0 < first < steps:
-        raise InputError(f"share {share} of {steps} updates leaves none to one of the two rounds: use for example 0.5")
-    first_warmup = round(warmup * first / steps)
-    middle_width = assistant_width or teacher.config.d_model
-    assistant = replace(
-        run, shape=assistant_shape, width=assistant_width, variant=f"{run.variant} assistant".strip(),
-        training=replace(run.training, max_steps=first, warmup_steps=first_warmup),
-    )  # fmt: skip
-    student = replace(
-        run, width=run.width or teacher.config.d_model,  # 0 would be the assistant's
-        variant=f"{run.variant} by {assistant_shape}-w{middle_width}".strip(),
-        training=replace(run.training, max_steps=steps - first, warmup_steps=warmup - first_warmup),
-    )  # fmt: skip
-
-    check_runs([assistant], teacher)
-    middle = _without_weights(teacher, assistant_shape, assistant_width)
-    check_runs([student], middle)
-    small = _without_weights(middle, run.shape, student.width)
-    counts = [students.count_parameters(model)["total"] for model in (teacher, middle, small)]
-    if not counts[0] > counts[1] > counts[2]:
-        raise InputError(
-            f"an assistant of shape {assistant_shape} and width {middle_width} has {counts[1]} parameters, "
-            f"the teacher {counts[0]} and the student {counts[2]}: choose one that lies between them"
-        )
-    return assistant, student
-
-
-def with_assistant(
-    run: AgnosticRun, assistant_shape: str, assistant_width: int, teacher, tokenizer, tokens: np.ndarray,
-    held_out: np.ndarray, share: float = 0.5,
-) -> dict[str, Path]:  # fmt: skip
-    """Return the artifacts {"assistant", "student"} of the two rounds of `split_run`; all else is as in `distill`."""
-    assistant, student = split_run(run, assistant_shape, assistant_width, teacher, share)
-    first = distill(assistant, teacher, tokenizer, tokens, held_out)
-    middle, _ = load_model(first / "student")
-    student = replace(student, teacher=str(first / "student"))
-    second = distill(student, middle.to(teacher.device), tokenizer, tokens, held_out)
-    return {"assistant": first, "student": second}
 
 
 # ------------------------------------------------------------------------------------------------------ fine-tuning
@@ -364,6 +310,8 @@ def headline(
     """Return which path to imitate, from the shares of the gap, as one paragraph of Markdown, and what limits that."""
     if num_test < FEW_DOCUMENTS:
         return smoke_note(num_test, "test rows")
+    if not ways:
+        return "**No path was compared**: name scratch and another one in paths."
     budget = budget_in_words(distill_steps, num_seeds, f"{tune_steps:,} of fine-tuning, {num_test:,} test rows")
     ranked = sorted((way for way in ways if way["share"] is not None), key=lambda way: -way["share"])
     closes = {

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, report_progress, runs_dir
+from distill_utils.artifacts import (
+    artifact,
+    config_hash,
+    hashed,
+    later,
+    read_json,
+    report_progress,
+    runs_dir,
+)  # fmt: skip
 from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
@@ -25,7 +33,7 @@ from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
-from distill_utils.training.optimizers import MIN_VALIDATION, Training, check_early_stopping, check_training, stop_facts
+from distill_utils.training.optimizers import Training, stop_facts
 
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
 ON_PSEUDO_LABELS = ("pl", "pl_kl", "pl_gold")
@@ -77,7 +85,8 @@ class StudentRun:
     @property
     def group(self) -> str:
         """Method, shape and variant: what runs that differ by seed alone share."""
-        variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", self.variant).strip("_") if self.variant else ""
+        text = self.variant.replace("=-", "=minus")  # -1 and 1 are two runs
+        variant = "-" + re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_") if text else ""
         return f"{self.method}-{self.shape}{variant}"
 
     @property
@@ -99,63 +108,6 @@ def grid(base: StudentRun, methods: list[str], shapes: list[str], seeds: list[in
     """Return one run for every method, shape and seed."""
     variants = [replace(base, method=method, shape=shape) for shape in shapes for method in methods]
     return [with_seed(run, seed) for run in variants for seed in seeds]
-
-
-# ------------------------------------------------------------------------------------------------------------ checking
-
-
-def check_runs(runs: list[StudentRun], teacher, num_validation: int = MIN_VALIDATION) -> None:
-    """Reject unknown methods, impossible shapes, lengths and training settings before anything is computed."""
-    if not runs:
-        raise InputError("there is nothing to train: name at least one method, one student shape and one seed")
-    for run in runs:
-        _check_run(run, teacher)
-        check_early_stopping(run.training, HELD_OUT_METRICS, num_validation)
-    if len({run.name for run in runs}) < len(runs):
-        raise InputError("a method, student shape or seed is named twice: name each once")
-
-
-def _check_run(run: StudentRun, teacher) -> None:
-    if run.method not in METHODS:
-        raise InputError(f"method {run.method!r} is unknown: use {', '.join(METHODS)}")
-    check_training(run.training)
-    objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
-    pseudo_labels.bounds_of(run.label_filters)
-    if unknown := set(run.label_settings) - set(LABEL_SETTINGS):
-        raise InputError(f"label_{min(unknown)} sets nothing: after label_ give one of {', '.join(LABEL_SETTINGS)}")
-    if not 0 <= run.label_smoothing < 1 or (run.label_smoothing and run.method == "kd_cached"):
-        reason = "is not between 0 and 1" if run.method != "kd_cached" else "is not for cached targets"
-        raise InputError(f"label_smoothing {run.label_smoothing} {reason}: use 0, or 0.1 with another method")
-    if run.cross_fit not in CROSS_FIT:
-        raise InputError(f"cross_fit {run.cross_fit!r} is unknown: use other, own or leave it empty")
-    if run.cross_fit and not run.cross_fit_base:
-        raise InputError("cross_fit needs cross_fit_base: name the model that the teacher was fine-tuned from")
-    if not run.temperature > 0:
-        raise InputError(f"temperature {run.temperature} is not positive: use for example 2.0")
-    rows = run.training.micro_batch_size or run.training.batch_size
-    if run.method == "on_policy" and run.on_policy_share * rows < 1:
-        raise InputError(f"on_policy_share {run.on_policy_share} is less than a row of {rows}: raise it or the batch")
-    if not 1 <= run.top_k <= teacher.config.vocab_size:
-        raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
-
-    encoder, decoder = students.parse_shape(run.shape, teacher)
-    for name, ids, layers, stack in (
-        ("encoder_layer_ids", run.encoder_layer_ids, encoder, students.encoder_layers(teacher)),
-        ("decoder_layer_ids", run.decoder_layer_ids, decoder, students.decoder_layers(teacher)),
-    ):
-        if ids is not None:
-            students.check_layer_ids(name, ids, layers, len(stack))
-
-    for name, length in zip(("max_source_length", "max_target_length"), run.lengths[:2], strict=True):
-        if length < 2:  # the end token alone
-            raise InputError(f"{name} {length} leaves no room for text: give at least 2")
-    positions = getattr(teacher.config, "max_position_embeddings", None)
-    longest = max(run.max_source_length, run.max_target_length)
-    if positions and -(-longest // 8) * 8 > positions:  # batches are padded to multiples of 8
-        raise InputError(
-            f"length {longest} exceeds the teacher's {positions} positions: lower max_source_length or "
-            "max_target_length"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- cutting
@@ -212,9 +164,10 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
     inputs = {"teacher": model_fingerprint(run.teacher, teacher), "data": loading.data_fingerprint(train)}
 
     def build(folder: Path) -> dict:
-        began = time.monotonic()
+        began, before = time.monotonic(), pseudo_labels.count_written(folder)
         labels = pseudo_labels.pseudo_labels(run.teacher, train, folder, **decoding)
-        seconds = time.monotonic() - began
+        # Those from before a resume took as long as the others.
+        seconds = (time.monotonic() - began) * len(labels) / max(len(labels) - before, 1)
         _, counts = filter_labels(labels, USABLE)
         return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}
 
@@ -261,6 +214,8 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
     model, own = load_model(run.cross_fit_base)
     check_same_tokenizer(run.teacher, tokenizer, run.cross_fit_base, own)
     settings = {"training": hashed(training), "lengths": run.lengths, "data": loading.data_fingerprint(half)}
+    decoding = load_model(run.teacher)[0].generation_config
+    settings["decoding"] = {name: value for name, value in decoding.to_diff_dict().items() if name[0] != "_"}
 
     def build(folder: Path) -> dict:
         seed_everything(training.seed)
@@ -271,7 +226,7 @@ def cross_fit_teacher(run: StudentRun, tokenizer, half: Dataset) -> Path:
             model, lambda model, batch: objectives.sft(model, None, batch), batches, training, folder,
             stage="teacher of a half",
         )  # fmt: skip
-        model.generation_config = load_model(run.teacher)[0].generation_config
+        model.generation_config = decoding
         save_model(model.to("cpu"), tokenizer, folder / "teacher")
         return {"num_train": len(half), "final": history[-1]}
 
@@ -295,12 +250,14 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
         "data": loading.data_fingerprint(train),
         "lengths": list(run.lengths),
     }
-    kept = kept_targets(run)
+    kept, exact = kept_targets(run), run.training.precision == "float32"
+    inputs |= {"precision": "float32"} if exact else {}
 
     def build(folder: Path) -> dict:
         return write_targets(
             folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths),
             pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, **kept,
+            dtype=None if exact else "auto",
             progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
         )  # fmt: skip
 
@@ -352,8 +309,9 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
-        if cut["stored"]:
-            batches = with_states(batches, *stored_states(run, cut["stored"], teacher, tokenizer, train, rows))
+        read = stored_states(run, cut["stored"], teacher, tokenizer, train, rows)
+        if read:
+            batches = with_states(batches, *read)
             judged = cut["stored"] | {"decoder": {"layer_ids": [], "match": "outputs"}}
             folders = stored_states(run, judged, teacher, tokenizer, validation, validation)
             held_out = with_states(lambda step, own=held_out: own, *folders)(0)
@@ -378,6 +336,8 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "shared_encoder": cut["shared"],
             "num_train": len(rows),
             "seconds": round(time.monotonic() - began, 2),
+            "stored": sorted(cut["stored"]),
+            "states_seconds": sum(read_json(made.parent / "results.json")["seconds"] for made in read),
             "final": history[-1],
             **stop_facts(history, run.training),
         }

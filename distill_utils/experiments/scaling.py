@@ -3,7 +3,7 @@
 All are judged by their loss on the same windows of held-out text, corrupted in the same way, in nats per target token:
 students differ there long before a task can tell them apart, and every window counts, so that tests are paired.
 
-Out of scope: training (miniend.distill), the two rounds with an assistant (miniend.with_assistant).
+Out of scope: training (miniend.distill), the two rounds with an assistant (interpolation.with_assistant).
 """
 
 from collections.abc import Mapping, Sequence

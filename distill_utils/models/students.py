@@ -214,6 +214,9 @@ def new_student(
             setattr(config, name, value)
     config.d_model = width
     student = type(teacher)(config)
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # T5 v1.1 has a head of its own. The library ties it nonetheless, and its logits would be sqrt(width) too large.
+        student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach() * width**-0.5)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 

@@ -237,6 +237,9 @@ def _changes(settings: dict) -> list[list[dict]]:
         kinds.append([{"teacher_dtype": "bfloat16"}])
     lengths = ("source_length", "target_length")
     kinds.append([{name: max(settings[name] // n, 1) for name in lengths} for n in (2, 4)])
-    more = [devices * n for n in (2, 4, 8) if settings["batch_size"] % (devices * n) == 0]
-    kinds.append([{"devices": n, "micro_batch_size": min(rows, settings["batch_size"] // n)} for n in more])
+    if settings["optimizer"] == "adamw":  # the others need whole matrices
+        shares = {devices * n: settings["batch_size"] // (devices * n) for n in (2, 4, 8)}
+        more = {n: own for n, own in shares.items() if own * n == settings["batch_size"]}
+        fitting = {n: max(size for size in range(1, rows + 1) if own % size == 0) for n, own in more.items()}
+        kinds.append([{"devices": n, "micro_batch_size": size} for n, size in fitting.items()])
     return kinds

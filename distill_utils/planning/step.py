@@ -27,6 +27,7 @@ from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
 from distill_utils.training.loop import Training, make_optimizers, train_mode
+from distill_utils.training.optimizers import OPTIMIZERS
 
 PHASES = ("teacher", "student", "backward", "recomputed", "optimizer")
 CAUSES = (
@@ -118,8 +119,9 @@ def plan_step(
             each.zero_grad()
             for weight, state in each.state.items():
                 for value in state.values():
-                    ledger.add(value, "optimizer", weight)
-                    moments += value.nbytes
+                    if isinstance(value, Tensor):  # Adafactor counts in plain numbers
+                        ledger.add(value, "optimizer", weight)
+                        moments += value.nbytes
         for weight in trained.values():
             weight.register_post_accumulate_grad_hook(lambda weight: ledger.add(weight.grad, "gradients", weight))
         rows = settings["micro_batch_size"]
@@ -166,14 +168,15 @@ def _check_step(settings: dict) -> int:
         if settings[name] < 1:
             raise InputError(f"{name} {settings[name]} is too small: use at least 1")
     choices = {
-        "optimizer": ("adamw", "muon"), "precision": ("bfloat16", "float32"), "teacher_dtype": ("bfloat16", "float32"),
+        "optimizer": OPTIMIZERS, "precision": ("bfloat16", "float32"), "teacher_dtype": ("bfloat16", "float32"),
         "attention": ("sdpa", "eager"), "on": ("cuda", "cpu"),
     }  # fmt: skip
     for name, known in choices.items():
         if settings[name] not in known:
             raise InputError(f"{name} {settings[name]!r} is unknown: use {' or '.join(known)}")
-    if settings["optimizer"] == "muon" and settings["devices"] > 1:
-        raise InputError(f"optimizer muon needs whole matrices, which {settings['devices']} devices split: use adamw")
+    if settings["optimizer"] != "adamw" and (devices := settings["devices"]) > 1:
+        name = settings["optimizer"]
+        raise InputError(f"optimizer {name} needs whole matrices, which {devices} devices split: use adamw")
     rows = settings["micro_batch_size"] * settings["devices"]
     passes, rest = divmod(settings["batch_size"], rows)
     if rest or not passes:

@@ -182,7 +182,8 @@ def readme_table(reports: Path) -> str:
     blocks, lines, timed = [], [], []
     for entry in entries:
         wall = wall_time(entry)
-        if wall and "/" not in entry["report"]:  # those of other profiles lie in folders; their pages give the time
+        # Those of other profiles lie in folders, and own parameters are no demo; their pages give the time.
+        if wall and "/" not in entry["report"] and not entry.get("changed"):
             timed.append(f"{entry['report'].partition('_')[0]} {wall}")
         if any(row.get("student") for row in entry["rows"]):
             line = {"page": _link(entry), "profile": entry["profile"], "seeds": str(_seeds(entry))}

@@ -224,7 +224,8 @@ def _seen_from(folder: Path, value: object) -> object:
     """Return relative paths that exist where the user typed them as the notebook, run in its own folder, sees them."""
     if isinstance(value, list):
         return [_seen_from(folder, item) for item in value]
-    relative = isinstance(value, str) and "/" in value and not Path(value).is_absolute() and Path(value).exists()
+    path = Path(value if isinstance(value, str) else "")
+    relative = not path.is_absolute() and (path.exists() if "/" in str(value) else path.suffix and path.is_file())
     return os.path.relpath(value, folder) if relative else value
 
 

@@ -35,6 +35,7 @@ class TrainingState:
     optimizers: list
     memory: dict  # what `after_step` keeps, plain JSON
     data: str  # hash of the first update's examples, which tells other data
+    dtype: torch.dtype | None  # of mixed precision
     step: int = 0  # updates done
     history: list[dict] = field(default_factory=list)
     window: dict = field(default_factory=dict)  # sums since the last history row
@@ -68,7 +69,8 @@ def save_checkpoint(state: TrainingState, keep: bool = False) -> None:
         save_file(weights, temporary / "model.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
         kept = {name: getattr(state, name) for name in ("step", "seconds", "history", "window", "memory")}
-        write_json(temporary / "state.json", kept | {"settings": asdict(state.settings), "data": state.data})
+        kept |= {"settings": asdict(state.settings), "data": state.data, "dtype": str(state.dtype)}
+        write_json(temporary / "state.json", kept)
         if keep:
             (temporary / KEPT).touch()
     for old in (*state.folder.glob("checkpoint-*"), *state.folder.glob(".checkpoint-*")):  # the latter by killed runs
@@ -105,6 +107,11 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     _check_settings(newest.name, state.settings, kept)
     if kept.get("data", state.data) != state.data:  # older checkpoints do not say
         raise InputError(f"{newest.name} was trained on other data: go on with that, or use another folder")
+    if kept.get("dtype", str(state.dtype)) != str(state.dtype):  # frozen weights were held and written in it
+        raise InputError(
+            f"{newest.name} was trained with mixed precision {kept['dtype']}, this machine has {state.dtype}: go on "
+            "where it began, or use another folder"
+        )
     load_weights(state.model, newest)
     moments = state.moments
     with safe_open(newest / "optimizer.safetensors", "pt") as file:

@@ -69,7 +69,7 @@ def fit(
     dtype = amp_dtype(on, settings.precision)
     memory = {} if memory is None else memory
     made = make_optimizers(model, parameters, settings)
-    state = TrainingState(folder, settings, model, parameters, made, memory, _data_hash(batches(0)))
+    state = TrainingState(folder, settings, model, parameters, made, memory, _data_hash(batches(0)), dtype)
     end = min(until or settings.max_steps, settings.max_steps)
     can_stop = settings.patience and settings.schedule != "cooldown"
     if can_stop and (stopped := stopped_at(checkpoints.newest_history(folder, end), settings)):
@@ -192,7 +192,8 @@ def fit_from_trunk(
             shutil.copytree(trunk / reached, temporary, dirs_exist_ok=True)
     begin = min(checkpoints.checkpoint_steps(folder))
     if begin < settings.max_steps - optimizers.cooldown_steps(settings):  # patience ended the trunk
-        settings = replace(settings, max_steps=round(begin / (1 - settings.cooldown_share)))
+        shorter = max(begin + 1, round(begin / (1 - settings.cooldown_share)))  # a cooldown has one update or more
+        settings = replace(settings, max_steps=shorter)
     return fit(model, loss_fn, batches, settings, folder, **rest)
 
 

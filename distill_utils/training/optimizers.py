@@ -1,7 +1,7 @@
 """What a training run is asked to do: its settings, its learning rate, when it stops, and its optimizers."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,11 @@ def check_training(settings: Training, num_processes: int = 1) -> None:
             raise InputError(f"{name} {getattr(settings, name)!r} is unknown: use {' or '.join(known)}")
     if not 0 < settings.cooldown_share < 1:
         raise InputError(f"cooldown_share {settings.cooldown_share} is impossible: use for example 0.15")
+    if cooldown_steps(settings) >= settings.max_steps:
+        raise InputError(
+            f"a cooldown of {cooldown_steps(settings)} updates leaves none of max_steps {settings.max_steps} before "
+            "it: lower cooldown_share, or raise max_steps"
+        )
     if settings.schedule == "cooldown" and settings.warmup_steps + cooldown_steps(settings) > settings.max_steps:
         raise InputError(
             f"warmup_steps {settings.warmup_steps} and a cooldown of {cooldown_steps(settings)} updates do not fit in "
@@ -99,6 +104,11 @@ def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: 
     """
     weights, inner = list(parameters.values()), set()
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    # Muon's bf16 products come out differently in parts, and Adafactor sums rows and columns of whole ones.
+    if settings.optimizer != "adamw" and any(map(is_sharded, weights)):
+        raise InputError(
+            f"optimizer {settings.optimizer} needs whole matrices, and processes hold parts: use adamw, or one process"
+        )
     if settings.optimizer == "adafactor":
         return [Adafactor(weights, scale_parameter=False, relative_step=False, **rates)]
     if settings.optimizer == "muon":
@@ -108,8 +118,6 @@ def make_optimizers(model, parameters: dict[str, torch.nn.Parameter], settings: 
         inner -= {id(module.weight) for module in outer}
     matrices = [weight for weight in weights if id(weight) in inner]
     rest = [weight for weight in weights if id(weight) not in inner]
-    if any(map(is_sharded, matrices)):  # its bf16 products come out differently, and small matrices not at all
-        raise InputError("optimizer muon needs whole matrices, and processes hold parts: use adamw, or one process")
     # The fused update takes sharded and whole tensors, but not together.
     groups = [[weight for weight in rest if is_sharded(weight) == sharded] for sharded in (False, True)]
     found = [torch.optim.AdamW(group, fused=True, **rates) for group in groups if group]
@@ -165,14 +173,15 @@ def best_row(history: list[dict], settings: Training) -> dict | None:
 def stopped_at(history: list[dict], settings: Training) -> int | None:
     """Return the step at which `patience` evaluations in a row were no better than the best, or None.
 
-    A function of the history alone: whoever asks later, of a run that went on, gets the same step.
+    No run stops before its warm-up has ended. A function of the history alone: whoever asks later, of a run that went
+    on, gets the same step.
     """
     waited, best = 0, float("inf")
     for row in history:
         if settings.stop_metric in row:
             waited = 0 if row[settings.stop_metric] < best else waited + 1
             best = min(best, row[settings.stop_metric])
-            if 0 < settings.patience <= waited:
+            if 0 < settings.patience <= waited and row["step"] >= settings.warmup_steps:
                 return row["step"]
     return None
 
@@ -180,6 +189,7 @@ def stopped_at(history: list[dict], settings: Training) -> int | None:
 def stop_facts(history: list[dict], training: Training) -> dict:
     """Return after how many updates a run stopped and, with patience, where by which metric it was best."""
     facts = {"trained_steps": history[-1]["step"]}
+    training = replace(training, max_steps=facts["trained_steps"])  # patience may have brought a cooldown forward
     if training.patience and (best := best_row(history, training)):
         facts |= {"stop_metric": training.stop_metric, "patience": training.patience, "best_step": best["step"]}
     return facts
