@@ -169,7 +169,8 @@ def distill(arguments: argparse.Namespace) -> int:
         from distill_utils.experiments.distill import dry_run
 
         with contextlib.chdir(plan.path.parent):  # relative paths are as the notebook sees them
-            print(dry_run(plan.values))
+            text = dry_run(plan.values)
+        print({"quiet": text.splitlines()[-1], "json": json.dumps({"plan": text})}.get(arguments.told, text))
         return batch.OK
     if arguments.output is None:
         raise InputError("no --output: name the folder of the student, or use --dry-run")

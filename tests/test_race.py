@@ -369,6 +369,7 @@ def test_a_dry_run_by_the_command_prints_the_tables_and_trains_nothing(given, tm
     out = capsys.readouterr().out
     assert all(text in out for text in ("teacher, int8", "3-2", "starts", "a larger one does too", "SFT 3-2, 0.003"))
     assert not list((tmp_path / "runs").glob("sft-*"))
+    assert main([*command, "--quiet"]) == 0 and capsys.readouterr().out.strip().splitlines()[-1] == out.splitlines()[-1]
     for change, message in (("--latency=0.001ms", "ask for --latency"), ("--hours=0.0000001", "below one rung of 6")):
         assert main([*command, change]) == 2
         said = capsys.readouterr()
