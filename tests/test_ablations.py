@@ -145,7 +145,9 @@ def test_what_ablations_and_decodings_cannot_be_is_rejected():
 # ------------------------------------------------------------------------------------------------ verdict and signals
 
 BUDGET = {"num_test": 400, "whole_test": True, "seeds": 3, "max_steps": 100}
-STOPPED, GAINING = ([[{"validation_ce": 2.0}, {"validation_ce": last}]] for last in (2.1, 1.9))
+STOPPED, GAINING = (
+    {"sft 6-3": [{"validation_ce": 2.0, "lr": 2.0}, {"validation_ce": last, "lr": 1.0}]} for last in (2.1, 1.9)
+)
 
 
 def row(name: str, method: str, rouge2: float, seconds: float = 0.0, speedup: float = 2.0) -> dict:
@@ -221,6 +223,17 @@ def test_what_a_verdict_says(means, tests, said, left_out):
 @pytest.mark.parametrize("change", [{"seeds": 1}, {"whole_test": False}, {"histories": GAINING}])
 def test_a_verdict_names_what_makes_it_a_demonstration(change):
     assert "a demonstration" in comparison.verdict(MEANS, [], **{"histories": STOPPED} | BUDGET | change)
+
+
+def test_a_cooldown_is_judged_before_its_rate_falls():
+    def history(*losses):
+        rates = (0.1, 0.2, 0.2, 0.2, 0.1)
+        return [{"validation_ce": loss, "lr": rate} for loss, rate in zip(losses, rates, strict=True)]
+
+    falling, flat = history(3.0, 2.2, 2.1, 2.0, 1.5), history(3.0, 2.0, 2.1, 2.1, 1.5)
+    assert comparison.still_gains(falling) and not comparison.still_gains(flat)
+    both = {"sft 6-3": flat, "sft 6-1": falling}  # of these 6-3 is the one to take
+    assert "demonstration" not in comparison.verdict(MEANS, [], both, **BUDGET)
 
 
 def test_signals():

@@ -82,6 +82,11 @@ def test_what_to_take_rests_on_the_interval_and_on_the_best_evidence():
     faster = row("pl", "6-1", seeds=3, rouge2=9.8, speedup=2.0, share_low=0.94, share_high=1.02)
     assert taken(entry(good, faster)) == ("KD 6-3", True, False)
     assert taken(entry(faster, row("sft", seeds=3, rouge2=9.7))) == ("PL 6-1", False, False)
+    better = row("kd", seeds=3, rouge2=9.95, share_low=0.93, share_high=1.05)  # and less sure, at the same speed
+    sure = row("sft", seeds=3, rouge2=9.9, share_low=0.96, share_high=1.02)
+    assert taken(entry(better, sure)) == ("SFT 6-3", True, False)
+    (facet,) = dashboard.facets([entry(better, sure)])
+    assert {each["label"] for each in facet["front"]} == {"SFT 6-3", "KD 6-3"}
     lucky = entry(row("kd", "6-2", rouge2=12.0, speedup=3.0, share_low=1.1, share_high=1.3), report="lucky")
     assert taken(lucky) == ("KD 6-2", True, True)  # one seed
     assert taken(lucky, entry(good)) == ("KD 6-3", True, False)

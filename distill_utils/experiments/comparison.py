@@ -327,7 +327,7 @@ def choose_student(means: Sequence[dict], versus: Sequence[Mapping], shape: str)
 
 
 def verdict(
-    means: Sequence[dict], versus: Sequence[Mapping], histories: Sequence[Sequence[Mapping]], *,
+    means: Sequence[dict], versus: Sequence[Mapping], histories: Mapping[str, Sequence[Mapping]], *,
     num_test: int, whole_test: bool, seeds: int, max_steps: int,
 ) -> str:  # fmt: skip
     """Return which student to take, how sure that is and what limits it, as one paragraph of Markdown.
@@ -361,15 +361,23 @@ def verdict(
     if better:
         lines.append(f"In other shapes, shown to beat SFT: {', '.join(better)}.")
 
-    losses = [[row["validation_ce"] for row in history if "validation_ce" in row] for history in histories]
+    own = [history for name, history in histories.items() if name.rpartition(" ")[2] == take["student"]]
     reasons = {
         "one seed" if seeds == 1 else f"{seeds} seeds": seeds < 3,
         f"only {num_test:,} of the test documents": not whole_test,
-        f"students that still gained after {max_steps:,} updates": any(v[-1] <= min(v) for v in losses),
+        f"students that still gained after {max_steps:,} updates": any(map(still_gains, own)),
     }
     missing = ", ".join(reason for reason, holds in reasons.items() if holds)
     budget = statistics.budget_in_words(max_steps, seeds, f"{num_test:,} test documents")
     return " ".join([*lines, f"It is a demonstration: {missing}." if missing else f"{budget}."])
+
+
+def still_gains(history: Sequence[Mapping]) -> bool:
+    """Tell whether the validation loss was lowest at the end; of a cooldown before the rate fell, for it drops then."""
+    rows = [row for row in history if "validation_ce" in row]
+    constant = [row for row in rows if row["lr"] == max(each["lr"] for each in rows)]
+    losses = [row["validation_ce"] for row in (constant if len(constant) > 1 else rows)]
+    return losses[-1] <= min(losses)
 
 
 def smoke_note(number: int, what: str = "test documents") -> str:

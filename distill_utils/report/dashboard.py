@@ -127,18 +127,21 @@ def facets(entries: Sequence[Mapping]) -> list[dict]:
     made = []
     for found in groups.values():
         best = max(each["evidence"] for each in found)
-        front = pareto_front([each for each in found if each["evidence"] == best], x="time", y="share")[::-1]
+        strongest = [each for each in found if each["evidence"] == best]
+        front, chosen = pareto_front(strongest, x="time", y="share")[::-1], take(strongest)
+        if chosen["good"] and not any(each is chosen["take"] for each in front):  # another is better and less sure
+            front = sorted([*front, chosen["take"]], key=lambda each: each["speed"])
         strength = (*best, max(each["documents"] for each in front))
-        made.append({"students": found, "front": front, "strength": strength, **take(front)})
+        made.append({"students": found, "front": front, "strength": strength, **chosen})
     return sorted(made, key=lambda facet: facet["strength"], reverse=True)
 
 
-def take(front: Sequence[dict]) -> dict:
-    """Return which student of a front to `take`: the fastest that is shown to be as `good` as its teacher.
+def take(students: Sequence[dict]) -> dict:
+    """Return which of some students to `take`: the fastest that is shown to be as `good` as its teacher.
 
     Where there is none, it is the best that is faster than the teacher; None where no student is.
     """
-    fast = [each for each in front if each["speed"] > 1.05]
+    fast = [each for each in students if each["speed"] > 1.05]
     good = [each for each in fast if (each["low"] or 0) > 1 - MARGIN]
     return {"good": bool(good), "take": max(good or fast, key=lambda e: e["speed" if good else "share"], default=None)}
 
