@@ -130,7 +130,7 @@ def facets(entries: Sequence[Mapping]) -> list[dict]:
         strongest = [each for each in found if each["evidence"] == best]
         front, chosen = pareto_front(strongest, x="time", y="share")[::-1], take(strongest)
         if chosen["good"] and not any(each is chosen["take"] for each in front):  # another is better and less sure
-            front = sorted([*front, chosen["take"]], key=lambda each: each["speed"])
+            front = sorted([chosen["take"], *front], key=lambda each: each["speed"])
         strength = (*best, max(each["documents"] for each in front))
         made.append({"students": found, "front": front, "strength": strength, **chosen})
     return sorted(made, key=lambda facet: facet["strength"], reverse=True)
