@@ -176,6 +176,15 @@ def test_the_same_run_in_any_number_of_processes(place, forked, distilled, tmp_p
     assert keys[0] == keys[1]  # tied weights are written once
 
 
+def test_no_more_processes_than_gpus_and_none_that_cannot_share_a_batch(monkeypatch):
+    assert launch.usable_processes(TRAINING, 2) == 2 and launch.usable_processes(TRAINING, 1) == 1
+    with pytest.raises(InputError, match="3 processes do not divide micro_batch_size 4"):
+        launch.usable_processes(TRAINING, 3)
+    monkeypatch.setattr(launch, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch.usable_processes(TRAINING, 2) == 1  # 05 then skips the section instead of ending in an error
+
+
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_gradients_and_their_norm_are_those_of_one_process(processes, tmp_path, num_processes):
     student, teacher = tiny_t5(2, 1, seed=1), tiny_t5(seed=2)
