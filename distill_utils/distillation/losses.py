@@ -186,13 +186,16 @@ def check_relation_heads(num_relation_heads: int, student_width: int, teacher_wi
 
 
 class _RelationLoss(torch.autograd.Function):
-    """The value, and the gradient along with it: d KL / d scores is just q - p, and both are at hand by then."""
+    """The value, and the gradient along with it, by products of exp(scores) with the vectors.
+
+    Under a row of relations p the mean of all scores is x_i times the mean of the x_j, and d KL / d scores is q - p.
+    So relations are never normalised or subtracted entry by entry, which takes longer than the products.
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, mask, num_heads, causal, with_grad):
         dtype = torch.promote_types(student.dtype, torch.float32)
         batch, length = mask.shape
-        scales = [(x.shape[-1] / num_heads) ** -0.5 for x in (student, teacher)]
         weight = mask / (num_heads * mask.sum().clamp(min=1)).to(dtype)  # (batch, length)
         bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, MASKED)[:, None, None]
         if causal:
@@ -205,27 +208,22 @@ class _RelationLoss(torch.autograd.Function):
 
         pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(length**2, 1))
         examples, heads = min(batch, max(1, pairs // num_heads)), min(pairs, num_heads)
-        work = bias.new_empty(4, examples * heads * length**2)  # allocating it for each chunk costs more than the sums
+        work = bias.new_empty(examples * heads * length**2)  # allocating it for each chunk costs more than the sums
         for i, j in itertools.product(range(0, batch, examples), range(0, num_heads, heads)):
             chunk = (slice(i, i + examples), slice(j, j + heads))
             padding = ~mask[chunk[0], None, :, None]
             # The content of padding must not reach the sums, not even as 0 * inf.
-            vectors = [split(x.detach())[chunk].to(dtype).masked_fill(padding, 0.0) for x in (student, teacher)]
-            shape = (*vectors[0].shape[:3], length)
-            s, t, q, p = (x[: math.prod(shape)].view(shape) for x in work)  # scores and relations of both models
-            log_sums = []
-            for x, scale, scores, relation in zip(vectors, scales, (s, t), (q, p), strict=True):
-                torch.bmm((x * scale).flatten(0, 1), x.mT.flatten(0, 1), out=scores.flatten(0, 1))
-                torch.softmax(scores.add_(bias[chunk[0]]), -1, out=relation)
-                log_sums.append(_log_sum(scores, relation)[..., None])  # what log_softmax subtracts
-
+            x, y = (split(x.detach())[chunk].to(dtype).masked_fill(padding, 0.0) for x in (student, teacher))
             row_weight = weight[chunk[0], None, :, None]
-            log_ratio = t.sub_(s).add_(log_sums[0] - log_sums[1])
-            total += (log_ratio.mul_(p).sum(-1, keepdim=True) * row_weight).sum()
-            if with_grad:
-                x, d_scores = vectors[0], q.sub_(p).mul_(scales[0] * row_weight)
-                # x is on both sides of the scores; transposed, long rows make it faster than d_scores @ x
-                split(gradient)[chunk] = x.mT.matmul(d_scores.mT).mT + x.mT.matmul(d_scores).mT
+            scale = x.shape[-1] ** -0.5
+            log_q, d_keys, x_q = _relate(x, [x], bias[chunk[0]], work, x * row_weight)
+            log_p, d_keys_p, x_p, y_p = _relate(y, [x, y], bias[chunk[0]], work, x * row_weight)
+            y_scores = (y * y_p).sum(-1, keepdim=True) * y.shape[-1] ** -0.5  # means under the teacher's relations
+            x_scores = (x * x_p).sum(-1, keepdim=True) * scale
+            total += ((y_scores - x_scores + log_q - log_p) * row_weight).sum()
+            if with_grad:  # x is on both sides of the scores
+                d_x = ((x_q - x_p) * row_weight + d_keys - d_keys_p) * scale
+                split(gradient)[chunk] = d_x.masked_fill_(padding, 0.0)
         ctx.save_for_backward(gradient)
         return total
 
@@ -233,6 +231,21 @@ class _RelationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         return (ctx.saved_tensors[0] * d_loss, *[None] * 5)
+
+
+def _relate(x: Tensor, vectors: list[Tensor], bias: Tensor, work: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+    """Return log sum exp of each token's scores, the sum of `queries` that each token gets, and means of `vectors`.
+
+    Sums and means are under the relations of x, all (batch, heads, length, width); `work` is room for the scores.
+    """
+    scores = work[: math.prod(x.shape[:-1]) * x.shape[-2]].view(*x.shape[:-1], x.shape[-2])
+    torch.bmm((x * x.shape[-1] ** -0.5).flatten(0, 1), x.mT.flatten(0, 1), out=scores.flatten(0, 1))
+    top = scores.add_(bias).amax(-1, keepdim=True)
+    lowest = 0.5 * math.log(torch.finfo(scores.dtype).tiny)  # below it products are denormal and many times as slow
+    scores.sub_(top).clamp_(min=lowest).exp_()
+    norm = scores.sum(-1, keepdim=True)
+    means = (scores @ torch.cat(vectors, -1) / norm).split([each.shape[-1] for each in vectors], -1)
+    return top + norm.log(), ((queries / norm).mT @ scores).mT, *means
 
 
 class _TokenLosses(torch.autograd.Function):
