@@ -66,14 +66,8 @@ def ours(turns: timing.Turns, case: dict) -> None:
     teacher.to(device()).requires_grad_(False)
     choose_attention(student.to(device()), SOURCE)
     share_frozen(student, teacher)
-    loss = partial(
-        objectives.kd,
-        teacher=teacher,
-        encoder_layer_ids=[],
-        decoder_layer_ids=decoder_ids,
-        shared_encoder=True,
-        **WEIGHTS,
-    )
+    layers = {"encoder_layer_ids": [], "decoder_layer_ids": decoder_ids}
+    loss = partial(objectives.kd, teacher=teacher, shared_encoder=True, **layers, **WEIGHTS)
 
     def evaluate(model) -> dict:
         score(model, tokenizer, validation, turns)

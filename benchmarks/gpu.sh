@@ -1,12 +1,12 @@
 #!/bin/bash
 # Everything that only a GPU can show, in few full calls on a bare machine without a network:
 #
-#     OUT=results bash benchmarks/gpu.sh bench check     # less than 10 minutes: speed and memory, then tests
+#     OUT=results bash benchmarks/gpu.sh bench check     # less than 9 minutes: speed and memory, then tests
 #     OUT=results bash benchmarks/gpu.sh study           # about 6 minutes: students of notebook 03
 #     OUT=results bash benchmarks/gpu.sh teachers        # about 9 minutes: the last stages of the embedded teachers
 #
-# Parts: check, bench, teachers, study. WHEELS is a folder of wheels to install beside torch and transformers: datasets, dill and
-# multiprocess are enough for bench, adjustText more for check and teachers; study needs all that notebooks and pages do. CORPUS is a built
+# Parts: check, bench, teachers, study. WHEELS is a folder of wheels to install beside torch and transformers: datasets, dill,
+# multiprocess and adjustText are enough, but study needs all that notebooks and pages do. CORPUS is a built
 # corpus (a tar of runs/pydocs-*) for teachers and study, as other package versions give other text. TINY=1 takes sizes that a CPU can do,
 # to try the script. ONLY="kd_step tests" leaves the other steps of the parts out. A part that fails does not stop the next; one log
 # and small result files lie in $OUT.
@@ -46,14 +46,14 @@ run() {  # run NAME SECONDS COMMAND...: with a limit, its time and its end on th
 }
 
 check() {
-    run facts 60 $PYTHON -c "
+    run facts 40 $PYTHON -c "
 import json, os, torch, transformers, datasets
 from distill_utils import artifacts
 from distill_utils.data import loading
 from distill_utils.planning.plan import machine_ceilings
 print(json.dumps({'ceilings': machine_ceilings(), 'corpus': loading.corpus_facts()['fingerprint'] if os.environ.get('DISTILL_CORPUS') else None, **artifacts.provenance()}))"
     tail -n 1 "$OUT/log.txt"
-    run tests 100 $PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py
+    run tests 90 $PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py
     tail -n 2 "$OUT/log.txt"
 }
 
@@ -67,14 +67,14 @@ bench() {
         run relations 600 $PYTHON relations.py --lengths 32 --tokens 64 --rounds 2 --output "$OUT/relations.json"
         run loss_memory 600 $PYTHON loss_memory.py --documents 2 --target 9 --width 32 --output "$OUT/loss_memory.json"
     else
-        run kd_step 140 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
+        run kd_step 125 $PYTHON kd_step.py --shapes bart-large t5-3b pegasus-large bart-base t5-base embedded --rounds 8 \
             --forms ours published expert trainer --output "$OUT/kd_step.json"
-        run step_at_scale 110 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
+        run step_at_scale 95 $PYTHON step_at_scale.py --teachers t5-3b --students t5-base t5-small --batch-size 16 \
             --paths logits both --output "$OUT/step_at_scale.json"
-        run relations 75 $PYTHON relations.py --shapes t5-base --lengths 128 512 1024 --tokens 8192 --rounds 8 \
+        run relations 65 $PYTHON relations.py --shapes t5-base --lengths 128 512 1024 --tokens 8192 --rounds 8 \
             --output "$OUT/relations.json"
         run loss_memory 40 $PYTHON loss_memory.py --documents 64 --rounds 5 --output "$OUT/loss_memory.json"
-        run pseudo_labels 90 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 128 \
+        run pseudo_labels 80 $PYTHON pseudo_labels.py --shapes bart-large --rounds 1 --documents 128 \
             --output "$OUT/pseudo_labels.json"
     fi
     cd ..

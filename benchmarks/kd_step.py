@@ -42,7 +42,7 @@ from distill_utils.distillation.teacher_cache import with_states, write_states
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.planning.measure import T5_SIZES, model_config
-from distill_utils.training.loop import Training, choose_attention, make_optimizers, train_mode
+from distill_utils.training.loop import Training, choose_attention, make_optimizers, set_attention, train_mode
 
 # kept: decoder layers of the student; source and target in tokens; batch on a GPU, batch on a CPU.
 SHAPES = {
@@ -176,7 +176,7 @@ def plain_transformers(turns: timing.Turns, case: dict, expert: bool) -> None:
     if dtype:
         teacher.to(dtype)
     for model in (student, teacher):
-        model.set_attn_implementation("sdpa" if expert else "eager")
+        set_attention(model, "sdpa" if expert else "eager")
     student.train()
     student.get_encoder().eval()
     trained = [p for p in student.parameters() if p.requires_grad]

@@ -72,7 +72,7 @@ def main() -> None:
         found = timing.in_turns(__file__, FORMS, list(FORMS), case, arguments, warm_up=1)
         label = f"KL and cross-entropy, {documents} x {arguments.target} x {arguments.vocabulary}"
         (row,) = timing.rows_of(label, found, ceiling=arguments.ceilings["float32"] or 0, **case)
-        if row.get("ours_value"):
+        if {"ours_value", "other_value"} <= row.keys():  # neither ran out of memory
             row["value_difference"] = abs(row["ours_value"] / row["other_value"] - 1)
             row["per_token_mb"] = row["other_peak_mb"] / (documents * arguments.target)
         rows.append(row | {"memory_goal": MEMORY_GOAL, "value_goal": VALUE_GOAL})

@@ -24,7 +24,7 @@ from distill_utils.device import device, mixed_precision
 from distill_utils.distillation import losses, objectives
 from distill_utils.experiments.miniend import PATHS, SILENT
 from distill_utils.models import students
-from distill_utils.training.loop import choose_attention
+from distill_utils.training.loop import choose_attention, set_attention
 
 SHAPES = {  # of teacher and student
     "pydocs-t5": {"width": 192, "heads": 4, "layers": 6, "kept": 3, "vocab": 8100},
@@ -108,7 +108,8 @@ def scores(x: torch.Tensor, mask: torch.Tensor, heads: int, causal: bool) -> tor
     hidden = ~mask[:, None, None]
     if causal:
         hidden = hidden | torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=x.device).triu(1)
-    return (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(hidden, losses.MASKED)
+    with torch.autocast(x.device.type, enabled=False):  # in float32, as ours
+        return (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(hidden, losses.MASKED)
 
 
 def naive_loss(student, teacher, mask, heads: int, causal: bool = False) -> torch.Tensor:
@@ -133,7 +134,7 @@ def whole_step(name: str, case: dict):
     student, teacher, batch = inputs(case)
     if name == "eager":
         for model in (student, teacher):
-            model.set_attn_implementation("eager")
+            set_attention(model, "eager")
     return list(student.parameters()), partial(STEPS[name], case["path"], student, teacher, batch)
 
 
@@ -167,12 +168,8 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         for length in arguments.lengths:
-            case = {
-                "shape": shape,
-                "length": length,
-                "batch": max(1, arguments.tokens // length),
-                "path": arguments.path,
-            }
+            batch = max(1, arguments.tokens // length)
+            case = {"shape": shape, "length": length, "batch": batch, "path": arguments.path}
             label = f"{shape}, {case['batch']} x {length}, {timing.dtype_name()}"
             found = timing.in_turns(__file__, FORMS, list(STEPS), case, arguments)
             ceiling = timing.ceiling(arguments)

@@ -5,7 +5,7 @@ Run the same notebooks with the same profile before and after a change, then
     python benchmarks/same_numbers.py BEFORE/smoke AFTER/smoke
 
 It prints each value that differs and ends with 1 if there is any. Left out is what no two runs share: times and speeds,
-memory of the process, provenance. A key that only one side has is listed, and fails for a number.
+memory of the process, provenance. What only one side has, a key or a file, is a difference.
 """
 
 from __future__ import annotations
@@ -41,13 +41,8 @@ def values(node: object, path: str = "") -> Iterator[tuple[str, object]]:
 def compare(before: Path, after: Path) -> list[str]:
     """Return one line per value that differs between two results files."""
     ours, theirs = (dict(values(json.loads(path.read_text(encoding="utf-8")))) for path in (before, after))
-    lines = [
-        f"{path}: {ours[path]!r} before, {theirs[path]!r} after"
-        for path in ours.keys() & theirs.keys()
-        if ours[path] != theirs[path]
-    ]
-    lines += [f"{path}: {value!r} before, gone" for path, value in ours.items() if path not in theirs]
-    return sorted(lines)
+    pairs = {path: (ours.get(path, "absent"), theirs.get(path, "absent")) for path in ours | theirs}
+    return sorted(f"{path}: {old!r} before, {new!r} after" for path, (old, new) in pairs.items() if old != new)
 
 
 def main() -> int:
@@ -56,13 +51,14 @@ def main() -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     arguments = parser.parse_args()
-    names = sorted(path.name for path in arguments.before.glob("*.json") if (arguments.after / path.name).exists())
-    if not names:
+    before, after = ({path.name for path in folder.glob("*.json")} for folder in (arguments.before, arguments.after))
+    if not before & after:
         shown = f"{arguments.before} and {arguments.after}"
         print(f"{shown} share no results: give two folders of reports", file=sys.stderr)
         return 2
-    differences = 0
-    for name in names:
+    differences = len(before ^ after)
+    print("".join(f"{name}: only on one side\n" for name in sorted(before ^ after)), end="")
+    for name in sorted(before & after):
         lines = compare(arguments.before / name, arguments.after / name)
         differences += len(lines)
         print(f"{name}: {len(lines)} differences")

@@ -146,7 +146,6 @@ def train_for(seconds: float, name: str, model, settings, rest: dict, eval_every
         fit(model, settings=constant, folder=folder / "trunk", until=done, **rest)
         print(f"{name}: {done} updates in {time.monotonic() - began:.0f} s", flush=True)
     whole = replace(constant, schedule="cooldown", max_steps=round(done / (1 - share)))
-    (folder / "run").mkdir(parents=True)
     history = fit_from_trunk(model, settings=whole, folder=folder / "run", trunk=folder / "trunk", **rest)
     write_history(folder, history)
     seconds = time.monotonic() - began

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -54,7 +54,8 @@ class Turns:
         self.counts = True  # operations, of the last turn that is not timed; many small ones take ten times as long
         self.facts: dict[str, float] = {}
         self.squares, self.hooks = [], []
-        self.counter, self.on, self.last = FlopCounterMode(display=False), device(), 0.0
+        self.counter, self.counting = FlopCounterMode(display=False), ExitStack()
+        self.on, self.last = device(), 0.0
         self.counter.flop_registry = FORMULAS  # with the attention kernels of a CPU
 
     def __iter__(self) -> Iterator[int]:
@@ -67,7 +68,7 @@ class Turns:
             raise StopIteration
         self.laps, self.notes = {}, {}
         if self.counts and self.begun == self.warm_up - 1 >= 0:
-            self.counter.__enter__()
+            self.counting.enter_context(self.counter)
         self.begun += 1
         self.last = time.perf_counter()
         return self.begun - 1
@@ -76,7 +77,7 @@ class Turns:
         if not self.laps:
             self.lap("")
         if self.counts and self.begun == self.warm_up:
-            self.counter.__exit__(None, None, None)
+            self.counting.close()
             self.facts["tflop"] = self.counter.get_total_flops() / 1e12
         if self.hooks:
             self.facts["gradient_norm"] = float(sum(self.squares)) ** 0.5
@@ -111,7 +112,7 @@ def resident(name: str) -> int:
 
 def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int) -> dict:
     """Run a form to its end and return its facts: `peak_mb` from before it began, `tflop` of a turn, or its `error`."""
-    turns = Turns(ask, tell, warm_up)
+    turns, cudnn = Turns(ask, tell, warm_up), torch.backends.cuda.cudnn_sdp_enabled()
     on_cuda = turns.on.type == "cuda"
     if on_cuda:
         gc.collect()
@@ -125,6 +126,9 @@ def work(form: Callable, case: dict, ask: Callable, tell: Callable, warm_up: int
         found = form(turns, case) or {}
     except (ImportError, MemoryError, torch.OutOfMemoryError) as error:  # a result, too
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    finally:  # on a GPU the next form runs in this process: uncounted, and with the kernel that our training leaves out
+        turns.counting.close()
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
     return {"peak_mb": (peak - before) / 1e6} | turns.facts | found
 

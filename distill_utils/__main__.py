@@ -22,6 +22,9 @@ SWEEP_EXAMPLE = """the grid, as YAML:
     learning_rate: [0.0003, 0.001]
     methods: [[sft], [kd]]"""
 
+# Errors of the system that are about a path or a disk which the user chose.
+USERS_TO_FIX = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all bad input here."""
@@ -46,8 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("notebook", nargs="*", help="number (03), stem (03_kd_pl_sft) or path")
     report.add_argument("--all", action="store_true", help="every notebook in the profile")
-    profile = {"default": settings.DEFAULT_PROFILE, "metavar": "NAME", "help": "notebooks/profiles/NAME.yaml"}
-    report.add_argument("--profile", **profile)
+    report.add_argument("--profile", default=settings.DEFAULT_PROFILE, metavar="NAME", help="profiles/NAME.yaml")
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="default: reports/")
     report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="where they are")
@@ -130,9 +132,7 @@ def report(arguments: argparse.Namespace) -> int:
         return batch.OK
     if arguments.all and arguments.notebook:
         raise InputError(f"--all and {arguments.notebook[0]!r} exclude each other: leave one out")
-    at = next(place for place in (arguments.output, *arguments.output.resolve().parents) if place.exists())
-    if not at.is_dir():
-        raise InputError(f"--output {arguments.output}: {at.name} is a file, not a folder: name another folder")
+    settings.check_writable(arguments.output)
     check_workers(arguments.workers)
     plans = settings.make_plans(arguments.notebook, arguments.profile, arguments.overrides, folder, every=arguments.all)
     return batch.run_reports(plans, arguments.output, arguments.told, arguments.workers)
@@ -160,15 +160,12 @@ def distill(arguments: argparse.Namespace) -> int:
     """Check what was asked, then print the plan of a race or run it as its notebook."""
     others = ("command", "told", "dry_run", "output", "overrides")
     given = {name: str(value) for name, value in vars(arguments).items() if name not in others}
-    for name, needed in (("teacher", "config.json"), ("dataset", "")):  # named without its place, where the user is
-        if "/" not in given[name] and given[name] != "pydocs" and Path(given[name], needed).exists():
-            given[name] = f"./{given[name]}"
     overrides = [*(f"{name}={value}" for name, value in given.items()), *arguments.overrides]
     (plan,) = settings.make_plans(["distill"], settings.DEFAULT_PROFILE, overrides)
     if arguments.dry_run:
         from distill_utils.experiments.distill import dry_run
 
-        with contextlib.chdir(plan.path.parent):  # relative paths are as the notebook sees them
+        with batch.silence(arguments.told), contextlib.chdir(plan.path.parent):  # where the notebook counts paths from
             text = dry_run(plan.values)
         print({"quiet": text.splitlines()[-1], "json": json.dumps({"plan": text})}.get(arguments.told, text))
         return batch.OK
@@ -200,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     share_cores()
-    if os.environ.get("DISTILL_RUNS"):  # notebooks run in their own folder, where a relative path names another one
-        os.environ["DISTILL_RUNS"] = str(Path(os.environ["DISTILL_RUNS"]).absolute())
+    for name in ("DISTILL_RUNS", "DISTILL_CORPUS"):  # notebooks run in their own folder, where relative paths differ
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).absolute())
     try:
         if arguments.command == "report":
             return report(arguments)
@@ -225,9 +223,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return batch.OK
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in USERS_TO_FIX:
             raise
-        print("no space left on the disk: free some, or set DISTILL_RUNS to a folder on another disk", file=sys.stderr)
+        fix = "name another place, or set DISTILL_RUNS to a folder with space that you may write to"
+        print(f"{error.strerror}: {error.filename or 'the disk'}; {fix}", file=sys.stderr)
         return batch.BAD_INPUT
     except KeyboardInterrupt:
         print("stopped; a run that was cut off continues where it was", file=sys.stderr)

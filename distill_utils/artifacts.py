@@ -143,7 +143,8 @@ def lock(folder: Path | str, wait: bool = False):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Not flock: forked processes, such as those that prepare a GPU's batches, would hold it after a kill.
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,9 +83,6 @@ def eval_mode(*models) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch; atomic GPU kernels may still differ in the last bits."""
-    import numpy
-    import torch
+    from transformers import set_seed
 
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    set_seed(seed % 2**32)  # NumPy takes no larger one

@@ -91,8 +91,9 @@ def share_out(function: Callable, items: Mapping[str, tuple], workers: int = 1, 
                 lost[name] += 1
                 if lost[name] == TRIES:
                     log = " | ".join((job.stderr() or "(empty)").strip().splitlines()[-LOG_LINES:])
+                    fix = "raise SBATCH_MEM_PER_NODE or SBATCH_TIMELIMIT" if slurm else "use fewer workers"
                     raise InputError(f"{name}: its process was killed {TRIES} times, most often because memory ran "
-                                     f"out: use fewer workers; the end of its log: {log}")  # fmt: skip
+                                     f"out: {fix}; the end of its log: {log}")  # fmt: skip
                 print(f"{name}: its process was killed and is replaced", flush=True)
                 waiting.insert(0, name)
             report_progress(folder, "shared work", len(results), len(items), "parts")

@@ -148,6 +148,7 @@ def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, caps
     ("arguments", "said"),
     [
         (["07"], "unknown notebook '07'"),
+        (["²"], "unknown notebook '²'"),
         (["03_kd_pl"], "did you mean '03_kd_pl_sft'"),
         (["03", "--profile", "dmo"], "unknown profile 'dmo': did you mean 'demo'?"),
         (["03", "-p", "num_trian=5"], "unknown parameter 'num_trian' of 03_kd_pl_sft: did you mean 'num_train'?"),
@@ -164,7 +165,7 @@ def test_cron_gets_one_line_or_one_object(notebooks, tmp_path, monkeypatch, caps
         (["--all", "03"], "exclude each other"),
         (["--all", "--workers", "0"], "workers 0"),
         ([], "no notebook to run"),
-        (["03", "--output", f"{REPOSITORY}/README.md/below"], "README.md is a file, not a folder"),
+        (["03", "--output", f"{REPOSITORY}/README.md/below"], "README.md is no folder"),
         (["03", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
@@ -185,18 +186,15 @@ def test_bad_input_is_one_line_and_exit_code_2(notebooks, tmp_path, monkeypatch,
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def test_list_prints_parameters(notebooks, capsys):
+def test_list_prints_parameters_and_runs_and_corpus_lie_where_one_types(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_RUNS", "mine")
+    monkeypatch.setenv("DISTILL_CORPUS", "corpus")
     assert main(["report", "--list", "--notebooks", str(notebooks)]) == 0
     text = capsys.readouterr().out
     assert "03_kd_pl_sft  A title" in text and "num_train: int = 100" in text and "documents, 0 = all" in text
-
-
-def test_runs_by_a_relative_path_lie_where_one_types(notebooks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DISTILL_RUNS", "mine")
-    assert main(["report", "--list", "--notebooks", str(notebooks)]) == 0
     monkeypatch.chdir(notebooks)  # where a kernel runs
-    assert runs_dir() == tmp_path / "mine"
+    assert runs_dir() == tmp_path / "mine" and os.environ["DISTILL_CORPUS"] == str(tmp_path / "corpus")
 
 
 def test_import_is_light():
@@ -367,6 +365,14 @@ def test_relative_paths_of_lists_count_from_where_one_types(notebooks, tmp_path,
     (plan,) = settings.make_plans(["1"], "demo", ["shapes=pydocs,none.csv", "method=mine.csv"], notebooks)
     assert (plan.path.parent / plan.values["method"]).samefile("mine.csv")
     assert plan.values["shapes"] == ["pydocs", "none.csv"]
+    write_notebook(notebooks, "05_data", [code("1")], 'teacher: str = ""\ndataset: str = ""\nmethod: str = ""')
+    Path("mine").mkdir()
+    Path("mine/config.json").touch()
+    bare = [f"{name}={folder}" for name, folder in (("teacher", "mine"), ("dataset", "data"), ("method", "mine"))]
+    (plan,) = settings.make_plans(["5"], "demo", bare, notebooks)  # folders of models and data need no slash
+    assert list(plan.values.values()) == [*(os.path.relpath(name, notebooks) for name in ("mine", "data")), "mine"]
+    (plan,) = settings.make_plans(["5"], "demo", ["teacher=data", "dataset=pydocs"], notebooks)
+    assert plan.values["teacher"] == "data" and plan.values["dataset"] == "pydocs"
 
 
 def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypatch, capsys):
@@ -394,6 +400,8 @@ def test_a_sweep_goes_on_with_what_is_not_finished(notebooks, tmp_path, monkeypa
     assert batch.run_sweep(plans, tmp_path / "out") == batch.OK and ran == [plans[1].name]
     with pytest.raises(InputError, match="workers 0 is too small"):
         batch.run_sweep(plans, tmp_path / "out", workers=0)
+    with pytest.raises(InputError, match="cannot write"):  # before anything runs
+        batch.run_sweep(plans, tmp_path / "grid.yaml" / "out")
     for left in ('{"parameters": {}}', "{", "[]"):  # of a notebook from before; damaged
         (tmp_path / "out" / f"{plans[2].name}.json").write_text(left)
         ran.clear()

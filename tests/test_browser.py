@@ -4,6 +4,7 @@ Skipped where no Chromium is installed (Debian: chromium). What the builder writ
 """
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,7 @@ import pytest
 from browser import CHROMIUM, chromium
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from distill_utils.report import batch, figures, pages, tables
+from distill_utils.report import batch, figures, index, pages, tables
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 PAGES = sorted(path for path in REPORTS.rglob("*.html") if path.name != "index.html")
@@ -90,6 +91,29 @@ def test_page_on_paper(tab, path):
     tab.call("Emulation.setEmulatedMedia", media="")
 
 
+@pytest.mark.parametrize(("width", "dark"), [(390, False), pytest.param(1280, True, marks=pytest.mark.slow)])
+def test_index_is_read_and_moved(tab, tmp_path, width, dark):
+    shutil.copytree(REPORTS, tmp_path / "reports", ignore=shutil.ignore_patterns("*.html"))
+    for page in PAGES:
+        (tmp_path / "reports" / page.relative_to(REPORTS)).write_text("<p>")
+    index.write_index(tmp_path / "reports")
+    tab.open(tmp_path / "reports" / "index.html", width=width, dark=dark)
+    assert fits(tab) and serious(tab) == []
+    tab.run("slider = document.querySelector('.budget input'); slider.value = slider.max; slider.oninput()")
+    chosen = "[...document.querySelector('.facet').querySelectorAll('.chosen')].map(part => part.textContent)"
+    point, row = tab.run(chosen)
+    assert row.split("×")[0] in point and tab.run("document.querySelector('.budget output').textContent")
+    first = "document.querySelector('.sortable tbody').innerText"
+    before = tab.run(first)
+    tab.run("document.querySelectorAll('.sortable button')[3].click()")
+    assert tab.run(first) != before and (tab.requests(), tab.complaints()) == ([], [])
+    tab.open(tmp_path / "reports" / "index.html", width=673)  # A4 without its margins
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    assert fits(tab) and tab.run("[...document.querySelectorAll('.note')].every(note => note.offsetHeight > 0)")
+    assert tab.run("document.querySelector('.up').getBoundingClientRect().left") >= 0
+    tab.call("Emulation.setEmulatedMedia", media="")
+
+
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     """A page whose texts, names and parameters are attack strings, with a figure that could not be drawn."""
@@ -134,7 +158,7 @@ def test_attack_strings_stay_text_and_a_figure_that_fails_is_named(tab, attacked
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.run("document.querySelector('a[download]').click()")
     for _ in range(100):
-        if (tmp_path / "x.json").exists():
+        if (tmp_path / "x.json").exists() and (tmp_path / "x.json").stat().st_size:
             break
         tab.run("new Promise(done => setTimeout(done, 100))")
     assert (tmp_path / "x.json").read_text(encoding="utf-8") == str(ATTACKS)

@@ -145,6 +145,14 @@ def test_round_trip_skips_what_does_not_convert(prove, observe_here):
     assert row["ctranslate2_rougeL"] is None and "marian" in row["ctranslate2_skipped"]
 
 
+def agreement(folder, converted, model, tokenizer, documents):
+    """Return what `ctranslate2_agreement` says of a model and another one, converted."""
+    save_model(converted, tokenizer, folder / "model")
+    converted = ctranslate.to_ctranslate2(folder / "model", folder / "converted")
+    settings = SETTINGS | {"prefix": "", "min_length": 0}
+    return checks.ctranslate2_agreement(converted, model, tokenizer, documents, documents, settings)
+
+
 def test_a_language_behind_the_end_token_is_not_compared(tmp_path):
     words = ("<s>", "<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *FAIRSEQ_LANGUAGE_CODES, "<mask>")
     tokenizer = MBartTokenizer(vocab=[(word, 0.0) for word in words], src_lang="en_XX", tgt_lang="en_XX")
@@ -153,20 +161,14 @@ def test_a_language_behind_the_end_token_is_not_compared(tmp_path):
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": language}
     model, documents = tiny_mbart(vocab_size=len(tokenizer), **ids).eval(), make_documents(4)
     model.generation_config.update(**ids)
-    save_model(model, tokenizer, tmp_path / "model")
-    converted = ctranslate.to_ctranslate2(tmp_path / "model", tmp_path / "converted")
-    settings = {"max_source_length": 24, "max_new_tokens": 8, "prefix": "", "min_length": 0}
-    _, gap, lost = checks.ctranslate2_agreement(converted, model, tokenizer, documents, documents, settings)
+    _, gap, lost = agreement(tmp_path, model, model, tokenizer, documents)
     assert gap < 1e-4 and abs(lost) < 1e-4
 
 
 def test_gap_and_lost_likelihood_are_those_of_plain_forward_passes(tmp_path):
     model, other = tiny_bart().eval(), tiny_bart(seed=5).eval()
     tokenizer, documents = tiny_tokenizer(), make_documents(3)
-    save_model(other, tokenizer, tmp_path / "other")
-    converted = ctranslate.to_ctranslate2(tmp_path / "other", tmp_path / "converted")
-    settings = {"max_source_length": 24, "max_new_tokens": 8, "prefix": "", "min_length": 0}
-    rouge, gap, lost = checks.ctranslate2_agreement(converted, model, tokenizer, documents, documents, settings)
+    rouge, gap, lost = agreement(tmp_path, other, model, tokenizer, documents)
     gaps = []  # of one text after the other, of each token
     for document in documents:
         ids = tokenizer(document, truncation=True, max_length=24, return_tensors="pt")["input_ids"]

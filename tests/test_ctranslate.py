@@ -78,14 +78,14 @@ def test_length_limits_mean_the_same_in_both_engines(tmp_path, forced):
         assert ours[0] == theirs[0], settings
 
 
-def tied_t5_without_scaling(folder):
+def unscaled_t5(folder):
     """Save what the converter would scale, because the configuration says "tied" since transformers 5."""
     model = tiny_t5_v1_1()
     model.config.tie_word_embeddings, model.config.scale_decoder_outputs = True, False
     save(model, tiny_tokenizer(), folder)
 
 
-def without_legacy_fields_and_with_a_short_tokenizer(folder):
+def short_tokenizer(folder):
     model, tokenizer = tiny_bart(), tiny_tokenizer(vocab_size=80)  # the model has 96 entries
     for name in ("normalize_before", "normalize_embedding", "add_final_layer_norm"):
         delattr(model.config, name)
@@ -93,7 +93,7 @@ def without_legacy_fields_and_with_a_short_tokenizer(folder):
     save(model, tokenizer, folder)
 
 
-def with_generation_settings_in_its_config(folder):
+def settings_in_config(folder):
     save(tiny_bart(), tiny_tokenizer(), folder)
     settings = artifacts.read_json(folder / "generation_config.json")
     (folder / "generation_config.json").unlink()
@@ -101,14 +101,7 @@ def with_generation_settings_in_its_config(folder):
     artifacts.write_json(folder / "config.json", config | settings | {"forced_bos_token_id": BOS})
 
 
-@pytest.mark.parametrize(
-    "prepare",
-    [
-        tied_t5_without_scaling,
-        without_legacy_fields_and_with_a_short_tokenizer,
-        with_generation_settings_in_its_config,
-    ],
-)
+@pytest.mark.parametrize("prepare", [unscaled_t5, short_tokenizer, settings_in_config])
 def test_checkpoints_that_the_converter_alone_reads_wrongly(prepare, tmp_path):
     prepare(tmp_path / "model")
     folder = ctranslate.to_ctranslate2(tmp_path / "model", tmp_path / "converted")

@@ -1,13 +1,12 @@
 """SFT, KD and PL for every family on tiny models, and what Pegasus needs."""
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
+import test_runs
 import torch
-from datasets import Dataset
-from tiny_models import FAMILIES, VOCAB_SIZE, WORDS, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_batch, tiny_pegasus, tiny_t5_v1_1, tiny_tokenizer
 
 from distill_utils.artifacts import read_json
 from distill_utils.distillation import objectives
@@ -26,22 +25,7 @@ def tiny_flan(encoder_layers=2, decoder_layers=2, seed=0, **changes):
 
 MODELS = FAMILIES | {"flan": tiny_flan}
 TRAINING = Training(max_steps=2, batch_size=4, learning_rate=1e-2, log_every=1)
-BASE = runs.StudentRun(
-    method="sft",
-    shape="2-1",
-    teacher="unset",
-    max_source_length=16,
-    max_target_length=8,
-    training=TRAINING,
-    label_settings={"num_beams": 1, "max_new_tokens": 6, "no_repeat_ngram_size": 1},  # a random model stutters
-)
-
-
-def pairs(num: int, seed: int = 0) -> Dataset:
-    generator = random.Random(seed)
-    documents = [" ".join(generator.choices(WORDS, k=generator.randint(5, 12))) for _ in range(num)]
-    summaries = [" ".join(document.split()[:4]) for document in documents]
-    return Dataset.from_dict({"id": [f"d{i}" for i in range(num)], "document": documents, "summary": summaries})
+BASE = replace(test_runs.BASE, shape="2-1", max_source_length=16, max_target_length=8, training=TRAINING)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -52,7 +36,7 @@ def test_sft_kd_and_pl_from_teacher_to_saved_student(family, tmp_path, monkeypat
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
     prefix = "read the text " if family.startswith(("t5", "flan")) else ""
     base = replace(BASE, teacher=str(tmp_path / "teacher"), prefix=prefix)
-    train, validation = pairs(8), pairs(4, seed=1)
+    train, validation = test_runs.planted(8, 0), test_runs.planted(4, 1)
     plan = runs.grid(base, ["sft", "kd", "pl"], ["2-1"], [0])
     checks.check_runs(plan, teacher)
     for run in plan:

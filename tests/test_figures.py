@@ -5,9 +5,11 @@ import math
 
 import IPython.display
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_rgb
 
 from distill_utils.experiments.miniend import PATHS
 from distill_utils.report import figures, names, style, tables
@@ -37,6 +39,12 @@ def marks(ax) -> list:
 
 def texts(ax) -> list[str]:
     return [text.get_text() for text in ax.texts]
+
+
+def overlapping(ax) -> list:
+    ax.get_figure().draw_without_rendering()
+    boxes = [text.get_window_extent().padded(-1) for text in ax.texts]
+    return [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +86,6 @@ def test_show_gives_alt_and_escaped_caption_and_closes_and_a_large_svg_becomes_p
 
 def test_colours_are_one_a_method_and_distinct():
     assert len(set(style.METHOD_COLORS.values())) == len(style.METHOD_COLORS)
-    assert {"teacher", "sft", "kd", "pl", "pl_kl", "miniend"} <= set(style.METHOD_COLORS)
     assert set(PATHS) <= {*names.PATH_COLORS, "miniend"}
     assert len({style.method_color(path) for path in PATHS}) == len(PATHS)
     assert style.method_color("lead words") == names.BASELINE_COLOR
@@ -89,20 +96,21 @@ def test_table(shown):
         {
             "system": ["teacher", "<b>SFT</b>", "KD"],
             "rouge2": [10.0, 9.004, 9.001],
-            "latency_ms": [61.24, 20.0, float("nan")],
+            "rougeL_low": [61.24, 20.0, float("nan")],
             "note <i>": ["a", "<script>", "c"],
         }
     )
     tables.show_table(
-        frame, "Best & <last>.", best_high=["rouge2"], best_low=["latency_ms"], best_among=["<b>SFT</b>", "KD"]
+        frame, "Best & <last>.", best_high=["rouge2"], best_low=["rougeL_low"], best_among=["<b>SFT</b>", "KD"]
     )
     (html,) = shown
     table = BeautifulSoup(html, "html.parser")
-    assert [cell.get_text() for cell in table.select("thead th")] == ["system", "ROUGE-2", "latency (ms)", "note <i>"]
+    headings = [cell.get_text() for cell in table.select("thead th")]
+    assert headings == ["system", "ROUGE-2", "ROUGE-L low", "note <i>"]
     assert len(table.select("thead tr")) == 1
     cells = [[cell.get_text() for cell in line.find_all(["th", "td"])] for line in table.select("tbody tr")]
-    assert cells[0] == ["teacher", "10.00", "61.2", "a"]
-    assert cells[1] == ["<b>SFT</b>", "9.00", "20.0", "<script>"]
+    assert cells[0] == ["teacher", "10.00", "61.24", "a"]
+    assert cells[1] == ["<b>SFT</b>", "9.00", "20.00", "<script>"]
     assert cells[2] == ["KD", "9.00", "–", "c"]
     assert table.caption.get_text() == "Best & <last>." and not table.select("b, i, script")
     bold = html[: html.index("font-weight: bold")].rsplit("}", 1)[-1]
@@ -148,16 +156,29 @@ def test_samples_mark_places_and_stay_text(shown, capsys):
 def test_quality_speed_draws_every_row_and_no_labels_overlap():
     odd = {"method": "kd", "rouge2": math.nan, "ms_per_token": 1.0}
     ax = figures.plot_quality_speed([*ROWS, odd])
-    ax.get_figure().draw_without_rendering()
     assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= set(texts(ax))
-    assert len(ax.texts) == len(ROWS)
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].padded(-1).overlaps(pair[1].padded(-1))]
+    assert len(ax.texts) == len(ROWS) and not overlapping(ax)
     points = [line for line in marks(ax) if len(line.get_xdata()) == 1]
     colors = {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
     assert len(points) == 9 and {line.get_color() for line in points} == colors
     assert len(ax.containers) == 8 and len(ax.patches) == 1  # error bars of students; the teacher's is the band
     assert not figures.plot_quality_speed([]).texts
+
+
+def test_a_label_is_nearest_to_its_own_point_and_dark_enough_to_read():
+    scores = {"teacher": 10.2, "sft": 9.7, "kd": 10.0, "pl": 9.4, "pl_kl": 9.0}
+    ax = figures.plot_quality_speed([
+        {"method": name, "ms_per_token": 11.4 if name == "teacher" else 8.2, **with_interval("rouge2", score, 1.5)}
+        for name, score in scores.items()
+    ])  # fmt: skip
+    labels = [text for text in ax.texts if hasattr(text, "xyann")]
+    dots = ax.transData.transform([text.xy for text in labels])
+    for number, text in enumerate(labels):
+        box = text.get_window_extent()
+        away = np.hypot(*(dots - dots.clip(box.min, box.max)).T)
+        assert away.argmin() == number, text.get_text()
+        assert 1.05 / (np.dot(np.array(to_rgb(text.get_color())) ** 2.2, (0.2126, 0.7152, 0.0722)) + 0.05) > 4.5
+    assert len(labels) == 4
 
 
 def test_neighbours_are_moved_apart_around_their_middle():
@@ -173,7 +194,7 @@ def test_history_names_lines_and_skips_missing_values():
     assert [list(line.get_xdata()) for line in ax.lines] == [[1, 3], [1, 3]]
     assert set(texts(ax)) == {"SFT", "PL+KL 6-3"}
     many = figures.plot_history({f"kd {n}": history for n in range(5)})
-    assert len(many.get_legend().get_texts()) == 5
+    assert len(many.texts) == 5 and not overlapping(many)
     assert not figures.plot_history({"kd": []}).lines
 
 
@@ -181,6 +202,8 @@ def test_lengths_state_the_share_left_whole():
     ax = figures.plot_lengths({"source": list(range(1, 101)), "reference": [5] * 10}, {"source": 80})
     assert texts(ax) == ["80 (80 % not cut)"]
     assert max(ax.lines[0].get_xdata()) == 100
+    ax = figures.plot_coverage_density([0.1, 0.9], [0.1, 30.0])
+    assert "10" in [label.get_text() for label in ax.get_yticklabels()]  # a power in TeX would be shown as it is
 
 
 def test_intervals_stand_in_groups_with_the_teacher_as_band():
@@ -194,6 +217,7 @@ def test_intervals_stand_in_groups_with_the_teacher_as_band():
     assert [line.get_xdata()[0] for line in marks(ax)][:4] == [18.0, 25.0, 9.0, 12.5]
     bands = [sorted({x for x, _ in band.get_paths()[0].vertices}) for band in ax.collections]
     assert bands[:2] == [[24.0, 26.0], [11.5, 13.5]]
+    assert {text.xy[0] for text in ax.texts} == {26.0}  # names stand beyond the band
 
 
 def test_decoding_settings_are_joined_by_time_one_line_a_model():
@@ -234,6 +258,7 @@ def test_differences_without_zero_are_filled():
     ax = figures.plot_differences(rows)
     assert [point.get_markerfacecolor() == "white" for point in marks(ax)] == [False, True]
     assert [point.get_color() for point in marks(ax)] == [style.method_color("kd"), style.method_color("pl_gold")]
+    assert [label.get_text() for label in ax.get_yticklabels()][1] == "PL+references\nversus PL"
 
 
 def test_thresholds_say_what_they_remove():
@@ -266,20 +291,22 @@ def test_layers_have_one_panel_a_stack_and_lines_only_with_intervals():
 
 
 def test_heatmaps_carry_numbers_until_there_are_too_many():
-    small = pd.DataFrame([[1.0, 0.25]], index=[6], columns=[6, 1])
-    big = pd.DataFrame([[0.5] * 13] * 13)
-    one, other = figures.plot_heatmaps({"small": small, "big": big}, (0, 1)).axes
+    panels = {"small": pd.DataFrame([[1.0, 0.25]]), "big": pd.DataFrame([[0.5] * 13] * 13)}
+    one, other = figures.plot_heatmaps(panels, (0, 1)).axes
     assert texts(one) == ["1.00", "0.25"] and not other.texts
 
 
-def test_agreement_names_every_point():
-    rows = [{"name": n, "x": x, **with_interval("y", y)} for n, x, y in [("first", 2, 5), ("last", 1, 7)]]
-    assert set(texts(figures.plot_agreement(rows, "x", "y", "loss", "ROUGE-2"))) == {"first", "last"}
+def test_agreement_names_every_point_above_all_bars():
+    points = [("first", 2, 5), ("published = searched", 1, 7), ("near", 1.01, 3)]
+    rows = [{"name": n, "x": x, **with_interval("y", y)} for n, x, y in points]
+    ax = figures.plot_agreement(rows, "x", "y", "loss", "ROUGE-2")
+    assert [text.strip() for text in texts(ax)] == [name for name, *_ in points] and not overlapping(ax)
+    assert all(text.get_window_extent().y0 >= ax.bbox.y1 - 1 for text in ax.texts)
 
 
 def test_stacked_bars_add_up_and_leave_out_what_is_nowhere():
-    rows = [{"name": "a", "weights": 2.0, "logits": 1.0, "nothing": 0.0}, {"name": "b", "weights": 0.5, "nothing": 0.0}]
-    ax = figures.plot_stacked(rows, ["weights", "logits", "nothing"], "GB", limit=4.0, limit_label="device")
+    rows = [{"name": "a", "weights (GB)": 2.0, "logits": 1.0, "nothing": 0.001}, {"name": "b", "weights (GB)": 0.5}]
+    ax = figures.plot_stacked(rows, ["weights (GB)", "logits", "nothing"], "GB", limit=4.0, limit_label="device")
     bars = [bar for bar in ax.patches if bar.get_width() > 0]
     assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(0.0, 0.5), (0.0, 2.0), (2.0, 1.0)]
     assert [text.strip() for text in texts(ax)] == ["3", "0.5", "device"]

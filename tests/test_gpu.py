@@ -19,7 +19,7 @@ from distill_utils.device import mixed_precision
 from distill_utils.distillation import objectives
 from distill_utils.experiments import launch
 from distill_utils.models import students
-from distill_utils.training.loop import Training, fit
+from distill_utils.training.loop import Training, fit, set_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 FAMILIES = {"bart": tiny_bart, "pegasus": tiny_pegasus, "t5": tiny_t5}
@@ -47,7 +47,7 @@ def batch_on(on: torch.device) -> dict:
 def losses_and_gradients(family: str, objective: str, on: torch.device, dtype, attention: str):
     teacher, student = (model.to(on) for model in models(family))
     for model in (teacher, student):
-        model.set_attn_implementation(attention)
+        set_attention(model, attention)
     with mixed_precision(on, dtype):
         losses = OBJECTIVES[objective](student, teacher, batch_on(on))
     losses["loss"].backward()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_t5, tiny_tokenizer
 from torch import distributed as dist
 
-from distill_utils.artifacts import InputError, read_json, write_json
+from distill_utils.artifacts import REPOSITORY, InputError, read_json, write_json
 from distill_utils.distillation import objectives
 from distill_utils.experiments import launch, miniend
 from distill_utils.experiments.miniend import AgnosticRun
 from distill_utils.models import students
 from distill_utils.models.loading import load_model, save_model
-from distill_utils.training import checkpoints, distributed, loop, optimizers
+from distill_utils.training import checkpoints, distributed, optimizers
 from distill_utils.training.loop import Training, read_history
 
 TRAINING = Training(
@@ -270,6 +271,29 @@ def test_what_a_process_refuses_is_said_by_the_one_that_started_it(place, forked
     assert "\n" not in str(error.value)
 
 
+def test_a_run_that_is_under_way_elsewhere_keeps_its_arrays(place, monkeypatch, tmp_path):
+    run, *rest = place
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path))
+    with pytest.raises(InputError, match="is prepared: start it"):
+        launch.distill(run, *rest, num_processes=0)
+    (array,) = tmp_path.glob("*/processes/tokens.npy")
+    before = array.stat().st_mtime_ns
+    hold = "import sys; from distill_utils.artifacts import lock\nwith lock(sys.argv[1]): print(flush=True), input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, array.parent], cwd=REPOSITORY, **pipes) as rank_0:
+        rank_0.stdout.readline()
+        with pytest.raises(InputError, match=f"in use by process {rank_0.pid}"):
+            launch.distill(run, *rest, num_processes=0)
+        rank_0.kill()
+    assert array.stat().st_mtime_ns == before
+
+
+def test_a_refusal_is_told_although_nccl_then_aborts_the_others(tmp_path):
+    (tmp_path / "torchrun.log").write_text("rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 7)\n")
+    write_json(tmp_path / "failed-1.json", {"time": 1.0, "refused": "learning_rate 9.0: use 0.1"})
+    assert isinstance(launch._failure(tmp_path), InputError)
+
+
 # ----------------------------------------------------------------------------------------------------- started, killed
 
 
@@ -324,15 +348,3 @@ def test_a_run_with_a_killed_process_stops_and_goes_on_in_another_number(place, 
         name = f"resumed-{num_processes}"
         shutil.copytree(runs, tmp_path / name)
         assert_same(distilled(name, launch.distill, run, *rest, num_processes=num_processes, sharded=sharded), straight)
-
-    # One that another run has written is refused by name.
-    written, batches = checkpoint / "state.json", lambda step: []
-    write_json(written, read_json(written) | {"data": loop._data_hash(batches(0))})
-    other = replace(run.training, learning_rate=0.1)
-    with pytest.raises(InputError, match=f"{checkpoint.name} was written with learning_rate 0.003, this run has 0.1"):
-        loop.fit(tiny_t5(2, 2), None, batches, other, folder)
-    with pytest.raises(InputError, match=f"{checkpoint.name} is of another model, decoder.block.1.* has shape"):
-        loop.fit(tiny_t5(2, 1), None, batches, run.training, folder)
-    (checkpoint / "optimizer.safetensors").unlink()
-    with pytest.raises(InputError, match=f"{checkpoint.name} lacks optimizer.safetensors"):
-        loop.fit(tiny_t5(2, 2), None, batches, run.training, folder)

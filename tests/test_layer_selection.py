@@ -172,6 +172,17 @@ def test_runs_name_the_layers_of_the_stacks_that_are_cut():
         checks.check_runs([run], tiny_bart(3, 2))
 
 
+def test_of_one_shape_the_better_student_is_taken_and_not_the_one_that_writes_less():
+    teacher = np.random.default_rng(0).uniform(5, 15, 200)
+    times = {"6-1": (2.0, 90.0, 9.5), "6-1 from layer 5": (2.0, 50.0, 9.1), "6-3": (3.0, 99.0, 10.0)}
+    times |= {"1-1": (1.0, 9.0, 2.0)}
+    keys = ("ms_per_token", "latency_ms", "rouge2")
+    rows = [{"label": label, **dict(zip(keys, values, strict=True))} for label, values in times.items()]
+    scores = {row["label"]: teacher + row["rouge2"] - 10 for row in rows}
+    assert selection.student_to_take(rows, scores, 0.9 * teacher, 4.0)["label"] == "6-1"
+    assert selection.student_to_take(rows, scores, 0.9 * teacher, 2.1) is None  # the other is no good
+
+
 def test_verdict_tells_a_win_from_noise():
     searched, other = np.full(60, 9.0), np.full(60, 8.0)
     win = selection.compare("searched", searched, "the published table", other)

@@ -57,6 +57,8 @@ def refusal(function, *arguments, **settings) -> str:
 @pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "csv", "parquet"])
 def test_pairs_from_a_folder_of_every_format(tmp_path, capsys, ending):
     rows = [*ROWS, {"id": "a", "document": "", "summary": "S."}, {"id": "b", "document": "D.", "summary": None}]
+    tmp_path = tmp_path / "news [v2] *"  # no pattern
+    tmp_path.mkdir()
     write_rows(tmp_path / f"train.{ending}", rows)
     loaded = loading.load_pairs(str(tmp_path), "train")
     assert loaded.column_names == ["id", "document", "summary"] and loaded.to_list() == ROWS
@@ -104,6 +106,8 @@ BAD_FILES = {
     "empty.csv": (b"", "csv"),
     "header.csv": (b"document,summary\n", "header.csv"),
     "ragged.csv": (b"document,summary\na,b\na,b,c,d\n", "line 3"),
+    "commas.csv": (b"document,summary\na, b,c\nd, e,f\n", "double quotes"),
+    "open.csv": (b'document,summary\na,b\n"c,d\n', "double quotes"),
     "text.parquet": (b"no parquet", "parquet"),
     "rows.xlsx": (b"x", ".jsonl.gz, .json, .csv, .parquet"),
     "half.jsonl": (PAIR + b'{"document": "a \\ud83d", "summary": "b"}\n', "line 2 has half a character"),
@@ -132,6 +136,15 @@ def test_a_list_of_sentences_is_their_text_and_a_whole_surrogate_pair_a_characte
     (tmp_path / "rows.jsonl").write_text('{"document": ["One.", "Two."], "summary": "\\ud83d\\ude00 smiles"}\n')
     (row,) = loading.load_pairs(str(tmp_path / "rows.jsonl"), "train").to_list()
     assert (row["document"], row["summary"]) == ("One. Two.", "\N{GRINNING FACE} smiles")
+
+
+def test_cells_of_csv_are_text_as_written(tmp_path):
+    summaries = ["007", "None", "1e5", "NA", *map(str, range(11_000)), "text after numbers"]
+    long = "a " * 70_000
+    lines = [f'{i},"{long if i == 3 else "d"}, quoted",{summary}' for i, summary in enumerate(summaries)]
+    (tmp_path / "train.csv").write_text("id,document,summary\n" + "\n".join([*lines, "x9,no summary"]) + "\n")
+    rows = loading.load_pairs(str(tmp_path), "train")
+    assert list(rows["summary"]) == summaries and rows["document"][3] == f"{long}, quoted"
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -178,6 +191,8 @@ def test_impossible_requests_are_rejected(tmp_path, monkeypatch):
         for load in (loading.load_pairs, loading.load_text):
             assert "does not exist" in refusal(load, str(path), "train")
     assert "-1" in refusal(loading.load_pairs, str(tmp_path), "train", num=-1)
+    monkeypatch.setenv("DISTILL_CORPUS", str(tmp_path))
+    assert "holds no corpus" in refusal(loading.load_pairs, "pydocs", "train")
     for load, name in ((loading.load_pairs, str(tmp_path)), (loading.load_classification, "family"),
                        (loading.load_text, "pydocs")):  # fmt: skip
         message = refusal(load, name, "dev")
@@ -203,6 +218,7 @@ def test_one_file_is_cut_by_a_hash_of_the_text(tmp_path):
     one = write_rows(tmp_path / "one.jsonl", ROWS[:1])
     messages = [refusal(loading.load_pairs, one, split) for split in loading.SPLITS if split != "train"]
     assert "(validation) has 0 usable rows" in messages[0] and "(test) has 0 usable rows" in messages[1]
+    assert "folder with a file for each" in messages[0]
     (tmp_path / "blank.txt").write_text("\n \n\n")
     assert "0 usable rows" in refusal(loading.load_text, str(tmp_path / "blank.txt"))
 
@@ -472,9 +488,7 @@ def test_several_targets_of_a_document_take_turns():
     ("forced", "bias", "kept"), [(BOS, 0.0, True), (5, 0.0, False), (None, 99.0, True), (None, -99.0, False)]
 )
 def test_labels_begin_with_the_start_token_where_the_model_writes_it(tmp_path, forced, bias, kept):
-    tokenizer, model = tiny_tokenizer(), tiny_bart()
-    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer, model = bart_like(), tiny_bart()
     model.generation_config.forced_bos_token_id = forced
     model.final_logits_bias[0, BOS] = bias  # a model of the hub learned it, an embedded one the reverse
     save_model(model, tokenizer, tmp_path / "model")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bart, tiny_batch, tiny_t5
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import PreTrainedModel
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError, read_json
@@ -169,6 +170,18 @@ def test_recomputed_activations_give_the_same_gradients(make, left_early):
             assert (len(runs) > before) == recompute
         found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert equal(*found) and any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
+
+
+def test_transformers_5_17_is_spoken_to_as_it_understands(monkeypatch):
+    """It has recomputation under its old name, and leaves out stacks whose configs are copies of the model's."""
+    asked = []
+    loop.recompute_activations(SimpleNamespace(gradient_checkpointing_enable=asked.append))
+    assert asked == [{"use_reentrant": False}]
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda self, name: vars(self.config).update(
+        _attn_implementation_internal=name))  # fmt: skip
+    model = tiny_t5(1, 1)
+    loop.set_attention(model, "eager")
+    assert {part.config._attn_implementation for part in (model, model.encoder, model.decoder)} == {"eager"}
 
 
 # ------------------------------------------------------------------------------------------------- frozen parts, modes

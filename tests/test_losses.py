@@ -134,7 +134,7 @@ def test_half_precision_inputs_are_computed_in_float32(logits):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.2, 0.8)])
-@pytest.mark.parametrize(("temperature", "mix", "label_smoothing"), [(1.0, 1.0, 0.0), (2.0, 0.4, 0.1), (0.5, 1.0, 0.2)])
+@pytest.mark.parametrize(("temperature", "mix", "label_smoothing"), [(1.0, 1.0, 0.0), (2.0, 0.4, 0.1), (0.5, 0.0, 0.2)])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_weighted_sum_and_its_gradient_are_those_of_the_terms(
@@ -326,10 +326,7 @@ def test_relations_need_a_gradient_only_where_the_student_does():
 
 def test_impossible_relations_are_rejected():
     student, teacher, mask = relation_case()
-    message = (
-        "num_relation_heads 8 does not divide the inner widths 12 of the student and 24 of the teacher: use one of "
-    )
-    with pytest.raises(ValueError, match=message + "1, 2, 3, 4, 6, 12$"):
+    with pytest.raises(ValueError, match="num_relation_heads 8 .* 12 .* 24 .*: use one of 1, 2, 3, 4, 6, 12$"):
         relation_loss(student, teacher, mask, 8)
     with pytest.raises(ValueError, match=r"\(3, 5, 12\) and \(3, 4, 24\) do not fit mask \(3, 5\)"):
         relation_loss(student, teacher[:, :4], mask, 4)

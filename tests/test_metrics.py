@@ -60,7 +60,7 @@ def test_diagnostics_numbers_names_empty_and_repeating():
     document = "Read up to 1,000 rows with numpy.ndarray from MySQL. Uses read_rows and 2.5 seconds. In Paris."
     written = [
         "Return 1,000 rows of numpy.ndarray. Uses read_rows.",  # Return and Uses only begin sentences
-        "Reads 25 rows in 2.5 s from PostgreSQL or from Paris.",
+        "Reads 25 rows in 2.5 s from PostgreSQL or from Paris, 2.5x.",  # 2.5x is no number, nor is its 2
         "",
         "rows rows rows rows of",
     ]

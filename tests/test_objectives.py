@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from test_hooks import one_stack
 from test_losses import ce_loss, kl_loss
 from tiny_models import EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_bart, tiny_batch
-from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives
@@ -404,52 +404,28 @@ def test_miniend_of_a_teacher_with_itself_is_zero_in_every_term(family):
     assert all(value.item() == pytest.approx(0.0, abs=1e-5) for value in losses.values())
 
 
-def unused(family, names):
-    """The names of an encoder-decoder's weights that the patterns of the family match, of a student of 2-2 layers."""
-    bart = family != "t5"
-    last = {
-        "encoder": r"model\.encoder\.layers\.1\." if bart else r"encoder\.block\.1\.layer\.",
-        "decoder": r"model\.decoder\.layers\.1\." if bart else r"decoder\.block\.1\.layer\.",
-    }
-    after_norm = family == "bart"  # elsewhere the norm stands before the attention, which then needs it
-    behind_self = r"(self_attn\.out_proj|fc|final_layer_norm" + (r"|self_attn_layer_norm" if after_norm else "") + ")"
-    cross = r"(encoder_attn\.|encoder_attn_layer_norm)"
-    behind_cross = (
-        r"(encoder_attn\.out_proj|fc|final_layer_norm" + (r"|encoder_attn_layer_norm" if after_norm else "") + ")"
-    )
-    final = {side: rf"(model\.{side}\.layer_norm|{side}\.final_layer_norm)" for side in last}
-    patterns = {
-        "encoder_self_loss": [
-            last["encoder"] + (behind_self if bart else r"(0\.SelfAttention\.o|1)"), final["encoder"],
-            r"model\.decoder\.(?!embed_tokens)", r"decoder\.(?!embed_tokens)",
-        ],
-        "decoder_self_loss": [
-            *([last["decoder"] + part for part in (behind_self, cross)] if bart
-              else [last["decoder"] + r"(0\.SelfAttention\.o|1|2)"]), final["decoder"],
-        ],
-        "cross_loss": [last["decoder"] + (behind_cross if bart else r"(1\.EncDecAttention\.o|2)"), final["decoder"]],
-    }  # fmt: skip
-    return {term: {name for name in names if any(map(partial(re.match, string=name), some))}
-            for term, some in patterns.items()}  # fmt: skip
-
-
 @pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
 def test_gradients_of_relations_reach_exactly_what_stands_before_them(family):
     teacher, student, batch = FAMILIES[family](3, 3), narrow(family), tiny_batch()
-    names = [name for name, weight in student.named_parameters() if weight.requires_grad]
-    expected = unused(family, names)
+    names = {name for name, weight in student.named_parameters() if weight.requires_grad}
+    before = {}
+    for term, (site, _) in objectives.RELATION_TERMS.items():
+        with capture(student, [(site, -1)]) as captured:
+            student(**batch)
+        before[term] = gradients(student, sum(vectors.sum() for vectors in captured[site, -1].values())).keys()
+    encoder, decoder = ({name for name in names if re.search(rf"{side}coder\.\w+\.1\..*(fc1|wi)", name)}
+                        for side in ("en", "de"))  # the last layers' feed-forward  # fmt: skip
+    assert encoder and not encoder & before["encoder_self_loss"]
     # With cross-attention in the first decoder layer, decoder terms reach all of the encoder, its last FFN included.
-    assert all(name.partition("coder.")[0].endswith("de") for name in expected["decoder_self_loss"])
-    expected["P4"] = expected["encoder_self_loss"] & expected["decoder_self_loss"]
-    expected["P6"] = expected["P4"] & expected["cross_loss"]
-    for term, without in expected.items():
-        weights = {"P4": {"cross_weight": 0.0}, "P6": {}}.get(term) or ONLY.get(term, {})
+    assert encoder <= before["decoder_self_loss"] and encoder <= before["cross_loss"]
+    assert decoder and not any(decoder & reached for reached in before.values())
+    paths = {(term,): ONLY[term] for term in ONLY} | {tuple(ONLY)[:2]: {"cross_weight": 0.0}, tuple(ONLY): {}}
+    for terms, weights in paths.items():
         found = gradients(student, RELATED(student, teacher, batch, **weights)["loss"])
-        assert set(names) - found.keys() == without and without, term
-        assert all(gradient.abs().sum() > 0 for name, gradient in found.items()), term
+        assert found.keys() == set().union(*(before[term] for term in terms)), terms
+        assert all(gradient.abs().sum() > 0 for gradient in found.values()), terms
     assert all(weight.grad is None for weight in teacher.parameters())
-    trained = gradients(student, RELATED(student, teacher, batch, kl_weight=1.0)["loss"])
-    assert trained.keys() == set(names)
+    assert gradients(student, RELATED(student, teacher, batch, kl_weight=1.0)["loss"]).keys() == names
 
 
 @pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
@@ -472,30 +448,21 @@ def test_miniend_runs_no_further_than_its_terms_need(family):
     assert not any(module._forward_hooks and "capture" in str(module._forward_hooks) for module in teacher.modules())
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_miniend_serves_models_of_one_stack(causal):
-    shape = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 2, "pad_token_id": PAD, "max_position_embeddings": 64}
-    models = []
-    for layers, width in ((2, 8), (3, 16)):
-        sizes = shape | {"hidden_size": width, "num_hidden_layers": layers}
-        models.append(
-            OPTForCausalLM(OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=width)).eval() if causal
-            else BertForMaskedLM(BertConfig(**sizes, intermediate_size=32)).eval()
-        )  # fmt: skip
-    student, teacher = models
+@pytest.mark.parametrize(("family", "site"), [("bert", "encoder_self"), ("opt", "decoder_self")])
+def test_miniend_serves_models_of_one_stack(family, site):
+    student, teacher = models = one_stack(family, 2, 8), one_stack(family, 3, 16)
     batch = tiny_batch()
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    only = ONLY["decoder_self_loss" if causal else "encoder_self_loss"]
+    only = ONLY[f"{site}_loss"]
     losses = RELATED(student, teacher, batch, **only, ce_weight=1.0, kl_weight=1.0)
     assert losses["ce_loss"].item() == pytest.approx(student(**batch).loss.item(), rel=1e-5)
-    site = "decoder_self" if causal else "encoder_self"
     vectors = []
     for model in models:
         with capture(model, [(site, -1)]) as captured:
             model(**batch)
         vectors.append(captured[site, -1])
     mask = batch["attention_mask"]
-    expected = sum(relation_loss(vectors[0][name], vectors[1][name], mask, 4, causal) for name in "qkv")
+    expected = sum(relation_loss(vectors[0][name], vectors[1][name], mask, 4, family == "opt") for name in "qkv")
     torch.testing.assert_close(losses[f"{site}_loss"], expected / 3)
     same = RELATED(teacher, teacher, batch, **only, kl_weight=1.0, hidden_weight=1.0)
     assert same["loss"].item() == pytest.approx(0.0, abs=1e-5)

@@ -16,6 +16,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives, teacher_cache
 from distill_utils.experiments import miniend
 from distill_utils.planning import plan, step
+from distill_utils.training.loop import set_attention
 
 SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 80, "num_heads": 4}
 TEXT = {"source_length": 20, "target_length": 12, "batch_size": 8}
@@ -59,7 +60,7 @@ def test_flops_agree_with_a_count_by_hand(on, attention):
 def test_flops_agree_with_those_of_a_real_step(objective):
     student, teacher = (T5ForConditionalGeneration(config) for config in configs())
     for model in (student.train(), teacher.eval()):
-        model.set_attn_implementation("eager")  # the counter knows no fused kernel of the CPU
+        set_attention(model, "eager")  # the counter knows no fused kernel of the CPU
     ids = torch.randint(5, tiny_models.VOCAB_SIZE, (8, 32))
     batch = {"input_ids": ids[:, :20], "labels": ids[:, 20:].contiguous()}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -272,7 +273,7 @@ def test_first_call_is_not_timed():
 def test_encoder_flops_agree_with_torch():
     num_tokens = 24
     model = tiny_models.tiny_bart(d_model=64, encoder_ffn_dim=256).eval()
-    model.set_attn_implementation("eager")  # plain products, which the counter sees
+    set_attention(model, "eager")  # plain products, which the counter sees
     ids = torch.full((1, num_tokens), 5)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

@@ -185,7 +185,7 @@ def test_labels_are_no_longer_than_the_model_has_positions(tmp_path):
         model.final_logits_bias[0, :5] = -1000.0  # no special token, so that every text has its full length
     converted = ctranslate.to_ctranslate2(save(model, tokenizer, tmp_path / "model"), tmp_path / "converted")
     greedy = {"max_source_length": 16, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0}
-    decoding = {"num_candidates": 1, "num_beams": 1, "min_length": 0} | dict.fromkeys(pseudo_labels.SAMPLING)
+    given = model.generation_config, model.config.to_dict()
     engines = (
         partial(generation.summarize, model, tokenizer, ["the list"]),
         lambda **given: ctranslate.summarize_ctranslate2(converted, tokenizer, ["the list"], **given)[0],
@@ -194,9 +194,9 @@ def test_labels_are_no_longer_than_the_model_has_positions(tmp_path):
         assert len(write(**greedy, max_new_tokens=64)[0].split()) == 64
         with pytest.raises((IndexError, RuntimeError)):
             write(**greedy, max_new_tokens=65)
-    pseudo_labels._check_decoding(decoding | {"max_new_tokens": 64}, 96, 64)
+    pseudo_labels.checked_decoding(*given, num_beams=1, max_new_tokens=64)
     with pytest.raises(InputError, match="max_new_tokens 65 is beyond the model's 64 positions"):
-        pseudo_labels._check_decoding(decoding | {"max_new_tokens": 65}, 96, 64)
+        pseudo_labels.checked_decoding(*given, num_beams=1, max_new_tokens=65)
 
 
 # ------------------------------------------------------------------------------------------------------------ filters

@@ -300,7 +300,7 @@ def test_every_method_sees_the_same_documents_in_every_update(based, monkeypatch
     assert seen("pl_kl", label_filters=filters) == filtered
 
 
-def test_cooldowns_of_a_method_share_a_trunk_and_results_name_where_it_stopped(place):
+def test_cooldowns_of_a_method_share_a_trunk_and_results_name_where_it_stopped(place, tmp_path):
     base, teacher, tokenizer = place
     train, validation = planted(16, 1), planted(6, 2)
     cooled = replace(base.training, schedule="cooldown", cooldown_share=0.5, eval_every=1, max_steps=8)
@@ -313,11 +313,20 @@ def test_cooldowns_of_a_method_share_a_trunk_and_results_name_where_it_stopped(p
     assert rates == [[1e-3] * 5 + [7.5e-4, 5e-4, 2.5e-4], [1e-3] * 3 + [5e-4]]
 
     patient = replace(base.training, learning_rate=10.0, eval_every=1, max_steps=9, patience=2)
-    folder = runs.train_student(replace(base, training=patient), teacher, tokenizer, train, validation)
+    run = replace(base, training=patient)
+    folder = runs.train_student(run, teacher, tokenizer, train, validation)
     results, history = read_json(folder / "results.json"), read_history(folder)
     losses = [row["validation_ce"] for row in history]
     assert results["best_step"] == 1 + losses.index(min(losses)) and results["stop_metric"] == "validation_ce"
     assert results["trained_steps"] == results["best_step"] + 2 < 9
+    write_json(tmp_path / "results.json", {})
+    write_json(tmp_path / "scores.json", {"rouge2": [1.0]})
+    row = comparison.result_row(run, folder, tmp_path, 0.0)
+    student, _ = load_model(folder / "student")  # the row's losses are those of the weights that were kept
+    held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
+    for name, loss in runs.held_out_losses(student, teacher, held_out).items():
+        assert row[name] == pytest.approx(loss, rel=1e-4)
+    assert row["validation_ce"] < losses[-1] and row["steps"] == results["trained_steps"]
 
 
 def test_targets_of_another_teacher_are_not_reused(place):

@@ -109,6 +109,7 @@ def test_equal_cost_counts_both_rounds():
     [
         ({"devices": [1, 0]}, "plan_devices 0 is too small"),
         ({"devices": [3]}, "3 devices do not divide plan_batch_size 8"),
+        ({"batch_size": 12, "micro_batch_size": 4}, "2 devices do not divide .* passes of plan_micro_batch_size 4"),
         ({"steps": 0}, "plan_steps 0"),
         ({"micro_batch_size": -1}, "plan_micro_batch_size -1"),
         ({"models": ["t5-3b"]}, "has no student"),

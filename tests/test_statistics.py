@@ -98,6 +98,7 @@ def planted(num_seeds: int, seed_sd: float = 1.0, num_documents: int = 60, seed:
         (statistics.compare, (np.ones(9), np.ones(8)), "8 of the baseline"),
         (statistics.compare, (planted(2), planted(3)), "2 seeds against 3"),
         (statistics.bootstrap_interval, (np.ones((1, 0)),), "no values"),
+        (statistics.compare, ([1.0, np.nan, 3.0], np.zeros(3)), "not finite"),
         (statistics.cka, ([torch.randn(3, 4)],), "3 tokens"),
     ],
 )

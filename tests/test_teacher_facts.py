@@ -36,22 +36,12 @@ def test_split_sizes_and_package_shares():
     assert first == {"package": "pandas", "train (%)": pytest.approx(200 / 3), "test (%)": 50.0}
 
 
-@pytest.mark.parametrize(
-    ("identifier", "name"),
-    [
-        ("pandas.core.series:Series.drop_duplicates", "series drop duplicates"),
-        ("x:HTMLParser.feed2", "html parser feed 2"),
-        ("x:__all__", "all"),
-        ("plain", ""),
-    ],
-)
-def test_object_name(identifier, name):
-    assert comparison.object_name(identifier) == name
-
-
 def test_rules_take_the_length_of_training_references():
     rules = comparison.rule_summaries(TRAIN, TEST, named=True)
     assert rules == {"lead_words": ["four", "five six"], "object_name": ["data frame drop level", "walk"]}
+    named = {"a.b:Series.drop_none": "series drop none", "x:HTMLParser.feed2": "html parser feed 2", "x:__all__": "all"}
+    named["plain"] = ""
+    assert {identifier: comparison.object_name(identifier) for identifier in named} == named
     assert "object_name" not in comparison.rule_summaries(TRAIN, TEST, named=False)
     long = pairs(("a", "one two three four", "w"))
     assert comparison.rule_summaries(TRAIN, long, named=False)["lead_words"] == ["one two three"]  # 8 words over 3

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import submitit
 
 from distill_utils import workers
 from distill_utils.artifacts import InputError, lock
@@ -60,6 +62,18 @@ def test_one_that_always_dies_is_named_with_the_end_of_its_log(tmp_path):
         share_out(task, {"bad": (tmp_path / "tries",), "long": ("",)}, workers=2)
     assert "\n" not in str(error.value) and (tmp_path / "tries").read_text().split() == ["tried"] * workers.TRIES
     assert time.monotonic() - began < 60  # the other was stopped
+
+
+def test_on_a_cluster_the_fix_is_sbatchs(monkeypatch, tmp_path):
+    job = SimpleNamespace(paths=SimpleNamespace(result_pickle=tmp_path / "none"), stderr=lambda: "killed")
+    executor = SimpleNamespace(update_parameters=lambda **_: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(submitit, "SlurmExecutor", lambda folder: executor)
+    monkeypatch.setattr(workers, "_submit", lambda *_: job)
+    monkeypatch.setattr(workers, "_ended", lambda jobs, slurm: list(jobs))
+    monkeypatch.setattr(workers, "SLURM_SECONDS", 0.0)
+    with pytest.raises(InputError, match="SBATCH_MEM_PER_NODE"):  # there are no workers to use fewer of
+        share_out(print, {"one": ()}, slurm="long")
 
 
 def test_errors_of_a_process_reach_the_caller():

@@ -4,6 +4,7 @@ One file, and a hub set with nothing but "train", is cut into 80 % train, 10 % v
 text. InputError for an unknown name, a missing file, split or column, a broken line, and when nothing is left.
 """
 
+import glob
 import gzip
 import hashlib
 import io
@@ -11,6 +12,7 @@ import json
 import os
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +21,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 from datasets import Dataset, IterableDataset, disable_progress_bars, load_dataset
 
 from distill_utils.artifacts import InputError, artifact, read_json, report_progress, write_atomic
@@ -64,7 +67,7 @@ def load_pairs(
     if undivided:
         kept = [row for row in kept if _drawn_split(row["document"]) == split]
         print(f"{name} has no splits: {len(kept)} rows drawn for {split} by a hash of the document")
-    check_count(label, len(kept), num)
+    check_count(label, len(kept), num, undivided)
     rows = Dataset.from_list(kept[:num] if num else kept)
     rows.info.dataset_name = path.name if (path := Path(name).expanduser()).exists() else name  # for model cards
     return rows
@@ -95,7 +98,7 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
         texts = (_text(text) for rows in found.select_columns(column).iter(1000) for text in rows[column])
         kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
         kept = list(islice(kept, num or None))
-    check_count(label, len(kept), num)
+    check_count(label, len(kept), num, undivided)
     return kept
 
 
@@ -123,8 +126,10 @@ def corpus_folder() -> Path:
 
     The environment variable DISTILL_CORPUS names one that was built elsewhere: other package versions give other text.
     """
-    if os.environ.get("DISTILL_CORPUS"):
-        return Path(os.environ["DISTILL_CORPUS"])
+    if named := os.environ.get("DISTILL_CORPUS"):
+        if not Path(named, "results.json").is_file():
+            raise InputError(f"DISTILL_CORPUS {named} holds no corpus: name a folder like runs/pydocs-..., or unset it")
+        return Path(named)
 
     def build(folder: Path) -> dict:
         progress = partial(report_progress, folder, unit="files")
@@ -150,7 +155,7 @@ def corpus_folder() -> Path:
 
 
 def _corpus_table(kind: str, split: str) -> Dataset:
-    return Dataset.from_parquet(str(corpus_folder() / f"{kind}-{split}.parquet"), keep_in_memory=True)
+    return _read_parquet(corpus_folder() / f"{kind}-{split}.parquet")
 
 
 def corpus_facts() -> dict:
@@ -169,10 +174,11 @@ def check_request(split: str, num: int = 0) -> None:
         raise InputError(f"number of examples {num} is negative: use 0 for all of them")
 
 
-def check_count(label: str, found: int, num: int) -> None:
+def check_count(label: str, found: int, num: int, undivided: bool = False) -> None:
     """Raise InputError where there is no row, and say so where there are fewer than asked for."""
     if not found:
-        raise InputError(f"{label} has 0 usable rows: give at least one")
+        fix = "give more, or a folder with a file for each split" if undivided else "give at least one"
+        raise InputError(f"{label} has 0 usable rows: {fix}")
     if found < num:
         print(f"{label}: {found} rows are all there is, {num} were asked for")
 
@@ -245,14 +251,25 @@ def read_files(path: Path, split: str) -> Dataset:
     if path.suffix == ".txt":
         texts = re.split(r"\n\s*\n", _decode(path.read_bytes(), path.name).replace("\r\n", "\n"))
         return Dataset.from_dict({"text": [text.strip() for text in texts]})
-    reader = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix)
+    reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix)
     if reader is None:
         return _read_json_lines(path)
     try:
-        return reader(str(path), keep_in_memory=True)
+        return reader(path)
     except Exception as error:  # the readers raise many kinds; where one is wrapped, its cause names the line
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise InputError(f"file {path.name!r} cannot be read as {path.suffix[1:]}: {reason}") from error
+        fix = "save it again, CSV as UTF-8 with texts in double quotes"
+        raise InputError(f"file {path.name!r} cannot be read as {path.suffix[1:]}: {reason}; {fix}") from error
+
+
+def _read_csv(path: Path) -> Dataset:
+    with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # cells beyond the header's
+        # Cells as they are written: guesses make 7 of 007, nothing of None, and an index of the first column.
+        return Dataset.from_pandas(pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False))
+
+
+def _read_parquet(path: Path) -> Dataset:
+    return Dataset.from_parquet(glob.escape(str(path)), keep_in_memory=True)  # it takes a pattern
 
 
 def _decode(content: bytes, name: str, offset: int = 0) -> str:

@@ -11,7 +11,7 @@ returned. `kl_loss` is the divergence in use, forward KL unless `divergence` nam
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -378,9 +378,7 @@ def layer_outputs(
         state = inputs if match == "inputs" else output
         states[layer_id] = state[0] if isinstance(state, tuple) else state
 
-    hooks = [layers[i].register_forward_hook(partial(keep, i)) for i in layer_ids]
-    try:
+    with ExitStack() as hooks:
+        for i in layer_ids:
+            hooks.enter_context(layers[i].register_forward_hook(partial(keep, i)))
         yield states
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -102,11 +102,6 @@ def pseudo_labels(
     return read_labels(folder)
 
 
-def count_written(folder: Path) -> int:
-    """Return how many labels lie in the shards of a folder whose writing was cut off."""
-    return sum(shard.read_bytes().count(b"\n") for shard in (folder / "shards").glob("*.jsonl"))
-
-
 def read_labels(folder: Path) -> Dataset:
     """Return all rows of a folder's pseudo_labels.jsonl, unusable ones included."""
     with open(folder / "pseudo_labels.jsonl", encoding="utf-8") as file:
@@ -213,20 +208,16 @@ def checked_decoding(
     own: GenerationConfig, config: dict, *, num_candidates: int = 1, temperature: float | None = None,
     top_k: int | None = None, top_p: float | None = None, **decoding: int | float | None,
 ) -> dict:  # fmt: skip
-    """Return all settings that labels are decoded with: those given, else a model's `own`; InputError if impossible."""
+    """Return all settings that labels are decoded with: those given, else a model's `own`.
+
+    Raises InputError where lengths, or beams, candidates and sampling, do not go together.
+    """
     if temperature is not None:  # the penalty is for beams
         decoding |= {"num_beams": decoding.get("num_beams") or 1, "length_penalty": 1.0}
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    found = {"num_candidates": num_candidates, **sampling, **generation.decoding_settings(own, **decoding)}
-    _check_decoding(found, config.get("vocab_size"), config.get("max_position_embeddings"))
-    return found
-
-
-def _check_decoding(settings: dict, vocab_size: int | None, positions: int | None = None) -> None:
-    """Raise InputError where lengths, or beams, candidates and sampling, do not go together."""
-    temperature, top_k, top_p = (settings[name] for name in SAMPLING)
-    num_beams, num_candidates = settings["num_beams"], settings["num_candidates"]
-    shortest, longest = settings["min_length"], settings["max_new_tokens"]
+    settings = {"num_candidates": num_candidates, **sampling, **generation.decoding_settings(own, **decoding)}
+    vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    num_beams, shortest, longest = (settings[name] for name in ("num_beams", "min_length", "max_new_tokens"))
     if positions and longest > positions:
         raise InputError(f"max_new_tokens {longest} is beyond the model's {positions} positions: lower it")
     if shortest > longest:
@@ -236,13 +227,11 @@ def _check_decoding(settings: dict, vocab_size: int | None, positions: int | Non
     if num_candidates < 1 or (temperature is None and num_candidates > num_beams):
         most = f"1 to {num_beams}, more num_beams, or a temperature to sample" if temperature is None else "at least 1"
         raise InputError(f"num_candidates {num_candidates} of {num_beams} beams: give {most}")
-    if temperature is None:
-        if top_k is not None or top_p is not None:
-            raise InputError(f"top_k {top_k} and top_p {top_p} are for sampling: give a temperature too, such as 1.0")
-        return
-    if temperature <= 0:
+    if temperature is None and (top_k is not None or top_p is not None):
+        raise InputError(f"top_k {top_k} and top_p {top_p} are for sampling: give a temperature too, such as 1.0")
+    if temperature is not None and temperature <= 0:
         raise InputError(f"temperature {temperature} draws nothing: give more than 0, or none for beams")
-    if num_beams > 1:
+    if temperature is not None and num_beams > 1:
         raise InputError(f"num_beams {num_beams} with a temperature: sampling has no beams, leave num_beams out")
     if top_k is not None and top_p is not None:
         raise InputError(f"top_k {top_k} and top_p {top_p} together mean different things to the engines: give one")
@@ -250,6 +239,7 @@ def _check_decoding(settings: dict, vocab_size: int | None, positions: int | Non
         raise InputError(f"top_k {top_k} is outside 1 to {vocab_size}, the vocabulary: change it")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p {top_p} is no probability above 0: give at most 1")
+    return settings
 
 
 def _choose_engine(model_folder: Path, engine: str) -> str:

@@ -100,8 +100,8 @@ def facts_written(document: str, prediction: str) -> dict[str, list[tuple[re.Mat
     """Return the `numbers` and `names` of a prediction, and of each whether it stands in the document."""
     known_numbers = set(re.findall(r"\d+(?:[.,]\d+)*", document))
     known_names = set(re.findall(r"[^\W\d]\w*", document.lower()))
-    # Numbers that are words of their own, with inner points and commas: 3, 0.25, 1,000.
-    numbers = re.finditer(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)", prediction)
+    # Numbers that are words of their own, with inner points and commas: 3, 0.25, 1,000; of 2.5x not the 2 either.
+    numbers = re.finditer(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w|[.,]\d)", prediction)
     return {
         "numbers": [(match, match[0] in known_numbers) for match in numbers],
         "names": [(match, known_names.issuperset(match[0].lower().split("."))) for match in _names(prediction)],

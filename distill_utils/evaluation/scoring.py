@@ -33,25 +33,18 @@ def evaluate_model(
     Quality: ROUGE with 95 % bootstrap intervals over documents, a paired test against `baseline` (the teacher's
     artifact) and text diagnostics. Speed is measured on the first `num_speed` documents, with 0 not at all.
     """
-    settings = {
-        "model": fingerprint,
-        "data": data_fingerprint(test),
-        "max_source_length": max_source_length,
-        "prefix": prefix,
-        "baseline": baseline.name if baseline else None,
-        "num_speed": num_speed,
-        **generation_settings,
-    }
+    options = {"max_source_length": max_source_length, "prefix": prefix, **generation_settings}
+    settings = {"model": fingerprint, "data": data_fingerprint(test), "num_speed": num_speed, **options}
+    settings["baseline"] = baseline.name if baseline else None
 
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
-        options = {"max_source_length": max_source_length, "prefix": prefix}
-        predictions = summarize(model, tokenizer, documents, **options, progress=progress, **generation_settings)
+        predictions = summarize(model, tokenizer, documents, progress=progress, **options)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)
         if num_speed:
-            row |= measure_speed(model, tokenizer, documents[:num_speed], **options, **generation_settings)
+            row |= measure_speed(model, tokenizer, documents[:num_speed], **options)
         columns = {"id": list(test["id"]), "document": documents, "reference": references, "prediction": predictions}
         lines = pd.DataFrame(columns).to_json(orient="records", lines=True, force_ascii=False)
         write_atomic(folder / "predictions.jsonl", lines)

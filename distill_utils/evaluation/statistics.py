@@ -79,10 +79,8 @@ def detectable_difference(
     `document_sd` is the standard deviation of the paired difference per document, `seed_sd` of its mean per seed.
     """
     documents = document_sd / num_documents**0.5
-    seeds, reach = 0.0, 0.0
-    if num_seeds > 1:
-        seeds = seed_sd / num_seeds**0.5
-        reach = stats.t.ppf(0.975, num_seeds - 1) * seeds
+    seeds = seed_sd / num_seeds**0.5 if num_seeds > 1 else 0.0
+    reach = stats.t.ppf(0.975, max(num_seeds - 1, 1)) * seeds
     shown_from = np.hypot(stats.norm.ppf(0.975) * documents, reach)
     return float(shown_from + stats.norm.ppf(0.8) * np.hypot(documents, seeds))
 
@@ -113,11 +111,11 @@ def _paired(values: np.ndarray, baseline: np.ndarray) -> tuple[np.ndarray, np.nd
     return tuple(np.broadcast_arrays(ours, theirs))
 
 
-def _bootstrap_means(values: np.ndarray, num_samples: int) -> np.ndarray:
-    """Return means over documents drawn with replacement, (samples,)."""
-    if not len(values):
-        raise ValueError("no values to draw from: score at least one document")
-    generator = np.random.default_rng(0)
+def _bootstrap_means(values: np.ndarray, num_samples: int, generator: np.random.Generator | None = None) -> np.ndarray:
+    """Return means over documents drawn with replacement, (samples,); without a generator the same draws every time."""
+    if not len(values) or not np.isfinite(values).all():  # of NaN every p-value would be the smallest
+        raise ValueError("no values to draw from, or some are not finite: give at least one document a score each")
+    generator = generator or np.random.default_rng(0)
     rows = max(1, 4_000_000 // len(values))  # draws at a time, for memory
     sizes = [min(rows, num_samples - start) for start in range(0, num_samples, rows)]
     draws = (generator.integers(len(values), size=(size, len(values))) for size in sizes)
@@ -149,25 +147,22 @@ def _ends(mean: float, drawn: np.ndarray, reach: float, level: float = 0.05) -> 
 def share_of_gap(ours: Mapping[str, np.ndarray], low: Mapping[str, np.ndarray], high: Mapping[str, np.ndarray]) -> dict:
     """Return which share of the way from `low` to `high` a system goes, mean over tasks, with its interval.
 
-    Each is {task: scores (seeds, documents)}, of the same seeds everywhere. Every draw takes new documents of every
-    task; seeds widen the interval as in `bootstrap_interval`. A task where `high` is not above `low` says nothing and
-    is left out; `tasks` names those that count.
+    Each is {task: scores (seeds, documents)}, of the same seeds everywhere. The interval is over new documents of every
+    task, by the delta method as in `share_of`, since a drawn gap may be next to nothing; seeds widen it as in
+    `bootstrap_interval`. A task where `high` is not above `low` says nothing and is left out; `tasks` names the others.
     """
-    generator, shares, parts = np.random.default_rng(0), [], []
+    generator, shares, parts, drawn = np.random.default_rng(0), [], [], []
     used = [task for task in ours if compare(high[task], low[task])["low"] > 0]
     for task in used:
         gain, gap = np.atleast_2d(ours[task] - low[task]), np.atleast_2d(high[task] - low[task])
-        share = gain.mean() / gap.mean()
-        parts.append((gain - share * gap) / gap.mean())
-        gain, gap = gain.mean(0), gap.mean(0)
-        drawn = generator.integers(len(gain), size=(1000, len(gain)))
-        drawn_shares = gain[drawn].mean(1) / np.maximum(gap[drawn].mean(1), 1e-9)
-        shares.append(np.append(drawn_shares, share))
+        shares.append(gain.mean() / gap.mean())
+        parts.append((gain - shares[-1] * gap) / gap.mean())
+        drawn.append(_bootstrap_means(parts[-1].mean(0), 1000, generator))
     if not used:
         return {"share": None, "low": None, "high": None, "tasks": []}
-    *drawn, mean = np.mean(shares, axis=0)
-    ends = _ends(mean, drawn, _seed_reach(0.05, *parts))
-    return {"share": float(mean), "low": ends[0], "high": ends[1], "tasks": used}
+    mean = float(np.mean(shares))
+    low_end, high_end = _ends(mean, mean + np.mean(drawn, axis=0), _seed_reach(0.05, *parts))
+    return {"share": mean, "low": low_end, "high": high_end, "tasks": used}
 
 
 def effect_sign(test: Mapping) -> int:
@@ -177,9 +172,12 @@ def effect_sign(test: Mapping) -> int:
 
 def interval_scope(num_seeds: int, what: str = "documents") -> str:
     """Return what an interval is over: with one seed it says nothing of another."""
-    if num_seeds == 1:
-        return f"one seed: intervals over {what} only"
-    return f"{num_seeds} seeds: intervals over {what} and seeds"
+    return f"{seeds_in_words(num_seeds)}: intervals over {what} {'only' if num_seeds == 1 else 'and seeds'}"
+
+
+def seeds_in_words(num_seeds: int) -> str:
+    """Return "one seed" or "3 seeds"."""
+    return "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
 
 
 def how_sure(test: Mapping, than: str = "") -> str:
@@ -196,9 +194,8 @@ def how_sure(test: Mapping, than: str = "") -> str:
 
 def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
     """Return which updates and seeds stand behind a result, and whether these are a demonstration."""
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
     reach = "A demonstration with" if num_seeds < 3 else "Based on"
-    return f"{reach} {max_steps:,} updates, {what} and {seeds}"
+    return f"{reach} {max_steps:,} updates, {what} and {seeds_in_words(num_seeds)}"
 
 
 def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, lower_is_better: bool = False) -> str:

@@ -14,10 +14,22 @@ from distill_utils.artifacts import InputError
 from distill_utils.evaluation import generation
 from distill_utils.evaluation.statistics import compare, effect_sign, holm
 from distill_utils.experiments import fine_tuning, runs
-from distill_utils.experiments.comparison import scores_over_seeds, training_seconds
+from distill_utils.experiments.comparison import FEW_DOCUMENTS, scores_over_seeds, training_seconds
 from distill_utils.models.loading import ASSETS
+from distill_utils.report.dashboard import VERDICTS
 
 FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length", "training", "prefix", "variant")
+
+# Fields that only some methods read: another one would train the same student under another name.
+READERS = {
+    **dict.fromkeys(("ce_weight", "kl_weight"), ("kd", "on_policy", "kd_cached")),
+    **dict.fromkeys(("hidden_weight", "match", "normalize_hidden", "supervise_forward", "teacher_dropout"), ("kd",)),
+    **dict.fromkeys(("divergence", "jsd_beta"), ("kd", "pl_kl", "on_policy")),
+    **dict.fromkeys(("top_k", "target_samples"), ("kd_cached",)),
+    **dict.fromkeys(("label_filters", "label_teachers", "cross_fit"), runs.ON_PSEUDO_LABELS),
+    "temperature": ("kd", "pl_kl", "on_policy", "kd_cached"),
+    "on_policy_share": ("on_policy",),
+}
 
 
 def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
@@ -36,6 +48,8 @@ def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
             changes["label_settings"] = changes.get("label_settings", base.label_settings) | {name[6:]: value}
         elif name not in known:
             raise InputError(f"ablation {text!r}: there is no {name}: use {', '.join(known)}, learning_rate")
+        elif method in runs.METHODS and method not in READERS.get(name, runs.METHODS):
+            raise InputError(f"ablation {text!r}: {method} does not read {name}, {', '.join(READERS[name])} does")
         elif type(value) not in kinds:
             raise InputError(f"ablation {text!r}: {name} cannot be {value!r}: write it like {default!r}")
         else:
@@ -111,7 +125,7 @@ def ablation_row(base: runs.StudentRun, text: str, tested: Mapping[str, Path], s
         return None
     ours, theirs = (scores_over_seeds([tested[name] for name in names]) for names in zip(*pairs, strict=True))
     means = {"score": float(ours.mean(0).mean()), "versus": float(theirs.mean(0).mean())}
-    return {"name": text, **means, **compare(ours, theirs)}
+    return {"name": text, "documents": ours.shape[1], **means, **compare(ours, theirs)}
 
 
 def ablation_rows(
@@ -135,20 +149,19 @@ def claim_rows(
 ) -> list[dict]:  # fmt: skip
     """Return one row per claim of the papers and the first author's logs: confirmed, contradicted, or neither.
 
-    Claims on other kinds of data than `dataset` are left out: "-cnn" is on all whose name does not hold it.
-
-    The file has more than what two runs of students can test; report/dashboard.py judges those from all pages.
+    Claims on other kinds of data than `dataset` are left out: "-cnn" is on all whose name does not hold it. Fewer than
+    FEW_DOCUMENTS test none, as the interval of two that agree holds no zero. The file has more than what two runs of
+    students can test; report/dashboard.py judges those from all pages.
     """
     claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'").fillna({"data": ""})
     meant = [(name.lstrip("-") in dataset) != name.startswith("-") for name in claims["data"]]
     claims = claims.loc[meant, ["claim", "comparison", "source"]]
-    words = {1: "confirmed", -1: "contradicted", 0: "not separable"}
     rows = []
     for claim in claims.to_dict("records"):
         test = ablation_row(base, claim["comparison"], tested, seeds)
         found = {"ROUGE-2": "", "seeds": "", "here": "not tested here"}
-        if test:
+        if test and test["documents"] >= FEW_DOCUMENTS:
             interval = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f})"
-            found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": words[effect_sign(test)]}
+            found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": VERDICTS[effect_sign(test)]}
         rows.append(claim | found)
     return rows

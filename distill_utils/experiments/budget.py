@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from distill_utils.artifacts import InputError
 from distill_utils.models import students
 
@@ -83,12 +85,9 @@ def choose_shapes(rows: Sequence[Mapping], budget: Mapping[str, float], every: b
     if every:
         return fitting
     layers = {shape: tuple(map(int, shape.split("-"))) for shape in fitting}
-    largest = [a for a in fitting if not any(a != b and _contains(layers[b], layers[a]) for b in fitting)]
+    larger = {a: [b for b in fitting if a != b and all(np.array(layers[b]) >= layers[a])] for a in fitting}
+    largest = [shape for shape in fitting if not larger[shape]]
     return sorted(largest, key=layers.get, reverse=True)[:MAX_SHAPES]
-
-
-def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
-    return outer[0] >= inner[0] and outer[1] >= inner[1]
 
 
 def fit_column(rows: Sequence[Mapping], budget: Mapping[str, float], chosen: Sequence[str]) -> list[str]:

@@ -87,10 +87,10 @@ def rule_summaries(train: Dataset, test: Dataset, named: bool) -> dict[str, list
 def rule_rows(train: Dataset, test: Dataset, named: bool) -> list[dict]:
     """Return the results rows of the rules."""
     documents, references = list(test["document"]), list(test["summary"])
-    rows = []
-    for name, summaries in rule_summaries(train, test, named).items():
-        rows.append({"method": name, "student": "", **evaluate_summaries(documents, summaries, references)[0]})
-    return rows
+    return [
+        {"method": name, "student": "", **evaluate_summaries(documents, summaries, references)[0]}
+        for name, summaries in rule_summaries(train, test, named).items()
+    ]
 
 
 def decoding_row(name: str, setting: Mapping, tested: Path) -> dict:
@@ -114,6 +114,8 @@ def result_row(
     """
     training = read_json(trained / "results.json")
     scores = [scoring.read_scores(folder)["rouge2"] for folder in (tested, teacher_test) if folder]
+    best = training.get("best_step")  # with patience the student has its best weights, not the last
+    kept = next((row for row in read_history(trained) if row["step"] == best), training["final"])
     return {
         "method": run.method,
         "student": run.shape,
@@ -123,13 +125,13 @@ def result_row(
         "parameters_m": round(training["parameters"]["total"] / 1e6, 3),
         "trainable_m": round(training["parameters"]["trainable"] / 1e6, 3),
         "num_train": training["num_train"],
-        "steps": run.training.max_steps,
+        "steps": training.get("trained_steps", run.training.max_steps),
         "learning_rate": run.training.learning_rate,
         "train_seconds": training_seconds(trained),
         "states_seconds": training.get("states_seconds"),
         "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
-        "validation_ce": training["final"]["validation_ce"],
-        "validation_kl": training["final"]["validation_kl"],
+        "validation_ce": kept["validation_ce"],
+        "validation_kl": kept["validation_kl"],
         **_measured(tested),
         **(statistics.share_of(*scores) if teacher_test else {}),
     }
@@ -237,6 +239,7 @@ def cost_table(
         stored = ["decoder"] if run.cache_states and result["shared_encoder"] and not run.teacher_dropout else []
         stored = result.get("stored", stored)  # results from before do not say
         decoder = run.method == "on_policy" or (run.method in ("kd", "pl_kl") and "decoder" not in stored)
+        steps = result.get("trained_steps", run.training.max_steps)
         rows.append(
             {
                 "name": run.name,
@@ -245,7 +248,7 @@ def cost_table(
                 "ms/step": step["ms/step"],
                 "label_seconds": label_seconds if run.method in runs.ON_PSEUDO_LABELS else 0.0,
                 "states_seconds": result.get("states_seconds"),
-                "teacher passes": run.training.max_steps * run.training.batch_size if decoder else 0,
+                "teacher passes": steps * run.training.batch_size if decoder else 0,
                 "examples/s": result["final"]["examples_per_second"],
                 "padding (%)": 100 * result["final"]["padding"],
             }
@@ -270,14 +273,11 @@ def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> pd.Da
     published = pd.read_csv(ASSETS / "published.csv").fillna({"student": ""})
     published = published[(published["dataset"] == dataset) & (published["teacher"] == teacher)]
     published = published.dropna(subset="rouge2").drop_duplicates(["method", "student"])  # preferred sources come first
-    headings = {"rouge2": "ROUGE-2 (published)", "rougeL": "ROUGE-L (published)"}
-    headings["speedup"] = "speed-up per document (published)"
-    ours = pd.DataFrame([row for row in means if not row.get("variant")])[
-        ["method", "student", "name", "rouge2", "rougeL"]
-    ]
-    return ours.merge(published.rename(columns=headings), on=["method", "student"])[
-        ["name", "rouge2", headings["rouge2"], "rougeL", headings["rougeL"], headings["speedup"], "source"]
-    ]
+    rouge2, rouge_l, speedup = "ROUGE-2 (published)", "ROUGE-L (published)", "speed-up per document (published)"
+    published = published.rename(columns={"rouge2": rouge2, "rougeL": rouge_l, "speedup": speedup})
+    ours = pd.DataFrame([row for row in means if not row.get("variant")])
+    both = ours[["method", "student", "name", "rouge2", "rougeL"]].merge(published, on=["method", "student"])
+    return both[["name", "rouge2", rouge2, "rougeL", rouge_l, speedup, "source", "note"]].fillna({"note": ""})
 
 
 # ------------------------------------------------------------------------------------------------- signals and verdict
@@ -352,9 +352,10 @@ def verdict(
         none = f"No other signal is shown to beat {tests[0]['versus'] if others else 'SFT'}."
         lines.append(f"Shown to beat SFT: {', '.join(names)}." if names else none)
         if not names and best["difference"] > 0:
-            times = ((best["high"] - best["low"]) / 2 / best["difference"]) ** 2  # intervals narrow with the root
+            # Intervals narrow with the root; 2.04: four of five such runs would show the difference, not one of two.
+            times = float(f"{2.04 * ((best['high'] - best['low']) / 2 / best['difference']) ** 2:.2g}")
             more = "test documents and seeds" if seeds > 1 else "test documents"
-            lines[-1] = lines[-1][:-1] + f"; {best['name']} would need about {times:,.1f} times as many {more}."
+            lines[-1] = lines[-1][:-1] + f"; {best['name']} would need about {times:,g} times as many {more}."
 
     others = [method_label("sft", row["student"]) for row in others]
     better = [test["name"] for test in versus if test["versus"] in others and statistics.effect_sign(test) > 0]
@@ -363,7 +364,7 @@ def verdict(
 
     own = [history for name, history in histories.items() if name.rpartition(" ")[2] == take["student"]]
     reasons = {
-        "one seed" if seeds == 1 else f"{seeds} seeds": seeds < 3,
+        statistics.seeds_in_words(seeds): seeds < 3,
         f"only {num_test:,} of the test documents": not whole_test,
         f"students that still gained after {max_steps:,} updates": any(map(still_gains, own)),
     }
@@ -377,7 +378,7 @@ def still_gains(history: Sequence[Mapping]) -> bool:
     rows = [row for row in history if "validation_ce" in row]
     constant = [row for row in rows if row["lr"] == max(each["lr"] for each in rows)]
     losses = [row["validation_ce"] for row in (constant if len(constant) > 1 else rows)]
-    return losses[-1] <= min(losses)
+    return losses.index(min(losses)) == len(losses) - 1  # a loss as low as before is no gain
 
 
 def smoke_note(number: int, what: str = "test documents") -> str:

@@ -185,11 +185,10 @@ def tune_control(
         choose_attention(classifier, text.length)
         encoded = [encode_rows(task, rows, text.tokenizer, text.length) for rows in (train, test)]
         batches = pair_stream(encoded[0], pad_token_id, training.batch_size, training.seed, training.micro_batch_size)
-
-        def loss_fn(model: PreTrainedModel, batch: dict) -> dict:
-            return {"loss": classify(model, batch)["loss"]}
-
-        fit(classifier, loss_fn, batches, training, folder, stage=f"{task} {trained.name}")
+        fit(
+            classifier, lambda model, batch: {"loss": classify(model, batch)["loss"]}, batches, training, folder,
+            stage=f"{task} {trained.name}",
+        )  # fmt: skip
         found = [""] * len(test)
         for batch in batch_list(encoded[1], pad_token_id, 64):
             with torch.no_grad():

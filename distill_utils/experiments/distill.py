@@ -35,7 +35,7 @@ from distill_utils.experiments.pricing import (
 )
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.report.style import HEADINGS, method_label
-from distill_utils.training.loop import Training
+from distill_utils.training.optimizers import Training, check_training
 from distill_utils.workers import check_workers, share_out
 
 MAX_CANDIDATES = 9
@@ -56,8 +56,9 @@ def prepare(given: dict, train: bool = True) -> Request:
         check_target(Path(given["output"]).expanduser(), replace=True)
     if not given["hours"] > 0:
         raise InputError(f"hours {given['hours']:g} is not positive: give for example 1")
-    if given["num_timed"] < 1:
-        raise InputError(f"num_timed {given['num_timed']} times nothing: give at least 1")
+    for name, least in (("num_timed", 1), ("max_rungs", 0)):
+        if given[name] < least:
+            raise InputError(f"{name} {given[name]} is too small: give at least {least}")
     if given["metric"] not in METRICS:
         raise InputError(f"metric {given['metric']!r} is unknown: use one of {', '.join(METRICS)}")
     if unpriced := set(given["methods"]) & set(UNPRICED):
@@ -65,11 +66,15 @@ def prepare(given: dict, train: bool = True) -> Request:
     teacher, tokenizer = fine_tuning.load_teacher(
         given["teacher"], 0 if given["train_teacher"] else given["max_target_length"]
     )
+    if not (given["student_shapes"] or budget.candidate_shapes(teacher)):
+        raise InputError(f"teacher {given['teacher']} has one layer in each stack, nothing to cut: take a deeper one")
     decoding = ablations.parse_decoding(given["decoding"], teacher)
     training = Training(
         max_steps=given["first_rung"], batch_size=given["batch_size"], warmup_steps=given["warmup_steps"],
         schedule="cooldown", cooldown_share=COOLDOWN, checkpoint_every=200, seed=given["seed"],
     )  # fmt: skip
+    for rate in given["learning_rates"]:
+        check_training(replace(training, learning_rate=rate))
     base = runs.StudentRun(
         method="sft", shape="1-1", teacher=given["teacher"], training=training, prefix=given["prefix"],
         max_source_length=given["max_source_length"], max_target_length=given["max_target_length"],
@@ -77,11 +82,8 @@ def prepare(given: dict, train: bool = True) -> Request:
     )  # fmt: skip
     shapes = given["student_shapes"] or ["1-1"]
     checks.check_runs(runs.grid(base, given["methods"], shapes, [given["seed"]]), teacher)
-    columns, splits = {name: given[name] for name in ("document_column", "summary_column")}, {}
-    for split in loading.SPLITS:
-        loading.check_request(split, given[f"num_{split}"])
-        rows, wanted = loading.load_pairs(given["dataset"], split, **columns), given[f"num_{split}"]
-        splits[split] = rows.select(range(min(wanted or len(rows), len(rows))))
+    read = ("num_train", "num_validation", "num_test", "document_column", "summary_column")
+    splits = loading.load_splits(given["dataset"], **{name: given[name] for name in read})
     lengths = given["max_source_length"], given["max_target_length"]
     cached = len(splits["train"]) + len(splits["validation"])
     base = replace(base, cache_states=fits_disk(teacher, cached, *lengths, given["cache_gb"]))
@@ -140,7 +142,8 @@ def dry_run(given: dict) -> str:
     shown = ["name", "parameters_m", "latency_ms", "speedup", "memory_mb", "rouge2"]
     shown = pd.DataFrame(rows)[shown].assign(budget=budget.fit_column(rows, asked.limits, chosen))
     priced = pd.DataFrame(candidate_rows(prices))
-    disk = sum(row["candidates"] for row in rungs) * priced["disk per rung (MB)"].max()
+    disk = (2 + sum(row["candidates"] for row in rungs)) * priced["disk per rung (MB)"].max()  # two for second seeds
+    disk += 1000 * given["cache_gb"] * asked.base.cache_states  # what the teacher's states may take
     own = asked.own_teacher
     last = f"Teacher {own['priced_s']:.0f} s for {own['updates']} updates; shapes are its base's. " if own else ""
     last += (
@@ -298,6 +301,5 @@ def verdict(
         lines.append(f"**Timed again it misses {', '.join(missed)}**: the budget lies within this machine's noise.")
     if found["simplest"] != found["winner"]:
         lines.append(f"{found['simplest']} is smaller and cannot be separated from it on validation documents.")
-    seeds = max(found["finalists"].values())
-    reach = statistics.budget_in_words(found["updates"], seeds, f"{num_test:,} test documents")
+    reach = statistics.budget_in_words(found["updates"], 1, f"{num_test:,} test documents")  # one student is tested
     return " ".join([*lines, f"{reach}; the race ended because {found['ended']}."])

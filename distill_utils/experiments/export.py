@@ -4,7 +4,6 @@ Out of scope: finding a student by its name, and summarizing with one (use.py).
 """
 
 import inspect
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from distill_utils.experiments import checks, use
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, model_folder, save_model, shipped_models
 from distill_utils.models.students import count_parameters, decoder_layers, encoder_layers
+from distill_utils.report.settings import check_writable
 from distill_utils.report.style import method_label
 
 # What CTranslate2's weights may change, by their type: ROUGE-L of greedy summaries to ours at least, and the likelihood
@@ -79,9 +79,7 @@ def check_target(folder: Path, replace: bool) -> None:
         exported = card.is_file() and "from distill_utils import summarize" in card.read_text(encoding="utf-8")
         if not replace or not (found <= {"report"} or exported):
             raise InputError(f"{folder} exists: name a folder that is not there yet, or remove it")
-    parent = next(place for place in folder.absolute().parents if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write {folder}: {parent.name or parent} is no folder or not yours to write to")
+    check_writable(folder.absolute().parent)
 
 
 def _check_hub(name: str) -> None:
@@ -193,4 +191,6 @@ def card(name: str, model, facts: dict, settings: dict, proof: dict) -> ModelCar
 def _short(name: str | None) -> str | None:
     """Return a name without the folders around it, which are those of somebody's machine."""
     path = Path(name or "")
-    return path.parent.name if path.name in use.SAVED else path.name if path.is_absolute() or path.exists() else name
+    if path.name in use.SAVED and use.RUN_FOLDER.fullmatch(path.parent.name):
+        return path.parent.name
+    return path.name if path.is_absolute() or path.exists() or str(name)[:1] in (".", "~") else name

@@ -108,17 +108,18 @@ def with_own_teacher(asked: Request, train: bool) -> Request:
         teacher_run, given["teacher"], asked.teacher, given["dataset"], lengths, num["validation"], learning_rate=rate,
         **fields,
     )  # fmt: skip
-    costs = measured_prices(asked, {"": describe(max_steps=given["first_rung"])})
+    least = max(given["first_rung"], EVALUATIONS)
+    costs = measured_prices(asked, {"": describe(max_steps=least)})
     update = next(iter(read_json(costs / "results.json")["update"].values()))
     checks = EVALUATIONS * num["validation"] / batch_size * update  # dear as updates at most
     hours_s, passes = 3600 * given["hours"], TEACHER_PASSES * num["train"] / batch_size
     updates = math.floor(min((TEACHER_SHARE * hours_s - checks) / update, passes))
-    if updates < given["first_rung"]:
-        reason = f"{given['first_rung']} updates of a teacher", "lower first_rung"
-        needed = math.ceil((given["first_rung"] * update + checks) / TEACHER_SHARE / 36) / 100
-        if passes < given["first_rung"]:
-            raise InputError(f"{num['train']} training pairs are too few for {reason[0]}: {reason[1]}")
-        raise InputError(f"hours {given['hours']:g} are below {reason[0]}: give {needed:.2f}, or {reason[1]}")
+    if updates < least:
+        reason, fix = f"{least} updates of a teacher", f"lower {'first_rung' if least > EVALUATIONS else 'batch_size'}"
+        needed = math.ceil((least * update + checks) / TEACHER_SHARE / 36) / 100
+        if passes < least:
+            raise InputError(f"{num['train']} training pairs are too few for {reason}: {fix}")
+        raise InputError(f"hours {given['hours']:g} are below {reason}: give {needed:.2f}, or {fix}")
     run = describe(max_steps=updates)
     known = {"name": run.name, "updates": updates, "priced_s": updates * update + checks, "measured_s": 0.0}
     if not train:

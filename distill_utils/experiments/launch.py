@@ -7,14 +7,8 @@ cluster `distill(..., num_processes=0)` prepares the run and names its folder, w
 
     torchrun --standalone --nproc-per-node 8 -m distill_utils.experiments.launch FOLDER
 
-starts it on one machine, and in a Slurm job of 4 machines with 8 GPUs each
-
-    srun --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d \
-        --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$(scontrol show hostnames | head -n 1):29500" \
-        -m distill_utils.experiments.launch FOLDER
-
-A run that was stopped goes on from its last checkpoint, on any number of processes. When it is done, `distill` called
-again takes over what it made.
+starts it on one machine; for several, under Slurm, notebook 05 shows the line. A run that was stopped goes on from its
+last checkpoint, on any number of processes. When it is done, `distill` called again takes over what it made.
 """
 
 import contextlib
@@ -193,7 +187,8 @@ def distill(
     def train(folder: Path) -> dict:
         place = folder / "processes"
         if not (place / "results.json").exists():
-            describe(folder, run, teacher, tokenizer, tokens, held_out, recompute, sharded)
+            with lock(place):  # arrays written anew would end a run that still reads them
+                describe(folder, run, teacher, tokenizer, tokens, held_out, recompute, sharded)
             if not num_processes:
                 raise InputError(
                     f"runs/{folder.name} is prepared: start it with `torchrun --standalone --nproc-per-node 8 -m "
@@ -281,7 +276,8 @@ def _failure(place: Path) -> Exception:
     # One that a signal killed leaves no file; -15 is torchrun's own signal to the others.
     killed = [rank for rank, code in codes.items() if code < 0 and code != -15]
     in_time = sorted(failed, key=lambda rank: failed[rank]["time"])
-    rank = next(iter([*killed, *in_time, *codes]), None)
+    refused = [rank for rank in in_time if failed[rank]["refused"]]  # NCCL then aborts the others, with a signal
+    rank = next(iter([*refused, *killed, *in_time, *codes]), None)
     if rank is None:
         return RuntimeError("\n".join(["torchrun failed", *report.splitlines()[-LOG_LINES:]]))
     if rank in failed and failed[rank]["refused"]:

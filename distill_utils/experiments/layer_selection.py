@@ -31,7 +31,8 @@ from distill_utils.experiments import fine_tuning, runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, scores_over_seeds, smoke_note
 from distill_utils.models import students
 
-STACKS = ("encoder", "decoder")
+LAYERS = {"encoder": students.encoder_layers, "decoder": students.decoder_layers}
+STACKS = tuple(LAYERS)
 FASTER = 0.9  # a student's time per token over its teacher's, at most; closer ones differ by the machine's noise
 
 # ----------------------------------------------------------------------------------------------------- what is scored
@@ -82,17 +83,15 @@ def measured(teacher: PreTrainedModel, rows: list[dict], evidence: str, candidat
     layers are half a pass, and so is, of a batch that is written, every token's way through the decoder.
     """
     row, calls = {"evidence": evidence, "candidates": candidates or None}, [0]
-    kinds = tuple({type(layer) for stack in STACKS for layer in _layers(teacher, stack)})
+    kinds = tuple({type(layer) for stack in STACKS for layer in LAYERS[stack](teacher)})
 
     def count(module: nn.Module, inputs: tuple) -> None:
         calls[0] += isinstance(module, kinds)
 
-    hook, began = nn.modules.module.register_module_forward_pre_hook(count), time.perf_counter()
-    try:
+    began = time.perf_counter()
+    with nn.modules.module.register_module_forward_pre_hook(count):
         yield row
-    finally:
-        hook.remove()
-    whole = sum(len(_layers(teacher, stack)) for stack in STACKS)
+    whole = sum(len(LAYERS[stack](teacher)) for stack in STACKS)
     rows.append(row | {"seconds": round(time.perf_counter() - began, 2), "passes": round(calls[0] / whole, 1)})
 
 
@@ -101,7 +100,7 @@ def measured(teacher: PreTrainedModel, rows: list[dict], evidence: str, candidat
 
 def view(teacher: PreTrainedModel, **kept: Sequence[int]) -> PreTrainedModel:
     """Return the teacher with only the kept layers of each stack named, on the teacher's own weights."""
-    ids = [list(kept.get(stack, range(len(_layers(teacher, stack))))) for stack in STACKS]
+    ids = [list(kept.get(stack, range(len(LAYERS[stack](teacher))))) for stack in STACKS]
     return students.init_student(teacher, *map(len, ids), *ids, share_weights=True)[0]
 
 
@@ -138,7 +137,7 @@ def distinct_maps(named: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 
 def leave_one_out(teacher: PreTrainedModel, stack: str, score: Callable) -> list:
     """Return `score` of the teacher without layer 0, without layer 1, ... of one stack."""
-    ids = range(len(_layers(teacher, stack)))
+    ids = range(len(LAYERS[stack](teacher)))
     return [score(view(teacher, **{stack: [i for i in ids if i != left_out]})) for left_out in ids]
 
 
@@ -155,7 +154,7 @@ def search_layers(
     """
     if max_evaluations < 1:
         raise InputError(f"search budget {max_evaluations} allows no evaluation: give at least 1")
-    kept, used, complete = list(range(len(_layers(teacher, stack)))), 0, True
+    kept, used, complete = list(range(len(LAYERS[stack](teacher)))), 0, True
     students.layer_map(len(kept), size)  # refuses impossible sizes
     known: dict[int, float] = {}
     steps = []
@@ -170,10 +169,6 @@ def search_layers(
     return {"layer_ids": kept, "score": last, "evaluations": used, "complete": complete, "steps": steps}
 
 
-def _layers(model: PreTrainedModel, stack: str) -> nn.ModuleList:
-    return students.encoder_layers(model) if stack == "encoder" else students.decoder_layers(model)
-
-
 # ------------------------------------------------------------------------------------------------- what layers compute
 
 
@@ -183,7 +178,7 @@ def layer_states(teacher: PreTrainedModel, batches: Sequence[dict], max_tokens: 
 
     Of valid tokens only; where a batch has more than its share of `max_tokens`, evenly spaced ones of it.
     """
-    layers = {stack: _layers(teacher, stack) for stack in STACKS}
+    layers = {stack: LAYERS[stack](teacher) for stack in STACKS}
     states = {stack: [[] for _ in range(len(layers[stack]) + 1)] for stack in STACKS}
     for batch in batches:
         with (
@@ -216,7 +211,7 @@ def gather_evidence(
     """
     rows, cost, search = [], [], {}
     for stack in STACKS:
-        depth = len(_layers(teacher, stack))
+        depth = len(LAYERS[stack](teacher))
         with measured(teacher, cost, f"search, {stack}") as row:
             encoded = encode_all(teacher, batches) if stack == "decoder" else None
             loss = partial(calibration_loss, batches=batches, encoded=encoded)
@@ -251,7 +246,7 @@ def run_of(
     A learning rate of 0 becomes the usual one of the shape.
     """
     kept = {"encoder": list(encoder_ids), "decoder": list(decoder_ids)}
-    cut = {stack: ids for stack, ids in kept.items() if ids != list(range(len(_layers(teacher, stack))))}
+    cut = {stack: ids for stack, ids in kept.items() if ids != list(range(len(LAYERS[stack](teacher))))}
     run = replace(
         base, shape="-".join(str(len(ids)) for ids in kept.values()), encoder_layer_ids=cut.get("encoder"),
         decoder_layer_ids=cut.get("decoder"), training=replace(base.training, seed=seed),
@@ -327,6 +322,18 @@ def pairs_of_cuts(
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def student_to_take(
+    rows: Sequence[dict], scores: Mapping[str, np.ndarray], goal: np.ndarray, teacher_ms: float
+) -> dict | None:
+    """Return the fastest row, if faster than the teacher, whose scores, by `label`, are not shown to miss the goal.
+
+    Of one shape, whose students take one time per token, it is the best: latency would choose who writes least.
+    """
+    useful = [row for row in rows if row["ms_per_token"] < FASTER * teacher_ms
+              and statistics.compare(scores[row["label"]], goal)["high"] >= 0]  # fmt: skip
+    return min(useful, key=lambda row: (row["ms_per_token"], -row["rouge2"]), default=None)
 
 
 def verdict(

@@ -178,7 +178,8 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
         if any(method in runs.ON_PSEUDO_LABELS for method, _ in kinds):
             few, more = (min(size, len(train)) for size in PRICE_LABELS)
             label = partial(pseudo_labels, asked.given["teacher"], **asked.options, **asked.base.label_settings)
-            spent = [timed(partial(label, train.select(range(size)), folder / str(size))) for size in (few, more)]
+            parts = [(train.select(range(size)), tempfile.mkdtemp(dir=folder)) for size in (few, more)]
+            spent = [timed(partial(label, *part)) for part in parts]
             # The difference, because each begins with a conversion.
             found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
         written = {each.parent / "results.json" for run in kinds.values() for each in _states(asked, run, train)}

@@ -133,11 +133,16 @@ def run_race(
         for name, values in zip(finalists, score([(name, best[name], 1) for name in finalists]), strict=True):
             found[name].append(values)
     winner = max(finalists, key=lambda name: np.mean(found[name]))
-    fates |= {name: "not separated from the winner" for name in ranked} | {winner: "winner"}
+    tests = {name: statistics.compare(np.array(found[name]), np.array(found[winner])) for name in ranked}
+    near = [name for name in ranked if statistics.effect_sign(tests[name]) >= 0]
+    fates |= {name: "not separated from the winner" if name in near else "worse than the winner" for name in ranked}
+    fates[winner] = "winner"
+    # The smallest that no interval separates from the winner, maybe that itself.
+    simplest = min(near, key=lambda name: (prices["candidates"][name]["parameters"], name != winner))
     seeds = [float(values.mean()) for values in found[winner]]
     return {
         "winner": winner, "updates": best[winner], "best": best, "seed": int(np.argmax(seeds)), "seed_scores": seeds,
-        "finalists": {name: len(found[name]) for name in finalists}, "simplest": _simplest(prices, winner, found),
+        "finalists": {name: len(found[name]) for name in finalists}, "simplest": simplest,
         "rows": rows, "fates": fates, "ended": ended, "seconds": spent + prices["end"],
     }  # fmt: skip
 
@@ -146,10 +151,3 @@ def _score_row(name: str, rung: int, updates: int, scores: np.ndarray, best: np.
     mean, low, high = statistics.bootstrap_interval(scores)
     row = {"name": name, "rung": rung + 1, "updates": updates, "score": mean, "score_low": low, "score_high": high}
     return row | statistics.compare(scores, best)
-
-
-def _simplest(prices: Mapping, winner: str, found: Mapping[str, list[np.ndarray]]) -> str:
-    """Return the smallest of the last candidates that no interval separates from the winner, maybe that itself."""
-    against = np.array(found[winner])
-    near = [name for name in found if not statistics.effect_sign(statistics.compare(np.array(found[name]), against))]
-    return min(near, key=lambda name: (prices["candidates"][name]["parameters"], name != winner))

@@ -13,15 +13,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import (
-    artifact,
-    config_hash,
-    hashed,
-    later,
-    read_json,
-    report_progress,
-    runs_dir,
-)  # fmt: skip
+from distill_utils.artifacts import artifact, config_hash, hashed, later, read_json, report_progress, runs_dir
 from distill_utils.data import loading
 from distill_utils.data.batches import batch_list, document_id, pair_stream, tokenize_pairs
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
@@ -32,7 +24,7 @@ from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in, share_frozen
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
 from distill_utils.training.checkpoints import FREE_SETTINGS
-from distill_utils.training.loop import choose_attention, fit, fit_from_trunk
+from distill_utils.training.loop import choose_attention, fit, fit_from_trunk, set_attention
 from distill_utils.training.optimizers import Training, stop_facts
 
 METHODS = ("sft", "kd", "pl", "pl_kl", "pl_gold", "on_policy", "kd_cached")
@@ -164,7 +156,8 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
     inputs = {"teacher": model_fingerprint(run.teacher, teacher), "data": loading.data_fingerprint(train)}
 
     def build(folder: Path) -> dict:
-        began, before = time.monotonic(), pseudo_labels.count_written(folder)
+        began = time.monotonic()
+        before = sum(shard.read_bytes().count(b"\n") for shard in (folder / "shards").glob("*.jsonl"))
         labels = pseudo_labels.pseudo_labels(run.teacher, train, folder, **decoding)
         # Those from before a resume took as long as the others.
         seconds = (time.monotonic() - began) * len(labels) / max(len(labels) - before, 1)
@@ -245,13 +238,9 @@ def batches_of(run: StudentRun, tokenizer, rows: Dataset, documents: Dataset | N
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     """Return the artifact with the teacher's distributions over the references' tokens (targets/)."""
-    inputs = {
-        "teacher": model_fingerprint(run.teacher, teacher),
-        "data": loading.data_fingerprint(train),
-        "lengths": list(run.lengths),
-    }
     kept, exact = kept_targets(run), run.training.precision == "float32"
-    inputs |= {"precision": "float32"} if exact else {}
+    inputs = {"teacher": model_fingerprint(run.teacher, teacher), "data": loading.data_fingerprint(train)}
+    inputs |= {"lengths": list(run.lengths), **kept} | ({"precision": "float32"} if exact else {})
 
     def build(folder: Path) -> dict:
         return write_targets(
@@ -261,7 +250,7 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
             progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
         )  # fmt: skip
 
-    return artifact("teacher-targets", inputs | kept, build)
+    return artifact("teacher-targets", inputs, build)
 
 
 def stored_states(run: StudentRun, stored: dict, teacher, tokenizer, documents: Dataset, rows: Dataset) -> list[Path]:
@@ -325,7 +314,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         }  # fmt: skip
         with frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
             history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
-        student.set_attn_implementation("sdpa")  # what generation is fastest with; nothing of it is saved
+        set_attention(student, "sdpa")  # what generation is fastest with; nothing of it is saved
         save_model(student.to("cpu"), tokenizer, folder / "student")
         return {
             "name": run.name,

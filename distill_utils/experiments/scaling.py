@@ -81,15 +81,11 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     if not tests:
         return "**One teacher shows no gap**: name several"
     signs = [statistics.effect_sign(test) for test in tests]
-    worse = [
-        f"{test['versus'].removeprefix('by ')} (by {test['difference']:.3f})"
-        for test, sign in zip(tests, signs, strict=True)
-        if sign > 0
-    ]
+    worse = [test for test, sign in zip(tests, signs, strict=True) if sign > 0]
     if worse:
-        seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-        found = f"in {seeds} the largest's student has a higher loss than that of {', '.join(worse)}"
-        return f"**Take a smaller teacher**: {found}"
+        names = ", ".join(f"{test['versus'].removeprefix('by ')} (by {test['difference']:.3f})" for test in worse)
+        seeds = statistics.seeds_in_words(num_seeds)
+        return f"**Take a smaller teacher**: in {seeds} the largest's student has a higher loss than that of {names}"
     if max(signs) < 0:
         return "**Take the largest teacher**: there is no capacity gap, its student beats that of every smaller one"
     return "**Keep the largest teacher**: no capacity gap is shown, no smaller one's student is better"
@@ -115,8 +111,10 @@ def check_plan(
         if value < 1:
             raise InputError(f"plan_{name} {value} is too small: use at least 1")
     for number in devices:
-        if batch_size % number:
-            raise InputError(f"{number} devices do not divide plan_batch_size {batch_size}: use a multiple")
+        share, rest = divmod(batch_size, number)
+        if rest or share % min(micro_batch_size, share):
+            passes = f"passes of plan_micro_batch_size {micro_batch_size}: use a multiple of both"
+            raise InputError(f"{number} devices do not divide plan_batch_size {batch_size} into {passes}")
 
 
 def plan_rounds(

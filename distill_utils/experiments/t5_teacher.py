@@ -7,6 +7,7 @@ they have seen no task, only text, and all of them the same. `python -m distill_
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,10 +46,7 @@ INFILLING = Training(
     max_steps=1000, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=100, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=21,
 )  # fmt: skip
-SPAN_CORRUPTION = Training(
-    max_steps=2200, batch_size=32, optimizer="muon", learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.01,
-    eval_every=500, checkpoint_every=250, log_every=50, seed=22,
-)  # fmt: skip
+SPAN_CORRUPTION = replace(INFILLING, max_steps=2200, learning_rate=1.5e-3, seed=22)
 TUNING = Training(
     max_steps=300, batch_size=16, optimizer="muon", learning_rate=2e-3, warmup_steps=30, checkpoint_every=100, seed=23
 )  # fmt: skip

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,10 +44,7 @@ DENOISING = Training(
     max_steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, warmup_steps=300, weight_decay=0.01,
     eval_every=500, checkpoint_every=250, log_every=50, seed=11,
 )  # fmt: skip
-FINE_TUNING = Training(
-    max_steps=2000, batch_size=32, optimizer="muon", learning_rate=5e-4, warmup_steps=100, weight_decay=0.01,
-    eval_every=500, checkpoint_every=250, log_every=50, seed=12,
-)  # fmt: skip
+FINE_TUNING = replace(DENOISING, max_steps=2000, learning_rate=5e-4, warmup_steps=100, seed=12)
 GENERATION = {
     "num_beams": 4,
     "max_new_tokens": 40,

@@ -5,6 +5,7 @@ Out of scope: writing a folder that others can load (export.py).
 
 import gzip
 import json
+import os
 import re
 import sys
 import warnings
@@ -89,13 +90,16 @@ def _find_run(name: str) -> Path | None:
 def tests_of_runs() -> dict[str, dict]:
     """Return {run folder's name: results of its test with ROUGE}, the test's settings under "settings".
 
-    Of several that beside the teacher counts, then the one on most documents, then the newest.
+    Scores of validation documents, by which choices are made, are no test. Of several that beside the teacher counts,
+    then the one on most documents, then the newest.
     """
     best: dict[str, tuple] = {}
     for path in runs_dir().glob("test-*/results.json"):
         settings, results = read_json(path.with_name("config.json")), read_json(path)
         rank = (bool(settings.get("baseline")), results.get("num_documents", 0), path.stat().st_mtime)
-        if "rouge2" in results and rank > best.get(settings["model"], ((),))[0]:
+        trained = runs_dir() / str(settings["model"]) / "config.json"
+        test = not trained.is_file() or read_json(trained).get("validation") != settings["data"]
+        if test and "rouge2" in results and rank > best.get(settings["model"], ((),))[0]:
             best[settings["model"]] = (rank, results | {"settings": settings, "folder": path.parent})
     return {name: results for name, (_, results) in best.items()}
 
@@ -122,7 +126,7 @@ def format_runs(rows: Sequence[dict]) -> str:
     """Return `list_runs` as a table in plain text."""
     if not rows:
         return "no finished student yet: `python -m distill_utils report 03` trains some"
-    table = pd.DataFrame(rows).set_index("name").rename_axis(None)
+    table = pd.DataFrame(rows).astype({"rouge2": float, "ms_per_token": float}).set_index("name").rename_axis(None)
     shown = ["rouge2", "ms_per_token", "parameters_m", "size_mb", "date", "folder"]
     return table[shown].to_string(float_format="{:.2f}".format, na_rep="-")
 
@@ -161,6 +165,8 @@ def summarize(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {i} is {text!r:.40}, a {type(text).__name__}: give strings")
+        if re.search("[\ud800-\udfff]", text):  # no tokenizer takes it
+            raise InputError(f"text {i} has half a character, as in \\ud83d: remove it")
     source, run = find_model(model)
     trained = read_json(run / "config.json") if run else {}
     converted = _find_converted(source) if device().type == "cpu" else None
@@ -213,8 +219,8 @@ def own_prefix(config) -> str:
 
 def summarize_file(path: str, model: str, column: str = "", output: Path | None = None, as_json: bool = False) -> None:
     """Summarize a file, "-" for what comes in: one summary per line, to `output` or to what goes out."""
-    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise InputError(f"cannot write {output}: give --output a file in a folder that exists")
+    if output and (output.is_dir() or not os.access(output.absolute().parent / ".", os.W_OK)):
+        raise InputError(f"cannot write {output}: give --output a file in a folder that you may write to")
     texts = read_texts(path, column)
 
     def show(done: int, total: int) -> None:

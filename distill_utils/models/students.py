@@ -1,7 +1,7 @@
 """Students cut from a teacher or drawn anew: which layers to keep, the copy itself, freezing and counting."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -324,13 +324,14 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     Tied weights count once. Embeddings are those of tokens and positions on both sides, and an untied head.
     """
     outer = {id(weight) for weight in outer_weights(model)}
-    return {
-        "total": _count(model.parameters()),
-        "trainable": _count(weight for weight in model.parameters() if weight.requires_grad),
-        "encoder": _count(weight for weight in model.get_encoder().parameters() if id(weight) not in outer),
-        "decoder": _count(weight for weight in model.get_decoder().parameters() if id(weight) not in outer),
-        "embeddings": _count(weight for weight in model.parameters() if id(weight) in outer),
+    counted = {
+        "total": model.parameters(),
+        "trainable": (weight for weight in model.parameters() if weight.requires_grad),
+        "encoder": (weight for weight in model.get_encoder().parameters() if id(weight) not in outer),
+        "decoder": (weight for weight in model.get_decoder().parameters() if id(weight) not in outer),
+        "embeddings": (weight for weight in model.parameters() if id(weight) in outer),
     }
+    return {name: sum(weight.numel() for weight in weights) for name, weights in counted.items()}
 
 
 def outer_weights(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -342,7 +343,3 @@ def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
     stacks = (model.get_encoder(), model.get_decoder())
     modules = [getattr(stack, name, None) for stack in stacks for name in ("embed_tokens", "embed_positions")]
     return [weight for module in modules if module is not None for weight in module.parameters()]
-
-
-def _count(weights: Iterable[nn.Parameter]) -> int:
-    return sum(weight.numel() for weight in weights)

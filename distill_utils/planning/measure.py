@@ -70,7 +70,7 @@ def measure_step(
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a fork would start with this process's memory
             found = pool.submit(_run_steps, objective, student, teacher, plan["settings"], repeats, threads).result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, torch.OutOfMemoryError):  # a CPU's process is killed, a GPU's raises
         raise InputError(
             f"the measuring process died, most likely out of memory (the plan: {plan['peak_bytes'] / 1e9:.2f} GB): "
             "lower micro_batch_size or use checkpoint_activations"
@@ -99,7 +99,8 @@ def _run_steps(objective, student_config, teacher_config, settings, repeats: int
     on = device()
     torch.manual_seed(0)
     student = random_model(student_config, torch.float32, on)
-    student.set_attn_implementation(settings["attention"])
+    loop.set_attention(student, settings["attention"])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (`loop.choose_attention`)
     teacher = None
     if teacher_config is not None:
         teacher = random_model(teacher_config, getattr(torch, settings["teacher_dtype"]), on).eval()

@@ -26,7 +26,7 @@ from distill_utils.device import mixed_precision
 from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
-from distill_utils.training.loop import Training, make_optimizers, train_mode
+from distill_utils.training.loop import Training, make_optimizers, recompute_activations, set_attention, train_mode
 from distill_utils.training.optimizers import OPTIMIZERS
 
 PHASES = ("teacher", "student", "backward", "recomputed", "optimizer")
@@ -102,12 +102,12 @@ def plan_step(
         for model in models.values():
             model.to_empty(device="cpu").tie_weights()
         model, frozen = models["student"], models.get("teacher")
-        model.set_attn_implementation(attention)
+        set_attention(model, attention)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
         train_mode(model)
         if checkpoint_activations:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         ledger = _Ledger(models, padded, devices, repeated)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         optimizers = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer))

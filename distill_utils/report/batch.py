@@ -22,7 +22,7 @@ from unittest import mock
 from distill_utils import artifacts
 from distill_utils.artifacts import REPOSITORY, InputError, config_hash, lock, read_json, runs_dir
 from distill_utils.report import index, pages
-from distill_utils.report.settings import Plan, as_text
+from distill_utils.report.settings import Plan, as_text, check_writable
 from distill_utils.workers import check_workers, share_out
 
 REPORTS = REPOSITORY / "reports"
@@ -296,6 +296,11 @@ def attempt(plan: Plan, reports: Path) -> tuple[Path | None, int, str]:
         return None, getattr(error, "code", BAD_INPUT), str(error)
 
 
+def silence(told: str):
+    """Return a context in which nothing is printed, where only the end is to be told."""
+    return contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO())
+
+
 def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
     """Make every report in order, or shared out to workers (workers.py); return the exit code of the first that failed.
 
@@ -303,12 +308,11 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
     "quiet" prints one line in the end, "json" one object instead.
     """
     began, code, pages_made, failed, made = time.monotonic(), OK, [], {}, {}
-    silent = contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO())
     if plans and (workers > 1 or slurm):
-        with silent:
+        with silence(told):
             made = share_out(attempt, {plan.name: (plan, reports) for plan in plans}, workers, slurm)
     for plan in plans:
-        with silent:
+        with silence(told):
             page, failure, message = made.get(plan.name) or attempt(plan, reports)
         if page:
             pages_made.append(os.path.relpath(page))
@@ -332,6 +336,7 @@ def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers
 def run_sweep(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
     """Make the report of every plan that has none yet; return the exit code of the first that failed."""
     check_workers(workers, slurm)
+    check_writable(reports)
     left = [plan for plan in plans if not _is_finished(plan, reports)]
     if (finished := len(plans) - len(left)) and told == "all":
         print(f"{finished} of {len(plans)} are finished", flush=True)

@@ -155,7 +155,8 @@ def drawing(facet: Mapping) -> dict:
     band = max(found, key=lambda each: each["documents"])["band"]
     xs = [each["speed"] for each in found] + [1, 1.2]
     ys = [each[key] for each in found for key in ("share", "low", "high") if each[key] is not None] + [*band, 1]
-    left, right, bottom, top = min(xs) - 0.1, max(xs) * 1.04, min(ys) - 0.04, max(ys) + 0.04
+    left, bottom, top = min(xs) - 0.1, min(ys) - 0.04, max(ys) + 0.04
+    right = max(xs) + 0.2 * (max(xs) - left)  # room for the label of the fastest
 
     def across(speed: float) -> float:
         return round(100 * (speed - left) / (right - left), 2)
@@ -172,9 +173,12 @@ def drawing(facet: Mapping) -> dict:
         for each in others:
             cells.setdefault((across(each["speed"]) // 4, down(each["share"]) // 6), []).append(each)
         others = [of[0] | {"many": len(of), "low": None} for of in cells.values()]
-    labels: list[tuple] = []
-    for each in front[:: math.ceil(len(front) / MAX_LABELS)]:  # from the top; a line of text is 5 % of the height
-        labels.append((each, max(down(each["share"]), labels[-1][1] + 5 if labels else 0)))
+    labels: list[tuple] = []  # above and to the right of its point no student of the front can be
+    for each in front[:: -math.ceil(len(front) / MAX_LABELS)]:  # from the bottom
+        name, x, y = each["label"].partition(" (")[0], across(each["speed"]), down(each["share"]) - 3
+        for _, other_x, other_y in labels:  # on a phone a label is a quarter of the width and 5 % of the height
+            y = min(y, other_y - 5) if abs(x - other_x) < 25 and abs(y - other_y) < 5 else y
+        labels.append((name, x, y))
     return {
         "across": across, "down": down, "others": others, "labels": labels, "band": band,
         "x_ticks": ticks(left, right, (0.1, 0.25, 0.5, 1, 2, 5, 10, 50)),
@@ -212,7 +216,7 @@ def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
         if depths and int(depths[1]) == 2 * int(depths[2]) and None not in shares:
             points = dict(zip(NUMBERS, (100 * (share - 1 + MARGIN) for share in shares), strict=True))
             points["seeds"] = row.get("seeds")
-            yield "half the decoder", "95 % of the teacher", points, label_of(row), "points"
+            yield "half the decoder", "95 % of the teacher", points, label_of(row), "points above 95 %"
     tasks = [{"model": "", **row} for row in (*entry["rows"], *entry.get("controls", [])) if row.get("task")]
     teachers = [row for row in tasks if row.get("method") == "teacher" and _sign(row) > 0]
     judging = {(row["model"], row["task"]) for row in teachers}  # elsewhere the teacher itself does not beat scratch
@@ -272,6 +276,6 @@ def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
         best = {line["group"]: line["rank"] for line in sorted(lines, key=lambda line: line["rank"])}
         claim["evidence"] = [line for line in lines if line["rank"] == best[line["group"]]][: 2 * MAX_FACETS]
         verdicts = {line["verdict"] for line in claim["evidence"]} or {"not testable here"}
-        claim["verdict"] = verdicts.pop() if len(verdicts) == 1 else "depends"
-    order = [VERDICTS[1], VERDICTS[-1], "depends", VERDICTS[0], "not testable here"]
+        claim["verdict"] = verdicts.pop() if len(verdicts) == 1 else "mixed"
+    order = [VERDICTS[1], VERDICTS[-1], "mixed", VERDICTS[0], "not testable here"]
     return sorted(claims, key=lambda claim: order.index(claim["verdict"]))

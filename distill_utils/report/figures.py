@@ -5,6 +5,7 @@ Out of scope: computing what is drawn; colours, names and the look (style.py).
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -23,28 +24,26 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") 
     """Plot one quantity of training histories over the steps.
 
     `histories` maps a run's name ("kd", "kd 6-3") to history rows with "step" and `key`; rows without it are skipped.
-    The first word is the method and gives the colour; runs of one method differ by dashes. Up to four runs are
-    named at their line's end, more in a legend.
+    The first word is the method and gives the colour; runs of one method differ by dashes.
     """
     ax = style.new_axes()
-    ends: list[tuple[float, float, str, str]] = []
-    dashes: dict[str, int] = {}
+    ends: list[tuple[float, str, str]] = []
+    dashes, right = Counter(), 0
     for name, history in histories.items():
         points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
         if not points:
             continue
         method, _, rest = name.partition(" ")
-        dash = ("-", "--", ":", "-.")[dashes.get(method, 0) % 4]
-        dashes[method] = dashes.get(method, 0) + 1
+        dash = ("-", "--", ":", "-.")[dashes[method] % 4]
+        dashes[method] += 1
         steps, values = zip(*points, strict=True)
-        label, color = method_label(method, rest), style.method_color(method)
-        ax.plot(steps, values, dash, color=color, lw=1.5, label=label, marker="o" if len(points) == 1 else None)
-        ends.append((steps[-1], values[-1], label, color))
+        color = style.method_color(method)
+        ax.plot(steps, values, dash, color=color, lw=1.5, marker="o" if len(points) == 1 else None)
+        ends.append((values[-1], method_label(method, rest), color))
+        right = max(right, steps[-1])
     ax.set(xlabel="optimizer step", ylabel=style.axis_label(key))
-    if len(ends) > 4:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2)
-    elif ends:
-        style.label_right(ax, [(y, label, color) for _, y, label, color in ends], at=max(x for x, *_ in ends))
+    ax.margins(y=0.1)
+    style.label_right(ax, ends, at=right)
     return ax
 
 
@@ -71,7 +70,7 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     students = dict.fromkeys(row["student"] for row in rows if row.get("student") and row.get("method") != "teacher")
     shapes = {student: style.MARKERS[i % len(style.MARKERS)] for i, student in enumerate(students)}
     places = _moved_apart([row[x] if is_number(row.get(x)) else math.nan for row in rows])
-    points, lines, bars = [], [], []
+    points, lines, bars = [], [], []  # labels of points, labels at the right edge, error bars
     for row, at in zip(rows, places, strict=True):
         method, value, is_line = row.get("method", ""), row[y], math.isnan(at)
         color, low, high = style.method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
@@ -79,8 +78,8 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
         if method == "teacher" and has_interval:
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
         elif has_interval and not is_line:
-            ax.errorbar(at, value, yerr=style.error_bars([row], y), color=color, lw=1.1, capsize=2, zorder=3)
-            bars += [(at, height) for height in np.linspace(low, high, 50)]
+            style.error_bars(ax, [at], [row], y, color=color, zorder=3)
+            bars.append(((at, low), (at, high)))
         if method == "teacher" or is_line:
             ax.axhline(value, color=color, lw=0.9 if method == "teacher" else 1.2, ls=":" if is_line else "-")
             lines.append((value, method_label(method), "#6b6b6b"))
@@ -90,36 +89,13 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
             marker = "*" if method == "teacher" else shapes.get(row.get("student"), "o")
             ax.plot(at, value, marker, color=color, ms=11 if marker == "*" else 7, mec="white", mew=0.8, zorder=4)
     ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y))
-    ax.margins(x=0.14, y=0.1)
-    ax.autoscale_view()
+    ax.margins(x=0.25, y=0.1)
     if places.min() >= 0:
         ax.set_xlim(left=max(ax.get_xlim()[0], 0))
     style.label_right(ax, lines)
-    _label_points(ax, points, bars)
+    left, right = ax.get_xlim()
+    style.label_points(ax, points, bars + [((left, value), (right, value)) for value, *_ in lines])
     return ax
-
-
-def _label_points(
-    ax: Axes, points: Sequence[tuple[float, float, str, str]], drawn: Sequence[tuple], fontsize: str = "medium"
-) -> None:  # fmt: skip
-    """Write each (x, y, text, colour) beside its point, where it hides least of what is `drawn` (x, y)."""
-    ax.get_figure().draw_without_rendering()  # places need the final layout
-    drawn = ax.transData.transform([*drawn, *(point[:2] for point in points)]) if points else []
-    boxes = [line.get_window_extent() for line in ax.texts]
-    for at, value, name, color in points:
-        places = []
-        for above, aside in itertools.product((0, 9, -9, 18, -18, 27, -27), (7, -7, 16, -16, 25, -25, 34, -34)):
-            text = ax.annotate(name, (at, value), (aside, above), textcoords="offset points", color=color, va="center",
-                               ha="left" if aside > 0 else "right", fontsize=fontsize, zorder=5)  # fmt: skip
-            box = text.get_window_extent().padded(4)
-            hidden = sum(box.contains(*place) for place in drawn) + (abs(above) + abs(aside)) / 30
-            hidden += 100 * (box.count_overlaps(boxes) + (box.x0 < ax.bbox.x0) + (box.y0 < ax.bbox.y0))
-            places.append((hidden, len(places), text, box))
-        _, _, chosen, box = min(places)
-        boxes.append(box)
-        for *_, text, _ in places:
-            if text is not chosen:
-                text.remove()
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Axes:
@@ -155,6 +131,7 @@ def plot_coverage_density(coverage: Sequence[float], density: Sequence[float]) -
     ax = style.new_axes()
     ax.scatter(coverage, density, s=10, lw=0, color=style.method_color("reference"), alpha=0.4)
     ax.set_yscale("symlog", linthresh=1)
+    ax.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as TeX
     ax.set(xlabel="coverage: share of words copied", ylabel="density: squared length of copied runs")
     ax.set_xlim(-0.02, 1.02)
     return ax
@@ -177,12 +154,11 @@ def plot_intervals(rows: Sequence[Mapping]) -> Axes:
                 ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
             ax.plot([low, high], [at, at], color=color, lw=1.6, zorder=3)
             ax.plot(row[metric], at, marker, color=color, ms=size, mec="white", mew=0.8, zorder=4)
-            if i == 0:
-                text = method_label(row["method"], row.get("student"))
-                ax.annotate(text, (high, at), (5, 0), textcoords="offset points", va="center", color="#586069")
+            if i == 0:  # beyond the band
+                text, edge = method_label(row["method"], row.get("student")), max(row[f"{metric}_high"] for row in rows)
+                ax.annotate(text, (edge, at), (5, 0), textcoords="offset points", va="center", color="#586069")
     style.name_rows(ax, [HEADINGS[metric] for metric in metrics])
-    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
-    ax.set_xlabel("F1 × 100")
+    ax.set(xlabel="F1 × 100", xlim=(min(0, ax.get_xlim()[0]), None))
     return ax
 
 
@@ -218,16 +194,14 @@ def plot_layers(rows: Sequence[Mapping], key: str, ylabel: str) -> Figure:
 
     Rows have stack, layer, `key` and, where there is an interval, `key`_low and `key`_high.
     """
-    stacks = list(dict.fromkeys(row["stack"] for row in rows))
+    stacks = pd.DataFrame(rows).groupby("stack", sort=False)
     figure, axes = plt.subplots(1, len(stacks), figsize=(6.5, 2.7), sharey=True, layout="constrained", squeeze=False)
-    for ax, stack in zip(axes[0], stacks, strict=True):
-        own = [row for row in rows if row["stack"] == stack]
-        layers, values = [row["layer"] for row in own], [row[key] for row in own]
-        ax.bar(layers, values, 0.7, color="#8b949e")
-        if all(f"{key}_low" in row for row in own):
-            ax.errorbar(layers, values, yerr=style.error_bars(own, key), fmt="none", color="#373e47", lw=1.1, capsize=2)
+    for ax, (stack, own) in zip(axes[0], stacks, strict=True):
+        ax.bar(own["layer"], own[key], 0.7, color="#8b949e")
+        if f"{key}_low" in own:
+            style.error_bars(ax, own["layer"], own.to_dict("records"), key, fmt="none", color="#373e47")
         ax.axhline(0, color="#8b949e", lw=0.8)
-        ax.set(title=stack, xlabel="teacher layer", xticks=layers)
+        ax.set(title=stack, xlabel="teacher layer", xticks=own["layer"])
         ax.grid(False, axis="x")
         ax.tick_params(axis="x", length=0)
     axes[0][0].set_ylabel(ylabel)
@@ -239,8 +213,7 @@ def plot_heatmaps(panels: Mapping[str, pd.DataFrame], limits: Sequence[float]) -
 
     The names of a table's index and columns label its axes. Up to twelve columns the cells carry their numbers.
     """
-    size = (6.5, 6.5 / len(panels) + 0.4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5, 6.5 / len(panels) + 0.4), squeeze=False)
     for ax, (title, frame) in zip(axes[0], panels.items(), strict=True):
         sns.heatmap(
             frame, ax=ax, cmap="Blues", vmin=limits[0], vmax=limits[1], annot=frame.shape[1] <= 12, fmt=".2f",
@@ -254,16 +227,18 @@ def plot_heatmaps(panels: Mapping[str, pd.DataFrame], limits: Sequence[float]) -
 def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel: str) -> Axes:
     """Plot one measured value against another, one point a row with its name above; `y`_low, `y`_high: its interval."""
     ax, color = style.new_axes(), style.METHOD_COLORS["sft"]
-    at, values = [row[x] for row in rows], [row[y] for row in rows]
-    look = {"color": color, "ls": "", "lw": 1.1, "capsize": 2, "marker": "o", "ms": 6, "mec": "white"}
-    ax.errorbar(at, values, yerr=style.error_bars(rows, y), **look)
+    style.error_bars(ax, [row[x] for row in rows], rows, y, color=color, ls="", marker="o")
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.margins(x=0.08)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.6 * (high - low))  # room for names, which stand upright: neighbours are often close
-    above = {"color": color, "rotation": 90, "ha": "center", "va": "bottom"}
-    texts = [ax.text(row[x], row[f"{y}_high"] + 0.02 * (high - low), row["name"], **above) for row in rows]
-    style.separate(ax, texts, "x", avoid_self=False)
+    ax.set_ylim(top=ax.get_ylim()[1])
+    for row in rows:  # from its bar to its name
+        ax.vlines(row[x], row[f"{y}_high"], ax.get_ylim()[1], color=color, lw=0.8, ls=":")
+    # Above the axes and upright: neighbours are often close.
+    look = {"transform": ax.get_xaxis_transform(), "color": color, "rotation": 90, "ha": "center", "fontsize": "small"}
+    texts = [ax.text(row[x], 1.0, f" {row['name']}", **look) for row in rows]
+    style.separate(ax, texts, "x")
+    for text in texts:
+        text.set(y=1.0, va="bottom")
+    ax.get_figure().set_figheight(4.2)
     return ax
 
 
@@ -279,7 +254,8 @@ def plot_differences(rows: Sequence[Mapping]) -> Axes:
         color = style.method_color(str(row["name"]).split()[0])
         ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
         ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
-    style.name_rows(ax, [str(row["name"]).replace(" versus ", "\nversus ") for row in rows])
+    names = [" ".join(map(method_label, str(row["name"]).split(" "))) for row in rows]
+    style.name_rows(ax, [name.replace(" versus ", "\nversus ") for name in names])
     ax.set_xlabel("difference in ROUGE-2 (right: the change helps)")
     return ax
 
@@ -292,26 +268,21 @@ def plot_trade_off(rows: Sequence[Mapping], x: str = "latency_ms", legend: str =
     """
     ax, y = style.new_axes(), "rouge2"
     names = list(dict.fromkeys(row["name"] for row in rows))
-    shades = sns.color_palette("crest_r", len(names)).as_hex()
+    shades = sns.color_palette("crest_r", len(names) + 2).as_hex()  # the palest are left out
     mixed = len({row["method"] for row in rows} - {"teacher"}) > 1 or len(names) <= 2
-    labels, drawn = [], []
+    labels, best = [], [(row[x], row[y]) for row in pareto_front(rows, x, y)]
+    segments = [((row[x], row[f"{y}_low"]), (row[x], row[f"{y}_high"])) for row in rows] + [*itertools.pairwise(best)]
     for number, name in enumerate(names):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
         color = style.method_color(own[0]["method"]) if mixed else shades[number]
-        values, at = [row[y] for row in own], [row[x] for row in own]
-        look = {"color": color, "lw": 1.2, "elinewidth": 0.7, "capsize": 2, "ms": 7, "mec": "white"}
-        look["marker"] = style.MARKERS[number % len(style.MARKERS)]
-        ax.errorbar(at, values, yerr=style.error_bars(own, y), label=name, **look)
+        look = {"color": color, "elinewidth": 0.7, "marker": style.MARKERS[number % len(style.MARKERS)]}
+        style.error_bars(ax, [row[x] for row in own], own, y, label=name, **look)
         labels += [(row[x], row[y], row["setting"].removesuffix("s").removesuffix(" beam"), color) for row in own]
-        bars = [((row[x], row[f"{y}_low"]), (row[x], row[f"{y}_high"])) for row in own]
-        for ends in (*bars, *itertools.pairwise(zip(at, values, strict=True))):
-            drawn += list(np.linspace(*ends, 25))
-    ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y))
-    best = pareto_front(rows, x, y)
-    ax.plot([row[x] for row in best], [row[y] for row in best], color="#1c2127", lw=0.9, ls="--", zorder=1)
-    ax.set_xlim(left=0)
+        segments += itertools.pairwise((row[x], row[y]) for row in own)
+    ax.plot(*zip(*best, strict=True), color="#1c2127", lw=0.9, ls="--", zorder=1)
+    ax.set(xlabel=style.axis_label(x), ylabel=style.axis_label(y), xlim=(0, None))
     ax.legend(title=legend, frameon=False)
-    _label_points(ax, labels, drawn, fontsize="small")
+    style.label_points(ax, labels, segments, fontsize="small")
     return ax
 
 
@@ -331,18 +302,17 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
     for name in names:
         own = [row for row in rows if row["name"] == name]
         at, values = np.array([row["teacher_parameters"] / 1e6 for row in own]), [row["score"] for row in own]
-        color = style.method_color(own[0]["method"])
+        color = style.method_color("teacher" if name == "teacher" else own[0]["method"])  # an assistant teaches, too
         labels.append((values[-1], name, color))
         if name == "teacher":
-            ax.plot(at, values, color=color, lw=0.9, ls=":", marker="*", ms=9, alpha=0.6, zorder=2)
+            ax.plot(at, values, color=color, lw=0.9, ls=":", marker="*", ms=9, zorder=2)
             continue
         number = students.index(name)
         # Intervals of one teacher's students must not hide each other; on a log axis steps sideways are factors.
         at = at * max(sizes[-1] / sizes[0], 2) ** (0.025 * (number - (len(students) - 1) / 2))
-        edge = {"ms": 9, "mec": "#1c2127"} if len(own) == 1 else {"ms": 7, "mec": "white"}
-        look = {"color": color, "lw": 1.4, "elinewidth": 1.1, "capsize": 2, "zorder": 4, **edge}
-        marker = style.MARKERS[number % len(style.MARKERS)]
-        ax.errorbar(at, values, yerr=style.error_bars(own, "score"), marker=marker, **look)
+        look = {"ms": 9, "mec": "#1c2127"} if len(own) == 1 else {}
+        look |= {"color": color, "lw": 1.4, "zorder": 4, "marker": style.MARKERS[number % len(style.MARKERS)]}
+        style.error_bars(ax, at, own, "score", **look)
         right = max(right, at[-1])
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
@@ -358,11 +328,12 @@ def plot_stacked(
 ) -> Axes:
     """Plot what a total is made of, one bar a row from the top, with the total behind it.
 
-    Rows have `name` and a number for each of `parts`; parts that are 0 everywhere are left out. `limit` is drawn as a
-    line across all bars.
+    Rows have `name` and a number for each of `parts`; parts too small to be seen are left out, and a unit that the
+    axis has. `limit` is drawn as a line across all bars.
     """
     table = pd.DataFrame(rows).set_index("name").reindex(columns=list(parts)).fillna(0.0)
-    table, totals = table.loc[:, table.any()], table.sum(axis=1)
+    totals = table.sum(axis=1)
+    table = table.loc[:, table.max() > 0.003 * totals.max()].rename(columns=lambda part: part.removesuffix(" (GB)"))
     ax = plt.subplots(figsize=(style.FIGURE_SIZE[0], 1.3 + 0.45 * len(rows)))[1]
     colors = sns.color_palette("colorblind", table.shape[1])
     table.plot.barh(stacked=True, ax=ax, width=0.62, color=colors, edgecolor="white", lw=0.6)
@@ -382,17 +353,16 @@ def plot_thresholds(table: pd.DataFrame) -> Figure:
 
     One row a label: measure, value, removed, low, high (pseudo_labels.threshold_rows).
     """
-    names = list(dict.fromkeys(table["measure"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.6, 2.4), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        own = table[table["measure"] == name]
+    measures = table.groupby("measure", sort=False)
+    figure, axes = plt.subplots(1, len(measures), figsize=(2.4 * len(measures) + 0.6, 2.4), sharey=True, squeeze=False)
+    for ax, (name, own) in zip(axes[0], measures, strict=True):
         shades = {False: style.method_color("pl"), True: "#a5d9c8"}
         sns.histplot(own, x="value", hue="removed", bins=20, multiple="stack", palette=shades, legend=False, ax=ax)
         for bound in (own["low"].iloc[0], own["high"].iloc[0]):
             if math.isfinite(bound):
                 ax.axvline(bound, color="#1c2127", lw=1.2)
         title = f"{100 * own['removed'].mean():.0f} % removed"
-        ax.set(xlabel=name.replace("_", " ").replace("rouge2", "ROUGE-2"), ylabel="pseudo-labels", title=title)
+        ax.set(xlabel=style.axis_label(name), ylabel="pseudo-labels", title=title)
     return figure
 
 

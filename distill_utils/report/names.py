@@ -25,7 +25,7 @@ PATH_COLORS = {
     "hidden": "#00604a",
     "none": "#1c2127",
 }
-BASELINE_COLOR = "#b0b0b0"
+BASELINE_COLOR = "#8b949e"
 METHOD_LABELS = {"sft": "SFT", "kd": "KD", "pl": "PL", "pl_kl": "PL+KL", "pl_gold": "PL+references",
                  "on_policy": "on-policy KD", "kd_cached": "cached KD", "miniend": "MiniEnD",
                  "miniend_logits": "MiniEnD + logits"}  # fmt: skip

@@ -115,7 +115,7 @@ def code_label(notebook) -> Callable:
     lines = re.findall(r"^from distill_utils[\w.]* import ([\w, ]+)$", text, re.MULTILINE)
     names = [name.split(" as ")[-1].strip() for line in lines for name in line.split(",")]
     names = "|".join(["run", *(name for name in names if not name.startswith("show_"))])
-    called = re.compile(rf"(?<![\w.])(?:(?:{names})\.)?((?<=\.)(?!show|use_style|start_|lap)\w+|(?:{names}))(?=\()")
+    called = re.compile(rf"(?<![\w.])(?:(?:{names})\.)?((?<=\.)(?!show|use_|start_|lap)[a-z]\w+|(?:{names}))(?=\()")
 
     def label(cell) -> str:
         tags, first = cell.metadata.get("tags", []), cell.source.partition("\n")[0]
@@ -125,7 +125,7 @@ def code_label(notebook) -> Callable:
             return "Parameters"
         calls = list(dict.fromkeys(called.findall(cell.source)))
         if first.startswith("#") or not calls:
-            return "Code: imports" if re.match(r"import |from ", first) else f"Code: {first.strip('# ')[:60]}"
+            return "Code: " + ("imports" if re.match("import |from ", first) else re.sub("^#+ *| = .*", "", first)[:60])
         return f"Code: {', '.join(calls[:3])}{' …' * (len(calls) > 3)}"
 
     return label

@@ -152,7 +152,7 @@ class Plan:
 def find_notebook(name: str, folder: Path) -> Path:
     """Find a notebook by number (3 or 03), stem or path."""
     known = _stems(folder)
-    if name.isdigit():
+    if name.isdecimal():
         numbered = [stem for stem in known if re.match(rf"0*{int(name)}_", stem)]
         name = numbered[0] if len(numbered) == 1 else name
     for path in (folder / f"{name}.ipynb", folder / name, Path(name)):
@@ -214,19 +214,32 @@ def make_plans(
             name, equals, text = override.partition("=")
             if not equals:
                 raise InputError(f"-p {override!r} has no value: write -p name=value")
-            values[name] = _seen_from(path.parent, parsed_text(_known(name, parameters, path), text, path.stem))
+            value = parsed_text(_known(name, parameters, path), text, path.stem)
+            values[name] = _seen_from(path.parent, name, value)
         changed = {name: value for name, value in values.items() if value != parameters[name].default}
         plans.append(Plan(path, profile, values, changed))
     return plans
 
 
-def _seen_from(folder: Path, value: object) -> object:
-    """Return relative paths that exist where the user typed them as the notebook, run in its own folder, sees them."""
+def _seen_from(folder: Path, name: str, value: object) -> object:
+    """Return relative paths that exist where the user typed them as the notebook, run in its own folder, sees them.
+
+    Without a slash: files with an ending, and folders where the parameter names a teacher or a data set.
+    """
     if isinstance(value, list):
-        return [_seen_from(folder, item) for item in value]
+        return [_seen_from(folder, name, item) for item in value]
     path = Path(value if isinstance(value, str) else "")
-    relative = not path.is_absolute() and (path.exists() if "/" in str(value) else path.suffix and path.is_file())
+    bare = path.suffix and path.is_file() or name == "dataset" and value != "pydocs" and path.is_dir()
+    bare = bare or name.startswith("teacher") and (path / "config.json").is_file()
+    relative = not path.is_absolute() and (path.exists() if "/" in str(value) else bare)
     return os.path.relpath(value, folder) if relative else value
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where no folder can be made or written to: something else is there, or it is not ours."""
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"cannot write to {path}: {place.name or place} is no folder or not yours to write to")
 
 
 def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:

@@ -11,20 +11,17 @@ from html import escape
 
 import pandas as pd
 
-from distill_utils.report.style import HEADINGS, method_label
+from distill_utils.report.style import heading, method_label
 
-DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "speedup": 2, "p_value": 3}
+DECIMALS = {"rouge": 2, "parameters": 1, "ms_per_token": 2, "latency": 1, "words": 1, "_seconds": 1, "ms/step": 1,
+            "speedup": 2, "p_value": 3}  # fmt: skip
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3}?)(?: \1){3,}(?!\S)")  # one to four words, four times or more
 
 
 def show_table(
-    frame: pd.DataFrame,
-    caption: str,
-    best_high: Sequence[str] = (),
-    best_low: Sequence[str] = (),
-    decimals: Mapping[str, int] | None = None,
-    best_among: Sequence[str] = (),
-) -> None:
+    frame: pd.DataFrame, caption: str, best_high: Sequence[str] = (), best_low: Sequence[str] = (),
+    decimals: Mapping[str, int] | None = None, best_among: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Display a table: first column as row heading, numbers right-aligned with fixed decimals, all text escaped.
 
     The best value is bold in the columns of `best_high` (highest) and `best_low` (lowest), sought among all rows or
@@ -33,27 +30,20 @@ def show_table(
     """
     from IPython.display import HTML, display
 
-    styler = _styled(frame, best_high, best_low, decimals or {}, best_among)
-    styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
-    # Same table, same bytes: the id is derived, not drawn.
-    styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
-    display(HTML(styler.to_html()))
-
-
-def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int], best_among):
+    decimals = decimals or {}
     for name in (*best_high, *best_low, *decimals):
         if name not in frame.columns:
             raise ValueError(f"no column {name!r}; columns are {list(frame.columns)}")
-    heading = escape(str(frame.columns[0]).replace("_", " "))  # pandas does not escape this one
+    first = escape(heading(str(frame.columns[0])))  # pandas does not escape this one
     table = frame.set_index(frame.columns[0])
     # The name of the row headings goes where pandas writes the columns' name: one header row, no empty corner.
-    table = table.rename_axis(index=None, columns=heading)
+    table = table.rename_axis(index=None, columns=first)
     if not table.index.is_unique or not table.columns.is_unique:
-        raise ValueError(f"the first column {heading!r} must be unique to serve as row heading")
+        raise ValueError(f"the first column {first!r} must be unique to serve as row heading")
     digits = {name: decimals.get(name, _usual_decimals(str(name))) for name in table.select_dtypes("floating").columns}
     formats = {name: f"{{:.{count}f}}" for name, count in digits.items()}
     styler = table.style.format(formats, escape="html", na_rep="–").format_index(escape="html", axis=0)
-    styler = styler.format_index(lambda name: escape(HEADINGS.get(name, str(name).replace("_", " "))), axis=1)
+    styler = styler.format_index(lambda name: escape(heading(str(name))), axis=1)
     left = [{"selector": "", "props": [("text-align", "left")]}]
     texts = {name: left for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])}
     styler = styler.set_table_styles(texts, overwrite=False)
@@ -64,7 +54,10 @@ def _styled(frame: pd.DataFrame, best_high, best_low, decimals: Mapping[str, int
             rounded = pd.to_numeric(table[name]).round(digits.get(name, 0)).where(competing)
             best = rounded == getattr(rounded, extreme)()
             styler = styler.apply(lambda _, best=best: ["font-weight: bold" if b else "" for b in best], subset=[name])
-    return styler
+    styler = styler.set_caption(escape(caption)).set_table_attributes('class="dataframe"')
+    # Same table, same bytes: the id is derived, not drawn.
+    styler = styler.set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
+    display(HTML(styler.to_html()))
 
 
 def _usual_decimals(column: str) -> int:
@@ -104,23 +97,17 @@ def show_samples(
 
 def _marked(text: str, marks: Mapping[str, Sequence[tuple[int, int]]], clip: int) -> str:
     """Return a text as HTML: loops folded, clipped, and its marks set off where no loop moved them."""
-    folded = LOOP.sub(_fold, text)
+    folded = LOOP.sub(lambda loop: f"{loop[1]} … (×{(len(loop[0]) + 1) // (len(loop[1]) + 1)})", text)
     ending = " …" if len(folded) > clip else ""
     folded = folded[:clip].rstrip() if ending else folded
     if not text.startswith(folded):
         return escape(folded + ending)
-    kinds = [set() for _ in folded]
-    for kind, spans in marks.items():
-        for start, end in spans:
-            for place in range(start, min(end, len(folded))):
-                kinds[place].add(kind)
-    html = ""
-    for kind, run in itertools.groupby(zip(folded, kinds, strict=True), key=lambda pair: sorted(pair[1])):
-        part = escape("".join(letter for letter, _ in run))
-        part = f"<b>{part}</b>" if "differs" in kind else part
-        html += f"<mark>{part}</mark>" if "unsupported" in kind else part
+    html, edges = "", sorted({0, len(folded), *(min(place, len(folded)) for spans in marks.values()
+                                                for span in spans for place in span)})  # fmt: skip
+    for start, end in itertools.pairwise(edges):
+        part = escape(folded[start:end])
+        for kind, tag in (("differs", "b"), ("unsupported", "mark")):
+            if any(first <= start < last for first, last in marks.get(kind, ())):
+                part = f"<{tag}>{part}</{tag}>"
+        html += part
     return html + ending
-
-
-def _fold(loop: re.Match) -> str:
-    return f"{loop[1]} … (×{(len(loop[0]) + 1) // (len(loop[1]) + 1)})"

@@ -15,6 +15,7 @@ from distill_utils.report.tables import show_samples, show_table
 
 WIDE = {"description_width": "7rem"}
 FULL = {"width": "95%"}
+LONG = {"continuous_update": False, "style": {"description_width": "initial"}, "layout": FULL}
 
 
 def sample_browser(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
@@ -54,11 +55,9 @@ def metric_picker(results: Sequence[Mapping[str, object]]) -> None:
     def draw(x: str, y: str) -> None:
         _draw(figures.plot_quality_speed(results, x=x, y=y))
 
-    def choice(name: str, wanted: str, other: int) -> Dropdown:
-        value = wanted if wanted in numeric else numeric[other]
-        return Dropdown(options=numeric, value=value, description=name, style=WIDE)
-
-    interact(draw, x=choice("across", "ms_per_token", 0), y=choice("up", "rouge2", 1))
+    first, second = (wanted if wanted in numeric else numeric[i] for i, wanted in enumerate(("ms_per_token", "rouge2")))
+    x = Dropdown(options=numeric, value=first, description="across", style=WIDE)
+    interact(draw, x=x, y=Dropdown(options=numeric, value=second, description="up", style=WIDE))
 
 
 def budget_explorer(means: Sequence[Mapping[str, object]]) -> None:
@@ -83,11 +82,8 @@ def budget_explorer(means: Sequence[Mapping[str, object]]) -> None:
         else:
             print(f"Nothing is as fast as {budget:.2f}; the fastest takes {fastest:.2f}.")
 
-    slider = FloatSlider(
-        min=math.floor(90 * fastest) / 100, max=math.ceil(105 * slowest) / 100, value=slowest, step=0.01,
-        description=axis_label(x), continuous_update=False, style={"description_width": "initial"}, layout=FULL,
-    )  # fmt: skip
-    interact(draw, budget=slider)
+    low, high = math.floor(90 * fastest) / 100, math.ceil(105 * slowest) / 100
+    interact(draw, budget=FloatSlider(min=low, max=high, value=slowest, step=0.01, description=axis_label(x), **LONG))
 
 
 def decoding_playground(
@@ -136,11 +132,8 @@ def label_filter(table: pd.DataFrame) -> None:
         threshold = next(filter(math.isfinite, own[["low", "high"]].iloc[0]))
         low, high = min(own["value"].min(), threshold), max(own["value"].max(), threshold)
         step = (high - low) / 100 or 0.01
-        slider = FloatSlider(
-            min=low - step, max=high + step, value=threshold, step=step, description=measure.replace("_", " "),
-            continuous_update=False, style={"description_width": "initial"}, layout=FULL,
-        )  # fmt: skip
-        interact(drawn(own), threshold=slider)
+        bounds = {"min": low - step, "max": high + step, "value": threshold, "step": step}
+        interact(drawn(own), threshold=FloatSlider(**bounds, description=axis_label(measure), **LONG))
 
 
 def layer_picker(depths: Mapping[str, int], measure: Callable[[dict[str, list[int]]], Mapping[str, object]]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from distill_utils.artifacts import InputError, folder_atomic, lock, report_progress
 from distill_utils.device import amp_dtype, device, eval_mode, mixed_precision, to_device
@@ -252,7 +253,8 @@ def train_mode(model: torch.nn.Module) -> None:
 
 def recompute_activations(model) -> None:
     """Keep only what enters each layer and compute the rest again in the backward pass: a third more arithmetic."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the old name
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def choose_attention(model, max_length: int) -> None:
@@ -263,7 +265,14 @@ def choose_attention(model, max_length: int) -> None:
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     plain = device().type == "cpu" and max_length <= EAGER_LENGTH
-    model.set_attn_implementation("eager" if plain else "sdpa")
+    set_attention(model, "eager" if plain else "sdpa")
+
+
+def set_attention(model, name: str) -> None:
+    """Set the attention kernel of a model and its stacks: T5's have configs of their own, which 5.17 leaves as is."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(name)
 
 
 def format_row(stage: str, row: dict, max_steps: int) -> str:

@@ -63,14 +63,9 @@ def check_training(settings: Training, num_processes: int = 1) -> None:
             raise InputError(f"{name} {getattr(settings, name)!r} is unknown: use {' or '.join(known)}")
     if not 0 < settings.cooldown_share < 1:
         raise InputError(f"cooldown_share {settings.cooldown_share} is impossible: use for example 0.15")
-    if cooldown_steps(settings) >= settings.max_steps:
+    if (falling := cooldown_steps(settings)) and max(settings.warmup_steps, 1) + falling > settings.max_steps:
         raise InputError(
-            f"a cooldown of {cooldown_steps(settings)} updates leaves none of max_steps {settings.max_steps} before "
-            "it: lower cooldown_share, or raise max_steps"
-        )
-    if settings.schedule == "cooldown" and settings.warmup_steps + cooldown_steps(settings) > settings.max_steps:
-        raise InputError(
-            f"warmup_steps {settings.warmup_steps} and a cooldown of {cooldown_steps(settings)} updates do not fit in "
+            f"warmup_steps {settings.warmup_steps} (or one update) and a cooldown of {falling} updates do not fit in "
             f"max_steps {settings.max_steps}: lower warmup_steps or cooldown_share, or raise max_steps"
         )
     if settings.patience and not settings.eval_every:
