@@ -1,6 +1,7 @@
 """Real steps beside their plan: the allocator's peak against the planned one, and what must be refused."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -75,10 +76,12 @@ def fill_a_gpu(student, teacher, batch):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-def test_what_a_measuring_process_cannot_do_is_one_line():
+def test_what_a_measuring_process_cannot_do_is_one_line(monkeypatch):
     plan = step.plan_step(objectives.sft, t5(1), None, **TEXT, on="cpu")
+    with pytest.raises(InputError, match="most likely out of memory"):
+        measure.measure_step(end_at_once, t5(1), plan=plan, **TEXT)
+    monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda number, start: ThreadPoolExecutor(number))
     for objective, message in (
-        (end_at_once, "most likely out of memory"),
         (fill_a_gpu, "out of memory .*: lower micro_batch_size"),
         (raise_error, "shapes do not match"),
     ):
