@@ -112,15 +112,17 @@ def test_claims_are_judged_from_the_entries():
               test(-1.0, -1.5, -0.5, name="SFT 6-1", versus="KD 6-1", student="6-1", seeds=3),
               test(0.1, -0.5, 0.7, name="PL 6-3", versus="SFT 6-3", student="6-3", seeds=3)]  # fmt: skip
     written = {"comparison": "sft versus kd hidden_weight=0", "ROUGE-2": "-1.20 (-2.00 to -0.40)", "seeds": "1"}
-    run = entry(versus=versus, claims=[written, {"comparison": "kd versus sft", "ROUGE-2": "+9.00 (+8.00 to +9.90)"}])
+    xsum, cnn = ([{"reading": f"nearer to {name}, where"}] for name in ("XSum", "CNN/DailyMail"))
+    again = {"comparison": "kd versus sft", "ROUGE-2": "+9.00 (+8.00 to +9.90)"}
+    run = entry(signals=xsum, versus=versus, claims=[written, again])
     assert claim("kd versus sft", run) == ["confirmed", ("confirmed", 1.0, 0.5), ("confirmed", 1.0, 0.5)]
     assert claim("pl versus sft", run) == ["not separable", ("not separable", 0.1, -0.5)]
     assert claim("sft versus kd hidden_weight=0", run) == ["contradicted", ("contradicted", -1.2, -2.0)]
     assert claim("kd divergence=tvd versus kd", run) == ["not testable here"]
-    assert claim("sft versus kd", run) == ["not testable here"]  # of other data
-    mail = entry(versus=versus[:1], parameters={"dataset": "cnn_dailymail"}, report="mail")
+    assert claim("sft versus kd", run, entry(versus=versus)) == ["not testable here"]  # of other data, and unknown
+    mail = entry(signals=cnn, versus=versus[:1], parameters={"dataset": "mail"}, report="mail")
     assert claim("sft versus kd", run, mail) == ["contradicted", ("contradicted", -1.0, -1.5)]
-    more = entry(versus=[versus[0] | test(0.2, -0.1, 0.5)], parameters={"num_test": 900}, report="more")
+    more = entry(signals=xsum, versus=[versus[0] | test(0.2, -0.1, 0.5)], parameters={"num_test": 900}, report="more")
     assert claim("kd versus sft", run, more) == ["not separable", ("not separable", 0.2, -0.1)]
     cuts = [test(-3.0, -4.0, -2.0, name="6-1", rival="1-6"), test(0.0, -1.0, 1.0, name="6-3", rival="3-6")]
     assert claim("decoder cut versus encoder cut", entry(cuts=cuts))[0] == "mixed"

@@ -145,17 +145,16 @@ def ablation_rows(
 
 
 def claim_rows(
-    base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int], dataset: str
+    base: runs.StudentRun, tested: Mapping[str, Path], seeds: Sequence[int], kind: str
 ) -> list[dict]:  # fmt: skip
     """Return one row per claim of the papers and the first author's logs: confirmed, contradicted, or neither.
 
-    Claims on other kinds of data than `dataset` are left out: "-cnn" is on all whose name does not hold it. Fewer than
-    FEW_DOCUMENTS test none, as the interval of two that agree holds no zero. The file has more than what two runs of
-    students can test; report/dashboard.py judges those from all pages.
+    Claims on another kind of data than `kind`, abstractive or extractive, are left out. Fewer than FEW_DOCUMENTS test
+    none, as the interval of two that agree holds no zero. The file has more than what two runs of students can test;
+    report/dashboard.py judges those from all pages.
     """
     claims = pd.read_csv(ASSETS / "claims.csv", dtype=str).query("page == '03'").fillna({"data": ""})
-    meant = [(name.lstrip("-") in dataset) != name.startswith("-") for name in claims["data"]]
-    claims = claims.loc[meant, ["claim", "comparison", "source"]]
+    claims = claims.loc[claims["data"].isin(["", kind]), ["claim", "comparison", "source"]]
     rows = []
     for claim in claims.to_dict("records"):
         test = ablation_row(base, claim["comparison"], tested, seeds)

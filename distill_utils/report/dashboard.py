@@ -18,6 +18,7 @@ MARGIN = 0.05  # a student that keeps more than all but this share of its teache
 MAX_FACETS, MAX_LABELS, MAX_POINTS = 6, 8, 300
 DOCUMENTS, UPDATES = ("num_documents", "num_test", "num_windows"), ("steps", "max_steps", "distill_steps")
 NUMBERS, SHARES = ("difference", "low", "high"), ("share", "share_low", "share_high")
+KINDS = {"XSum": "abstractive", "CNN/DailyMail": "extractive"}
 VERDICTS = {1: "confirmed", -1: "contradicted", 0: "not separable"}
 IDENTITY = ("name", "method", "student", "variant", "task")  # what rows of several seeds have in common
 INTERVAL = re.compile(r"([+-]?[\d.]+) \(([+-]?[\d.]+) to ([+-]?[\d.]+)\)")
@@ -241,6 +242,12 @@ def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
             yield "direct", "mixed target", row, "", "nats"
 
 
+def kind_of(entry: Mapping) -> str:
+    """Return the kind of an entry's data, by the published data set whose references notebook 03 found nearest."""
+    readings = " ".join(str(row.get("reading")) for row in entry.get("signals", []))
+    return next((kind for name, kind in KINDS.items() if f"nearer to {name}," in readings), "")
+
+
 def _sign(test: Mapping) -> int:
     return int((test.get("low") or 0) > 0) - int((test.get("high") or 0) < 0) if test.get("seeds_agree", True) else 0
 
@@ -254,12 +261,12 @@ def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
     found: dict[tuple[str, str], list[dict]] = {}
     for entry in entries:
         basis, init = facts(entry), entry.get("parameters", {}).get("init")
-        start = f"{init} start" if init and isinstance(init, str) else ""
+        start, kind = f"{init} start" if init and isinstance(init, str) else "", kind_of(entry)
         for one, other, test, on, unit in evidence(entry):
             numbers = [test.get(key) for key in NUMBERS]
             if all(map(is_number, numbers)):
                 seeds = test["seeds"] if is_number(test.get("seeds")) else basis["seeds"]
-                line = basis | {"seeds": seeds, "on": ", ".join(filter(None, (on, start)))}
+                line = basis | {"kind": kind, "seeds": seeds, "on": ", ".join(filter(None, (on, start)))}
                 line["unit"] = unit or test.get("metric") or ""
                 line["group"] = basis["data"], basis["teacher"], start
                 line["rank"] = min(seeds, ENOUGH_SEEDS), basis["documents"], entry.get("date", ""), entry["report"]
@@ -270,9 +277,8 @@ def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
     with open(CLAIMS, newline="", encoding="utf-8") as file:
         claims = list(csv.DictReader(file))
     for claim in claims:
-        of = claim["data"].lstrip("-")  # only data with this in its name, or with a minus only other data
         lines = found.get(tuple(map(method_label, claim["comparison"].split(" versus "))), [])
-        lines = [line for line in lines if (of in line["data"]) != claim["data"].startswith("-")]
+        lines = [line for line in lines if claim["data"] in ("", line["kind"])]
         best = {line["group"]: line["rank"] for line in sorted(lines, key=lambda line: line["rank"])}
         claim["evidence"] = [line for line in lines if line["rank"] == best[line["group"]]][: 2 * MAX_FACETS]
         verdicts = {line["verdict"] for line in claim["evidence"]} or {"not testable here"}

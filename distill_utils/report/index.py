@@ -30,7 +30,7 @@ SHOWN_CHANGES = 12
 TYPES = {
     str: ("headline", "title", "question", "profile", "date"),
     dict: ("parameters", "changed", "provenance"),
-    list: ("rows", "means", "versus", "claims", "cuts", "ways", "controls", "interpolated", "gap", "routes"),
+    list: ("rows", "means", "versus", "claims", "cuts", "ways", "controls", "interpolated", "gap", "routes", "signals"),
 }
 KINDS = dict.fromkeys(("name", "method", "student", "variant", "task", "path", "model", "rival", "metric"), str)
 NUMBERS = re.compile(r"(rouge\w+|share|loss|score|difference)(_low|_high)?|low|high|seeds?|steps|num_documents|speedup"
