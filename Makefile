@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make reports   run every notebook and write reports/ (about an hour on two cores)"
+	@echo "make reports   run every notebook and write reports/ (half an hour to an hour on two cores)"
 	@echo "make test      lint and run the tests, offline (about ten minutes on two cores)"
 	@echo "make test-all  the same, and the slow ones: every profile, the built wheel, whole workflows"
 	@echo "make bench     run the suites of benchmarks/ on quiet cores; SUITES=\"relations student\" some"

@@ -13,7 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 from tiny_notebooks import REPOSITORY, SAVE, code, markdown, run_report, write_notebook
 
-from distill_utils.report import batch, index, pages, settings
+from distill_utils.report import batch, dashboard, index, pages, settings
 
 TITLE = """# 3. Distillation & friends
 
@@ -304,6 +304,16 @@ def test_readme_table(reports):
     assert "`make reports`: 01 1 min 01 s." in index.readme_table(reports)
     path.write_text(json.dumps(entry))
     assert index.readme_table(reports / "none") == "No report has been made yet.\n"
+
+
+def test_readme_shows_the_page_that_carries_most(tmp_path):
+    for profile, steps in (("long", 2400), ("short", 800)):  # the last one is a demonstration
+        rows = [row("kd", "6-3", rouge2=9.0, seeds=3)]
+        entry(tmp_path, f"{profile}/03_kd", title="3. KD", profile=profile, rows=rows, date=f"{3000 - steps}",
+              parameters={"max_steps": steps, "dataset": "../data/news"})  # fmt: skip
+    assert "(reports/long/03_kd.html), profile long, mean of 3 seeds:" in index.readme_table(tmp_path)
+    entries, _ = index.gather(tmp_path)
+    assert {dashboard.facts(made | {"fingerprint": "f"})["data"] for made in entries} == {"news"}
 
 
 def test_readme_leaves_the_scores_of_several_tasks_and_of_many_rows_to_the_page(tmp_path):

@@ -50,6 +50,7 @@ def facts(entry: Mapping) -> dict:
     """Return what an entry's figures rest on: data, teacher, seeds, documents, updates, and whether that is enough."""
     rows, given = averaged(entry), entry.get("parameters", {})
     data = entry.get("dataset") or given.get("dataset") or given.get("text") or ""
+    data = data.rpartition("/")[2] if str(data).startswith((".", "/", "~")) else data  # where it lies is not its name
     # Pages from before a fingerprint was written rest on other text of the same name.
     data = data if entry.get("fingerprint") or not data else f"{data}, earlier text"
     teacher = entry.get("teacher") or given.get("teacher") or given.get("teachers") or ""

@@ -212,10 +212,10 @@ def _basis(entry: dict) -> str:
 def _scored(entries: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
     """Return the entries whose scores the README shows, and these: means over seeds, or rows.
 
-    Of a notebook's pages it is the one with most seeds, of these the last. Left out are those of several tasks, without
-    summaries, or with more than README_ROWS.
+    Of a notebook's pages it is the one that carries most (`_weight`), of these the last. Left out are those of several
+    tasks, without summaries, or with more than README_ROWS.
     """
-    ranked = sorted(entries, key=lambda entry: (_seeds(entry), entry.get("date") or ""))
+    ranked = sorted(entries, key=lambda entry: (*_weight(entry), entry.get("date") or ""))
     found = []
     for entry in {entry["report"].rpartition("/")[2]: entry for entry in ranked}.values():
         rows = [row for row in entry.get("means") or entry["rows"] if row.get("rouge2") is not None]
@@ -223,6 +223,11 @@ def _scored(entries: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
         if fits and any(row.get("student") for row in rows):
             found.append((entry, rows))
     return found
+
+
+def _weight(entry: dict) -> tuple:
+    """Return what orders pages by how much their figures carry: no demonstration, seeds."""
+    return not dashboard.facts(entry)["demo"], _seeds(entry)
 
 
 def _seeds(entry: dict) -> int:
@@ -265,13 +270,13 @@ def benchmark_table(results: Path) -> str:
 
 
 def readme_picture(reports: Path) -> str:
-    """Draw quality_speed.svg, of those that the README shows the report with most seeds, and return its caption."""
+    """Draw quality_speed.svg of the report in the README that carries most, and return its caption."""
     scored = _scored(gather(reports)[0])
     if not scored:
         return "No report has been made yet.\n"
     from distill_utils.report import figures, style  # they load matplotlib
 
-    entry, rows = max(scored, key=lambda found: _seeds(found[0]))
+    entry, rows = max(scored, key=lambda found: _weight(found[0]))
     figures.use_style()
     write_atomic(reports / "quality_speed.svg", style.svg(figures.plot_quality_speed(rows).get_figure()))
     picture = "![ROUGE-2 of teacher and students against time per generated token](reports/quality_speed.svg)"
