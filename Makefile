@@ -15,7 +15,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 
 help:
 	@echo "make reports   run every notebook and write reports/ (half an hour to an hour on two cores)"
-	@echo "make test      lint and run the tests, offline (about ten minutes on two cores)"
+	@echo "make test      lint and run the tests, offline (five to ten minutes on two cores)"
 	@echo "make test-all  the same, and the slow ones: every profile, the built wheel, whole workflows"
 	@echo "make bench     run the suites of benchmarks/ on quiet cores; SUITES=\"relations student\" some"
 	@echo "make lab       open the notebooks in JupyterLab"
