@@ -11,6 +11,7 @@ from tiny_models import tiny_bart
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
 from distill_utils.experiments import ablations, checks, comparison, runs
+from distill_utils.report import dashboard
 from distill_utils.training.loop import Training
 
 BASE = runs.StudentRun(
@@ -283,5 +284,6 @@ def test_signals():
     rows = comparison.signal_rows(0.8, initial, {"rouge2": 28.0}, 22.0)
     assert [row["signal"].split()[0] for row in rows] == ["abstractiveness", "initial", "initial", "quality"]
     assert "XSum" in rows[0]["reading"] and "empty" in rows[2]["reading"] and "memorized" in rows[3]["reading"]
-    assert "CNN" in comparison.signal_rows(0.55, [], None, 1.0)[0]["reading"]
+    for novel, kind in ((0.8, "abstractive"), (0.55, "extractive"), (None, "")):  # what claims are judged by
+        assert dashboard.kind_of({"signals": comparison.signal_rows(novel, [], None, 1.0)}) == kind
     assert "memorized" not in comparison.signal_rows(None, [], {"rouge2": 22.0}, 22.0)[0]["reading"]

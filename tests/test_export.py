@@ -162,8 +162,9 @@ def test_only_an_earlier_export_is_replaced_by_what_is_known_then(tmp_path):
     assert (tmp_path / "letters" / "text.txt").read_text() == "Dear"
 
 
-def test_a_card_names_a_local_teacher_without_the_folders_around_it():
-    names = ("../../models/mine", "~/a/mine", "/work/teacher", "runs/sft-6-6-s0-0123456789/student", "org/model")
+def test_a_card_names_a_local_teacher_without_the_folders_around_it(tmp_path):
+    local = "../../models/mine", "~/a/mine", str(tmp_path / "teacher"), "runs/sft-6-6-s0-0123456789/student"
+    names = (*local, "org/model")
     assert [*map(export._short, names)] == ["mine", "mine", "teacher", "sft-6-6-s0-0123456789", "org/model"]
 
 
