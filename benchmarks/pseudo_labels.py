@@ -85,7 +85,8 @@ def form(name: str, turns: timing.Turns, case: dict) -> dict | None:
             save_model(model, tokenizer, Path(folder) / "model")
             kind = "int8" if name == "int8" else "float32"
             converted = to_ctranslate2(Path(folder) / "model", Path(folder) / "engine", kind)
-            options = {"max_source_length": longest, "num_beams": 4, "translator": load_translator(converted)}
+            translator = load_translator(converted, len(documents))
+            options = {"max_source_length": longest, "num_beams": 4, "translator": translator}
 
             def label(**settings) -> list[str]:
                 return summarize_ctranslate2(converted, tokenizer, documents, **options, **settings)[0]

@@ -1,4 +1,4 @@
-"""Work shared out to processes by submitit: `--workers N` on this machine, `--slurm PARTITION` on a cluster.
+"""Processes of our own, and work shared out to them by submitit: `--workers N` here, `--slurm PARTITION` on a cluster.
 
 What is shared out must be safe to repeat, as building an artifact is: a process that dies is replaced, and its
 successor goes on from the last checkpoint. Out of scope: what is computed.
@@ -15,8 +15,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context, spawn
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +28,22 @@ TRIES, LOG_LINES = 3, 3  # processes that one piece of work may lose, and lines 
 MAX_JOBS = 64  # in a cluster's queue at once
 POLL_SECONDS, SLURM_SECONDS = 0.2, 5.0  # between looks at what runs here, and at the cluster's queue
 LATE_SECONDS = 20.0  # a file from another machine may become visible so much later
+
+
+@contextlib.contextmanager
+def new_processes(number: int = 1, **options) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of processes with nothing of this one's memory, for functions of modules.
+
+    Python's own would import the script that started them, which fails in one without `if __name__ == "__main__":`.
+    """
+    given = spawn.get_preparation_data
+
+    def without_script(name: str) -> dict:
+        return {key: value for key, value in given(name).items() if not key.startswith("init_main")}
+
+    with mock.patch.object(spawn, "get_preparation_data", without_script):
+        with ProcessPoolExecutor(number, get_context("spawn"), **options) as pool:
+            yield pool
 
 
 def check_workers(workers: int, slurm: str = "") -> None:

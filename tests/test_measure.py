@@ -80,7 +80,7 @@ def test_what_a_measuring_process_cannot_do_is_one_line(monkeypatch):
     plan = step.plan_step(objectives.sft, t5(1), None, **TEXT, on="cpu")
     with pytest.raises(InputError, match="most likely out of memory"):
         measure.measure_step(end_at_once, t5(1), plan=plan, **TEXT)
-    monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda number, start: ThreadPoolExecutor(number))
+    monkeypatch.setattr(measure, "new_processes", lambda: ThreadPoolExecutor(1))
     for objective, message in (
         (fill_a_gpu, "out of memory .*: lower micro_batch_size"),
         (raise_error, "shapes do not match"),

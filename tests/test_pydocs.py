@@ -1,10 +1,8 @@
 """The embedded corpus: what is accepted, how splits are kept apart, and that nothing is ever imported."""
 
 import ast
-import os
 import random
 import re
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -397,7 +395,7 @@ def test_build_corpus(tmp_path, monkeypatch):
     (tmp_path / "planted-1.0.dist-info" / "RECORD").write_text("\n".join(record))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(pydocs, "FAMILIES", {"planted family": ("planted", "not-installed-at-all")})
-    monkeypatch.setattr(pydocs, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))  # no process starts
+    monkeypatch.setattr(pydocs, "new_processes", lambda *_, **__: ThreadPoolExecutor(1))  # no process starts
 
     files = pydocs._source_files()
     assert [file[1] for file in files] == sorted([*names, "planted"])
@@ -468,12 +466,3 @@ def test_family_task_masks_the_package():
     assert by_id["torch.nn:a"] == {"id": "torch.nn:a", "label": "planted"} | texts
     other = by_id["PIL.Image:b"]
     assert other["sentence1"].startswith("Open a it image of it.") and other["label"] == "graphics"
-
-
-@pytest.mark.slow
-def test_a_script_that_every_process_runs_again_is_told_so(tmp_path):
-    (tmp_path / "script.py").write_text("from distill_utils.data.loading import corpus_folder\ncorpus_folder()\n")
-    environment = {name: value for name, value in os.environ.items() if name != "DISTILL_CORPUS"}
-    environment |= {"DISTILL_RUNS": str(tmp_path / "runs")}
-    ended = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 1 and "__main__" in ended.stderr.strip().splitlines()[-1]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +152,20 @@ def test_threads_sleep_where_others_compute(monkeypatch, processors, given, expe
         share_cores()
         other.kill()
     assert os.environ.get("OMP_WAIT_POLICY", "") == expected
+
+
+def test_a_thread_of_an_instant_does_not_count(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    looks = iter([2, 3, 1])
+    monkeypatch.setattr(Path, "read_text", lambda path: f"0.1 0.1 0.1 {next(looks)}/99 1")
+    share_cores()
+    assert "OMP_WAIT_POLICY" not in os.environ and next(looks, None) is None
+
+
+def test_a_script_needs_no_guard_against_its_own_processes(tmp_path):
+    script = "import os\nfrom distill_utils import workers\nprint('once')\n"
+    script += "with workers.new_processes() as pool:\n    assert pool.submit(os.getpid).result() != os.getpid()\n"
+    (tmp_path / "script.py").write_text(script)
+    ended = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "once\n"), ended.stderr

@@ -15,7 +15,6 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -133,11 +132,7 @@ def corpus_folder() -> Path:
 
     def build(folder: Path) -> dict:
         progress = partial(report_progress, folder, unit="files")
-        try:
-            corpus = pydocs.build_corpus(progress)
-        except BrokenProcessPool as error:  # its processes import the script that started them, and began here as well
-            fix = "in a script, write what calls it below `if __name__ == '__main__':`"
-            raise InputError(f"the processes that read docstrings ended early: {fix}") from error
+        corpus = pydocs.build_corpus(progress)
         for kind in ("pairs", "text"):
             for split, rows in corpus[kind].items():
                 if kind == "pairs":  # a fixed random order, so that the first rows are a fair sample

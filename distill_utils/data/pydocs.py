@@ -8,17 +8,16 @@ import ast
 import gc
 import hashlib
 import importlib.metadata
-import multiprocessing
 import platform
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from distill_utils.data import separation
 from distill_utils.data.separation import SPLITS, normalise
+from distill_utils.workers import new_processes
 
 # Package family -> distributions; the family is the label of the topic task. All are pinned in requirements.lock.
 FAMILIES = {
@@ -73,9 +72,8 @@ def build_corpus(progress: Callable[[str, int, int], None] = lambda *_: None, nu
     files = _source_files()
     items, texts = [], []
     # Large chunks: a file takes a millisecond or two, so that passing it alone would cost more than reading it.
-    spawn = multiprocessing.get_context("spawn")
     # Without the garbage collector, which a file's syntax tree wakes again and again, reading takes a fifth less.
-    with ProcessPoolExecutor(num_processes, mp_context=spawn, initializer=gc.disable) as pool:
+    with new_processes(num_processes, initializer=gc.disable) as pool:
         for done, (found, raw) in enumerate(pool.map(_read_file, files, chunksize=64), start=1):
             items += found
             texts += raw

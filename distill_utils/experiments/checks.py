@@ -7,10 +7,8 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from distill_utils.models.frozen import frozen_in
 from distill_utils.models.loading import entries_beyond, load_model
 from distill_utils.training.loop import choose_attention, train_mode
 from distill_utils.training.optimizers import MIN_VALIDATION, check_early_stopping, check_training
+from distill_utils.workers import new_processes
 
 TYPICAL = 256  # training pairs, sorted by length, from which a batch of typical length is taken
 LOGITS_TOLERANCE = 1e-3  # of a reloaded student, in standard deviations of the logits, or absolute where that is more
@@ -336,7 +335,7 @@ def _observe(model, tokenizer, documents: list[str], settings: dict) -> dict:
 def _observe_in_new_process(folder: Path, model, documents: list[str], settings: dict) -> dict:
     where = (folder.resolve(), model.device, model.dtype, torch.get_num_threads())
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with new_processes() as pool:
             return pool.submit(_observe_saved, *where, documents, settings).result()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]

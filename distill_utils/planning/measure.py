@@ -9,9 +9,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from distill_utils.models.loading import empty_model, load_config
 from distill_utils.planning.plan import inner_width, machine_ceilings, run_times, step_seconds
 from distill_utils.planning.step import Objective, plan_step
 from distill_utils.training import loop
+from distill_utils.workers import new_processes
 
 BLOCK = 2**20 + 7  # random numbers; no multiple of any width, so that rows differ
 # T5 v1.0 (Raffel et al. 2020, section 3.7): width, width of a head, heads, feed-forward width, layers of each stack.
@@ -68,7 +67,7 @@ def measure_step(
         raise InputError(f"devices {plan['settings']['devices']} cannot be measured in one process: use devices=1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell a notebook when it starts and stops
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a fork would start with this process's memory
+        with new_processes() as pool:
             found = pool.submit(_run_steps, objective, student, teacher, plan["settings"], repeats, threads).result()
     except (BrokenProcessPool, torch.OutOfMemoryError):  # a CPU's process is killed, a GPU's raises
         raise InputError(
