@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=2.6)
     parser.add_argument("--num-train", type=int, default=6000)
     parser.add_argument("--num-test", type=int, default=1000)
+    parser.add_argument("--max-rungs", type=int, default=0, help="0 = as many as the hours pay for")
     parser.add_argument("--workers", type=int, default=1)
     given = vars(parser.parse_args())
     seeds = given.pop("seeds")

@@ -45,6 +45,16 @@ def test_greedy_summaries_and_scores_equal_those_of_generate(family, forced, tmp
         assert score == pytest.approx(log_probs[int(forced) : end].mean().item(), abs=1e-4)
 
 
+def test_the_engine_leaves_the_threads_of_torch(tmp_path):
+    folder, given = convert(tiny_bart(), tiny_tokenizer(), tmp_path), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert ctranslate.load_translator(folder, 2).num_translators == 2 and torch.get_num_threads() == 4
+        assert ctranslate.load_translator(folder, 9).num_translators == 4 and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(given)
+
+
 @pytest.mark.parametrize(("family", "settings"), [("bart", {}), ("t5_v1_1", GREEDY | {"num_beams": 4})])
 def test_beams_reach_the_summaries_and_scores_of_generate(family, settings, tmp_path):
     model, tokenizer = FAMILIES[family](), tiny_tokenizer()  # carries 3 beams, lengths, a penalty, no repeated 3-grams

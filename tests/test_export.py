@@ -147,6 +147,21 @@ def test_card_gives_the_tests_figures_and_the_licences(tmp_path, monkeypatch):
     assert str(tmp_path) not in card.text
 
 
+def test_card_says_in_which_numbers_a_student_was_tested(tmp_path):
+    run = train(tiny_bart())
+    measure(run)
+    card = export.card("mine", tiny_bart(), *_card_of(run))
+    assert "in int8" not in card.text
+    measure(run, int8=True, baseline=measure(train(tiny_bart(seed=1), "kd-3-3-s0")))
+    card = export.card("mine", tiny_bart(), *_card_of(run))
+    assert "decoded with\nthe generation settings stored here, in int8 by CTranslate2." in card.text
+
+
+def _card_of(run: Path) -> tuple[dict, dict, dict]:
+    proof = {"same_summaries": 1, "logits_difference": 0.0, "quantization": None, "skipped": "no reason"}
+    return export._facts(str(run / "student"), run), {"max_source_length": 20, "prefix": ""}, proof
+
+
 def test_only_an_earlier_export_is_replaced_by_what_is_known_then(tmp_path):
     run, folder = train(tiny_bart()), tmp_path / "mine"
     for known in ("No test of this model", "12 test documents"):
@@ -303,7 +318,13 @@ def test_summarize_takes_any_form_of_file_and_keeps_the_order(tmp_path, capsys, 
     (tmp_path / "plain.txt").write_text(plain.replace("\n", "\r\n"), newline="")
     (tmp_path / "plain.gz").write_bytes(gzip.compress(plain.encode()))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
-    for arguments in (["plain.txt"], ["plain.gz"], ["rows.jsonl.gz", "--column", "article"]):
+    table = Dataset.from_dict({"id": list(range(12)), "document": DOCUMENTS})
+    table.to_csv(tmp_path / "rows.csv")
+    table.rename_column("document", "article").to_parquet(tmp_path / "rows.parquet")
+    named = ["--column", "article"]
+    for arguments in (
+        ["plain.txt"], ["plain.gz"], ["rows.jsonl.gz", *named], ["rows.csv"], ["rows.parquet", *named]
+    ):  # fmt: skip
         done = run_cli(capsys, "summarize", tmp_path / arguments[0], "--model", folder, *arguments[1:])
         assert done.code == 0 and done.out.split("\n") == [*expected, ""] and "of 12 texts\n" not in done.err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(rows.replace("article", "document").encode())))
@@ -347,6 +368,22 @@ def test_bad_files_are_rejected_in_one_line_before_a_model_is_loaded(content, ar
     if content is not None:
         (tmp_path / "in").write_bytes(content)
     done = run_cli(capsys, "summarize", tmp_path / "in", "--model", "./no-such-model", *arguments)
+    assert done.code == 2 and re.search(message, done.err) and len(done.err.splitlines()) == 1, done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,text\n1,the list\n", "column 'document' is missing in a.csv: it has id, text; .* by --column"),
+        ("a.csv", "document\n", "a.csv has no text"),
+        ("a.csv.gz", "document\nthe\n", "'a.csv.gz' has an unknown ending"),
+        ("a.csv", None, "'a.csv' does not exist"),
+    ],
+)
+def test_bad_tables_are_rejected_in_one_line(name, content, message, tmp_path, capsys):
+    if content:
+        (tmp_path / name).write_text(content)
+    done = run_cli(capsys, "summarize", tmp_path / name, "--model", "./no-such-model")
     assert done.code == 2 and re.search(message, done.err) and len(done.err.splitlines()) == 1, done.err
 
 

@@ -121,6 +121,18 @@ def test_table(shown):
             tables.show_table(wrong, "c", best_high=["rouge1"] if named == "rouge1" else [])
 
 
+def test_table_prints_runs_counts_and_the_best_of_means_with_intervals(shown):
+    frame = pd.DataFrame({"student": ["sft-6-3-s0", "kd-6-1-T_4", "t5-3-3"], "pairs": [25791, 999, 7]})
+    frame["ROUGE-2"] = [names.with_interval(mean, mean - 1, mean + 1) for mean in (9.5, 10.25, 8.0)]
+    tables.show_table(frame, "Runs.", best_high=["ROUGE-2"])
+    lines = BeautifulSoup(shown[0], "html.parser").select("tbody tr")
+    cells = [[cell.get_text() for cell in line.find_all(["th", "td"])] for line in lines]
+    assert [line[0] for line in cells] == ["SFT 6-3, seed 0", "KD 6-1 T_4", "t5-3-3"]  # the last is no run's name
+    assert [line[1] for line in cells] == ["25,791", "999", "7"] and cells[1][2] == "10.25 (9.25 to 11.25)"
+    bold = shown[0][: shown[0].index("font-weight: bold")].rsplit("}", 1)[-1]
+    assert "row1_col1" in bold and "row0" not in bold
+
+
 def test_samples_are_escaped_clipped_and_fold_what_repeats_without_end(shown):
     tables.show_samples([{"source": "<b>" + "x" * 500, "pl_kl": "$5"}], ["source", "pl_kl", "missing"], "Some & all")
     table = BeautifulSoup(shown[0], "html.parser")

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from test_runs import planted
 from tiny_models import tiny_bart, tiny_batch, tiny_t5, tiny_tokenizer
 
 from distill_utils.artifacts import InputError, read_json, write_json
 from distill_utils.distillation import objectives
-from distill_utils.evaluation import tasks
+from distill_utils.evaluation import scoring, tasks
 from distill_utils.evaluation.statistics import share_of_gap
 from distill_utils.experiments import interpolation, miniend
 from distill_utils.experiments.miniend import PATHS, AgnosticRun
@@ -319,6 +320,22 @@ def test_result_row_averages_seeds_document_by_document(tmp_path):
     row = miniend.result_row("miniend", "summaries", ours, theirs)
     assert row["score"] == pytest.approx(25) and row["difference"] == pytest.approx(10) and row["seeds"] == 2
     assert row["score_low"] <= 25 <= row["score_high"] and row["metric"] == "ROUGE-2"
+
+
+def test_rows_of_a_task_by_f1_have_the_interval_and_the_test_of_its_score(tmp_path):
+    labels = ["equivalent"] * 70 + ["not_equivalent"] * 30
+    found = {"one": ["equivalent"] * 100, "other": ["not_equivalent"] * 30 + ["equivalent"] * 40 + labels[70:]}
+    for name, predictions in found.items():
+        (tmp_path / name).mkdir()
+        rows = Dataset.from_dict({"summary": labels, "label": labels})
+        results = scoring.save_label_scores(tmp_path / name, "mrpc", predictions, rows)
+        assert results["accuracy"] == 70  # of both: they differ in F1 alone
+        write_json(tmp_path / name / "results.json", results)
+    ours, theirs = ([tmp_path / name] for name in found)
+    row = miniend.result_row("one", "mrpc", ours, theirs)
+    gap = 50 * (140 / 170 - 80 / 110)
+    assert row["difference"] == pytest.approx(gap) and row["low"] < gap < row["high"]
+    assert row["score_low"] == pytest.approx(read_json(ours[0] / "results.json")["score_low"], abs=0.5)
 
 
 def test_share_of_the_gap_leaves_out_tasks_without_one():

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, read_json
-from distill_utils.evaluation import ctranslate
+from distill_utils.evaluation import ctranslate, scoring
 from distill_utils.experiments import budget, distill, fine_tuning, pricing, race, runs
 from distill_utils.models.loading import load_model, save_model
 from distill_utils.report import batch, settings
@@ -153,6 +153,13 @@ def test_hours_below_one_rung_name_what_is_needed():
     race.check_hours(made, 3600.0)
 
 
+def test_hours_that_are_named_suffice_for_a_teacher_that_takes_its_share_of_them():
+    made = prices({"a": 1.0}, end=20.0, measured=40.0 + 10.0, teacher=40.0)  # of 100 s
+    with pytest.raises(InputError, match="one candidate needs 0.07 h"):  # 130 s would be less the teacher's 40 %
+        race.check_hours(made, 100.0)
+    race.check_hours(made | {"measured": 0.4 * 252.0 + 10.0}, 252.0)
+
+
 def test_worse_candidates_and_those_without_time_are_told_apart():
     means = {"a": 20.0, "b": 20.1, "c": 19.9, "d": 10.0}
     score = Scores(means)
@@ -248,8 +255,23 @@ def test_tables_of_a_race_whose_teacher_was_there(given):
     assert {row["student"]: row["latency_ms"] for row in front} == {"": 9.0, "3-1": 5.0, "1-1": 4.0}
 
 
+def test_a_winner_in_int8_is_tested_in_int8(given, tmp_path):
+    asked = distill.prepare(given | {"methods": ["sft"], "int8": True})
+    (run,) = distill.candidates(asked, ["3-1"]).values()
+    trained, scored = distill._train_and_test(asked, run)
+    assert "quantization" not in read_json(scored / "config.json")  # the race goes by the weights
+    tested = distill.tested_on(asked, "test", run.name, trained)
+    model, documents = load_model(trained / "student")[0], list(asked.splits["test"]["document"])
+    decode, _ = ctranslate.int8_decoder(model, asked.tokenizer, tmp_path / "int8")
+    written = [row["prediction"] for row in scoring.read_predictions(tested)]
+    assert written == decode(documents, **asked.options, **asked.decoding)
+    assert read_json(tested / "config.json")["quantization"] == "int8"
+    assert "quantization" not in read_json(distill.tested_on(asked, "test") / "config.json")  # the teacher's own
+
+
 def test_the_verdict_says_what_was_tested_and_what_else_meets_the_budget():
-    asked = SimpleNamespace(given={"metric": "rouge1"}, limits={"latency": 30.0}, splits={"test": range(60)})
+    given = {"metric": "rouge1", "int8": True}
+    asked = SimpleNamespace(given=given, limits={"latency": 30.0}, splits={"test": range(60)})
     found = {"winner": "a", "simplest": "b", "updates": 600, "finalists": {"a": 2, "b": 2}, "ended": "time was up"}
     rows = [row | {"rouge2": 8.0} for row in rows_of(s6_3=25.0)] + [{**rows_of()[0], "name": "int8", "rouge2": 7.5}]
     rows[-1]["latency_ms"] = 28.0
@@ -258,7 +280,7 @@ def test_the_verdict_says_what_was_tested_and_what_else_meets_the_budget():
     speed = {"latency_ms": 32.0, "speedup": 1.25}
     text = distill.verdict(asked, found, rows, student, {"rouge1": 22.0}, speed)
     # A second seed took part in the choice, not in the test.
-    for said in ("int8 (28.0 ms", "Take KD 6-3", "it is worse", "it misses latency", "b is smaller", "one seed"):
+    for said in ("int8 (28.0 ms", "KD 6-3 in int8", "it is worse", "it misses latency", "b is smaller", "one seed"):
         assert said in text
     assert "teacher (" not in text
 
@@ -347,6 +369,17 @@ def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_
     plan = distill.candidates(asked, ["3-1"])
     costs = distill.race_prices(asked, plan, distill.measured_shapes(asked), distill.measured_prices(asked, plan))
     assert costs["measured"] > own["priced_s"]
+
+
+def test_hours_that_pay_a_teacher_and_no_rung_are_rejected_before_the_teacher_is_trained(given, monkeypatch):
+    dear = {"end": 3600.0}
+    monkeypatch.setattr(distill, "race_prices", lambda *known, real=distill.race_prices: real(*known) | dear)
+    monkeypatch.setattr(fine_tuning, "train_teacher", lambda *_: pytest.fail("trained a teacher"))
+    wanted = given | {"train_teacher": True, "first_rung": 6, "methods": ["sft"], "student_shapes": ["1-1"]}
+    with pytest.raises(InputError, match="hours 0.5 is below one rung of 6 updates: one candidate needs 1.0"):
+        distill.prepare(wanted | {"hours": 0.5})
+    with pytest.raises(pytest.fail.Exception, match="trained a teacher"):  # now the hours are enough
+        distill.prepare(wanted | {"hours": 1.1})
 
 
 def test_too_many_candidates_or_none_are_rejected_and_learning_rates_fill_the_rest(given):

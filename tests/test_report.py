@@ -290,10 +290,10 @@ def test_index_and_csv(reports):
 def test_readme_table(reports):
     text = index.readme_table(reports)
     assert r"| [3. KD \| PL](reports/03_kd.html) | demo | 1 |" in text
-    assert "| method | student | parameters (M) | ROUGE-2 [95 % interval] |" in text  # empty columns are left out
-    assert "| kd | 6-3 | 6.3 | 9.13 [8.00, 10.00] |" not in text  # another page of the notebook has more seeds
+    assert "| method | student | parameters (M) | ROUGE-2 (95 % interval) |" in text  # empty columns are left out
+    assert "| kd | 6-3 | 6.3 | 9.13 (8.00 to 10.00) |" not in text  # another page of the notebook has more seeds
     assert "(reports/full/03_kd.html), profile full, mean of 3 seeds:" in text
-    assert "| kd | 6-3 | 6.3 | 10.00 [8.00, 10.00] |" in text
+    assert "| kd | 6-3 | 6.3 | 10.00 (8.00 to 10.00) |" in text
     assert "`make reports`: 01 1 min 01 s" in text
     assert "1 h 06 min" not in text  # what other profiles took stands on their pages
     assert "1. Teacher" not in text  # the headline tables are those with students

@@ -78,6 +78,7 @@ def test_every_method_from_description_to_row(place, capsys):
     assert all("not_worse_5_percent" in row for row in [*students_rows, *means[2:], *versus])
     sft = [row["rouge1"] for row in students_rows if row["method"] == "sft"]
     assert next(row for row in means if row["method"] == "sft")["rouge1"] == pytest.approx(np.mean(sft), abs=1e-3)
+    assert {row["at least 95 %"] for row in (*means[2:], *versus)} == {"too few documents"}
     assert len(comparison.cost_table(plan, trained, 1.5, predicted)) == len(plan)
     histories = [read_history(trained[run.name]) for run in plan]
     budget = {"num_test": len(test), "whole_test": True, "seeds": 2, "max_steps": 4}

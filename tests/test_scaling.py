@@ -71,12 +71,12 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
     noise = np.random.default_rng(0).normal(size=60)
     worse, better = made(tmp_path, "worse", list(4 + noise)), made(tmp_path, "better", list(3.9 + noise))
     test = scaling.compare("ours", [better], "theirs", [worse])
-    assert test["difference"] == pytest.approx(-0.1) and "ours beats theirs (-0.100" in scaling.in_words(test)
+    assert test["difference"] == pytest.approx(-0.1) and "ours beats theirs: -0.100" in scaling.in_words(test)
     assert "loses to" in scaling.in_words(scaling.compare("ours", [worse], "theirs", [better]))
     assert "cannot be separated from" in scaling.in_words(scaling.compare("ours", [worse], "theirs", [worse]))
     split = scaling.compare("ours", [better, better, worse], "theirs", [worse, worse, better])
     assert split["low"] < 0 < split["high"] and not split["seeds_agree"]  # over windows alone it would be a difference
-    assert "cannot be separated from theirs (-0.033, " in scaling.in_words(split)
+    assert "cannot be separated from theirs: -0.033 (" in scaling.in_words(split)
 
 
 @pytest.mark.parametrize(

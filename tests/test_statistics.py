@@ -196,4 +196,14 @@ def test_words_follow_the_interval():
         assert ("not shown" in statistics.how_sure(test)) == (sign == 0)
         assert ("loses" in statistics.format_comparison("kd", test, "sft")) == (sign < 0)
         assert ("beats" in statistics.format_comparison("kd", test, "sft", lower_is_better=True)) == (sign < 0)
-    assert "interval 0.04 to" in statistics.how_sure(worse | {"low": 0.04, "high": 0.9})  # not "0.0"
+    assert "(0.04 to" in statistics.how_sure(worse | {"low": 0.04, "high": 0.9})  # not "0.0"
+
+
+def test_ratio_of_means_over_different_documents_against_the_delta_method():
+    generator = np.random.default_rng(0)
+    values, baseline = generator.gamma(2.0, 6.0, size=900), generator.gamma(2.0, 5.0, size=400)
+    ratio, low, high = statistics.ratio_of_means(values, baseline)
+    errors = [scores.std(ddof=1) / scores.mean() / len(scores) ** 0.5 for scores in (values, baseline)]
+    reach = 1.96 * ratio * np.hypot(*errors)
+    assert ratio == pytest.approx(values.mean() / baseline.mean())
+    assert (low, high) == pytest.approx((ratio - reach, ratio + reach), abs=0.02)

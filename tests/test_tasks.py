@@ -17,9 +17,11 @@ from tiny_models import WORDS, tiny_bart, tiny_mbart, tiny_t5, tiny_t5_v1_1
 
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
+from distill_utils.evaluation.statistics import bootstrap_interval, compare
 from distill_utils.evaluation.tasks import (
     TASKS,
     Task,
+    document_values,
     label_scores,
     load_task,
     majority,
@@ -260,6 +262,27 @@ def test_perfect_and_constant_predictions():
             if task in ("cola", "stsb"):
                 assert row["score"] == row["score_low"] == row["score_high"] == 0
             scores(task, [constant], [constant], num_samples=5)  # one row, one class
+
+
+@pytest.mark.parametrize("task", ["qnli", "mrpc", "cola", "stsb"])
+def test_values_per_document_give_the_intervals_and_paired_tests_of_the_score(task):
+    generator, found = np.random.default_rng(0), []
+    truth = generator.uniform(0, 5, 200) if task == "stsb" else (generator.random(200) < 0.7).astype(int)
+    for wrong in (0.1, 0.3):
+        other = generator.uniform(0, 5, 200).round(1) if task == "stsb" else 1 - truth
+        guess = np.where(generator.random(200) < wrong, other, truth if task != "stsb" else truth.round(1))
+        row, values = scores(task, guess, truth), document_values(task, guess, truth)
+        ends = (row["score"], row["score_low"], row["score_high"])
+        assert bootstrap_interval(values) == pytest.approx(ends, abs=1.0)  # both are drawn
+        found.append((guess, values))
+    draws = generator.integers(200, size=(400, 200))
+    direct = [np.subtract(*(scores(task, guess[drawn], truth[drawn], 1)["score"] for guess, _ in found))
+              for drawn in draws]  # fmt: skip
+    test = compare(found[0][1], found[1][1])
+    assert test["high"] - test["low"] == pytest.approx(np.subtract(*np.quantile(direct, [0.975, 0.025])), rel=0.15)
+    if task == "qnli":
+        assert found[0][1].tolist() == (100.0 * (found[0][0] == truth)).tolist()
+    assert document_values(task, truth[:1].round(), truth[:1].round()).shape == (1,)
 
 
 def test_majority_is_that_of_training():

@@ -218,6 +218,13 @@ def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
         assert sorted(read_json(folder / "results.json")["rows"] for folder in folders) == numbers
 
 
+def test_a_method_that_reads_no_states_has_none_written(place):  # noqa: F811
+    base, teacher, tokenizer = place
+    run = replace(base, cache_states=True, shape="3-1", method="on_policy")
+    trained = runs.train_student(run, teacher, tokenizer, planted(18, 1), planted(6, 2))
+    assert not list(trained.parent.glob("*-states-*"))
+
+
 def test_states_fit_or_not():
     teacher = tiny_bart()
     gigabytes = 4 * 10 * (24 + 8 * 2) * teacher.config.d_model / 1e9  # of 8 target tokens the last state and a layer's

@@ -62,7 +62,7 @@ def test_card_is_read_from_a_folder_and_may_be_missing(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps(card))
     assert teacher_facts.stage_rows(card) == [{"stage": "denoising", "steps": 5}]
     rows = {row["card"]: row["value"] for row in teacher_facts.card_rows(teacher_facts.read_card(str(tmp_path)))}
-    assert rows["scores"] == "ROUGE-2 10.50 (9.50–11.50)"
+    assert rows["scores"] == "ROUGE-2 10.50 (9.50 to 11.50)"
     assert rows["decoding"] == "num_beams 4" and rows["commit"] == "–"
 
 
@@ -74,7 +74,7 @@ def test_paired_table_takes_the_better_rule():
     }
     ahead = dict.fromkeys(metrics.METRICS, np.full(20, 15.0))
     rows = teacher_facts.against_rules(result("teacher", 15), ahead, rules, scores)
-    assert [row["difference"] for row in rows] == [3.0] * 4 and rows[0]["object name"] == "12.00 (11.00–13.00)"
+    assert [row["difference"] for row in rows] == [3.0] * 4 and rows[0]["object name"] == "12.00 (11.00 to 13.00)"
 
 
 def test_beams_are_compared_document_by_document(tmp_path):
@@ -105,7 +105,7 @@ def test_verdict_follows_the_numbers():
     compared = [{"metric": metric, "difference": 0.7, "low": 0.1, "high": 1.0} for metric in ("ROUGE-1", "ROUGE-2")]
     text = teacher_facts.verdict(result("teacher", 20), rules, compared, texts, 400)
     assert "Distill" in text and "beats lead words and object name" in text and "stock" not in text
-    assert "it is better than lead words by 0.7 (interval 0.1 to 1.0)" in text
+    assert "it is better than lead words by 0.7 (0.1 to 1.0)" in text
     unclear = [compared[0], compared[1] | {"low": -0.1}]
     assert "not shown to be better" in teacher_facts.verdict(result("teacher", 11), rules, unclear, texts, 400)
     below = [row | {"low": -2.0, "high": -1.0} for row in compared]

@@ -52,7 +52,7 @@ def load_pairs(
         document_column, summary_column = HUB_COLUMNS.get(name, (document_column, summary_column))
     label = f"{name} ({split})"
     for column in (document_column, summary_column):
-        _check_column(found, column, label, "name the right ones by document_column and summary_column")
+        check_column(found, column, label, "name the right ones by document_column and summary_column")
     ids = found["id"] if "id" in found.column_names else range(len(found))
     texts = zip(ids, found[document_column], found[summary_column], strict=True)
     rows = [{"id": str(i), "document": _text(d).strip(), "summary": _text(s).strip()} for i, d, s in texts]
@@ -92,7 +92,7 @@ def load_text(name: str = "pydocs", split: str = "train", column: str = "text", 
     found, undivided = _find_rows(name, "text", split, num, stream=num > 0)
     label = f"{name} ({split})"
     with _hub_errors(label):  # a stream is read here only
-        _check_column(found, column, label, "name the right one by column")
+        check_column(found, column, label, "name the right one by column")
         # In pieces: a hub set may exceed the memory, and rows one by one take seconds.
         texts = (_text(text) for rows in found.select_columns(column).iter(1000) for text in rows[column])
         kept = (text for text in texts if text.strip() and (not undivided or _drawn_split(text) == split))
@@ -207,7 +207,8 @@ def _drawn_split(text: str) -> str:
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def _check_column(found: Dataset | IterableDataset, column: str, name: str, fix: str) -> None:
+def check_column(found: Dataset | IterableDataset, column: str, name: str, fix: str) -> None:
+    """Raise InputError for a column that is missing, naming those that are there."""
     columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
     if column not in columns:
         raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {fix}")

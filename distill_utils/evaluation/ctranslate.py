@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import generation
+from distill_utils.models.loading import save_model
 
 # What CTranslate2 reads from old configuration files: (normalize_before, normalize_embedding), as the classes compute.
 # Marian is left out: the converter takes the start token's embedding for zero, which fine-tuning changes (tied head).
@@ -205,9 +206,26 @@ def load_translator(folder: Path | str, num_batches: int = 1):
 
     num_threads = torch.get_num_threads()
     workers = min(max(1, num_batches), num_threads)
-    return ctranslate2.Translator(
+    translator = ctranslate2.Translator(
         str(folder), inter_threads=workers, intra_threads=num_threads // workers, max_queued_batches=-1
     )
+    torch.set_num_threads(num_threads)  # the engine has set those of a worker for this process as well
+    return translator
+
+
+def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
+    """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
+
+    The folder takes the saved model and the converted one. ValueError for what CTranslate2 cannot express.
+    """
+    save_model(model, tokenizer, folder / "model")
+    converted = to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
+    translator = load_translator(converted)
+
+    def decode(documents: Sequence[str], **settings) -> list[str]:
+        return summarize_ctranslate2(converted, tokenizer, documents, translator=translator, **settings)[0]
+
+    return decode, (converted / "model.bin").stat().st_size / 2**20
 
 
 def score_ctranslate2(

@@ -6,6 +6,7 @@ Out of scope: what the machine could do at best (planning/plan.py).
 import json
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,27 +21,32 @@ from distill_utils.artifacts import artifact, read_json, report_progress, write_
 from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import eval_mode, mixed_precision, timed
 from distill_utils.evaluation import tasks
+from distill_utils.evaluation.ctranslate import int8_decoder
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import evaluate_summaries, spans_to_mark
 
 
 def evaluate_model(
     name: str, model, tokenizer, fingerprint: str, test: Dataset, *, max_source_length: int, prefix: str = "",
-    baseline: Path | None = None, num_speed: int = 8, **generation_settings,
+    baseline: Path | None = None, num_speed: int = 8, int8: bool = False, **generation_settings,
 ) -> Path:  # fmt: skip
     """Return the artifact of one model's test: predictions.jsonl, and results.json with quality and speed.
 
     Quality: ROUGE with 95 % bootstrap intervals over documents, a paired test against `baseline` (the teacher's
-    artifact) and text diagnostics. Speed is measured on the first `num_speed` documents, with 0 not at all.
+    artifact) and text diagnostics. With `int8` the summaries are those of the model in int8 by CTranslate2. Speed, of
+    `model` itself, is measured on the first `num_speed` documents, with 0 not at all.
     """
     options = {"max_source_length": max_source_length, "prefix": prefix, **generation_settings}
     settings = {"model": fingerprint, "data": data_fingerprint(test), "num_speed": num_speed, **options}
-    settings["baseline"] = baseline.name if baseline else None
+    settings |= {"baseline": baseline.name if baseline else None} | ({"quantization": "int8"} if int8 else {})
 
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
-        predictions = summarize(model, tokenizer, documents, progress=progress, **options)
+        with tempfile.TemporaryDirectory() as temporary:
+            own = partial(summarize, model, tokenizer)
+            decode = int8_decoder(model, tokenizer, Path(temporary))[0] if int8 else own
+            predictions = decode(documents, progress=progress, **options)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)
         if num_speed:
@@ -60,6 +66,7 @@ def evaluate_labels(
 ) -> Path:
     """Return the artifact of one model's test on a task with labels: results.json, and scores.json for paired tests."""
     settings = {"model": fingerprint, "task": task, "data": data_fingerprint(test), "length": max_source_length}
+    settings |= label_settings(task)
 
     def build(folder: Path) -> dict:
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
@@ -69,10 +76,15 @@ def evaluate_labels(
     return artifact(f"test-{name}", settings, build)
 
 
+def label_settings(task: str) -> dict:
+    """Return what sets a task's tests apart from those of before, which hold correct answers for F1, too."""
+    return {} if tasks.TASKS[task].metrics == ("accuracy",) else {"values": "score"}
+
+
 def save_label_scores(folder: Path, task: str, found: Sequence[str], test: Dataset) -> dict:
-    """Write scores.json, under "correct" 100 or 0 per row, and return the task's metrics of the labels found."""
-    correct = [100.0 * (a == b) for a, b in zip(found, test["summary"], strict=True)]
-    write_json(folder / "scores.json", {"correct": correct})
+    """Write scores.json, a `tasks.document_values` per row, and return the task's metrics of the labels found."""
+    values = tasks.document_values(task, found, test["label"]).tolist()
+    write_json(folder / "scores.json", {"score" if label_settings(task) else "correct": values})
     return tasks.scores(task, found, test["label"])
 
 

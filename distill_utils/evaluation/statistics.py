@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from distill_utils.artifacts import InputError
+from distill_utils.report.names import with_interval
 
 MARGIN = 0.05  # a system that keeps more than all but this share of another's score is not worse than it
 # Rough figures for ROUGE-2, where nothing is measured: standard deviation of a paired difference per document, and of
@@ -69,6 +70,14 @@ def share_of(values: np.ndarray, baseline: np.ndarray) -> dict:
     share = ours.mean() / theirs.mean()
     _, low, high = bootstrap_interval(share + (ours - share * theirs) / theirs.mean())
     return {"share": float(share), "share_low": low, "share_high": high, "not_worse_5_percent": low > 1 - MARGIN}
+
+
+def ratio_of_means(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float, float]:
+    """Return the ratio of two means over different documents, each (documents,), and its 95 % bootstrap interval."""
+    generator = np.random.default_rng(0)
+    ours, theirs = (_bootstrap_means(np.asarray(scores), 1000, generator) for scores in (values, baseline))
+    low, high = np.quantile(ours / np.maximum(theirs, 1e-9), [0.025, 0.975])
+    return float(np.mean(values) / max(np.mean(baseline), 1e-9)), float(low), float(high)
 
 
 def detectable_difference(
@@ -181,15 +190,14 @@ def seeds_in_words(num_seeds: int) -> str:
 
 
 def how_sure(test: Mapping, than: str = "") -> str:
-    """Return what a paired difference says: "it is worse by 1.0 (interval 0.1 to 2.1)"."""
+    """Return what a paired difference says: "it is worse by 1.0 (0.1 to 2.1)"."""
     sign, ends = effect_sign(test), [test["low"], test["high"]]
     if not sign:
-        low, high = (f"{end:+.1f}" for end in ends)
-        return f"it is not shown to be better or worse{than} ({test['difference']:+.1f}, interval {low} to {high})"
+        return f"it is not shown to be better or worse{than}: {with_interval(test['difference'], *ends, '+.1f')}"
     near, far = sorted(map(abs, ends))
-    decimals = 1 if near >= 0.05 else 2  # "from 0.0" would look like an interval that holds 0
-    size, low, high = (f"{value:.{decimals}f}" for value in (abs(test["difference"]), near, far))
-    return f"it is {'better' if sign > 0 else 'worse'}{than} by {size} (interval {low} to {high})"
+    form = ".1f" if near >= 0.05 else ".2f"  # "from 0.0" would look like an interval that holds 0
+    size = with_interval(abs(test["difference"]), near, far, form)
+    return f"it is {'better' if sign > 0 else 'worse'}{than} by {size}"
 
 
 def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
@@ -199,20 +207,20 @@ def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
 
 
 def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, lower_is_better: bool = False) -> str:
-    """Return a comparison in words with its interval: "kd beats sft (+0.61, 0.14 to 1.12)"."""
+    """Return a comparison in words with its interval, "kd beats sft: +0.61 (+0.14 to +1.12)", without for no name."""
     sign = -effect_sign(test) if lower_is_better else effect_sign(test)
     verb = {1: "beats", -1: "loses to", 0: "cannot be separated from"}[sign]
-    difference, low, high = (f"{test[name]:.{decimals}f}" for name in ("difference", "low", "high"))
-    return f"{name} {verb} {other} ({'' if difference.startswith('-') else '+'}{difference}, {low} to {high})"
+    size = with_interval(test["difference"], test["low"], test["high"], f"+.{decimals}f")
+    return f"{name} {verb} {other}: {size}" if name else f"{verb} {other}"
 
 
 def format_share(test: Mapping) -> tuple[str, str]:
     """Return a share with its interval, "97 % (94 to 101)", and whether it is shown to be above 1 - MARGIN."""
     if test["share"] is None:
         return "–", "not shown"
-    share, low, high = (f"{100 * test[name]:.0f}" for name in ("share", "share_low", "share_high"))
+    share = with_interval(*(100 * test[name] for name in ("share", "share_low", "share_high")), ".0f", " %")
     says = "refuted" if test["share_high"] < 1 - MARGIN else "not shown"
-    return f"{share} % ({low} to {high})", "shown" if test["not_worse_5_percent"] else says
+    return share, "shown" if test["not_worse_5_percent"] else says
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -203,19 +203,41 @@ def scores(task: str, predictions: Sequence, labels: Sequence, num_samples: int 
     metrics = _task(task).metrics
     if len(predictions) != len(labels) or not len(labels):
         raise InputError(f"{len(predictions)} predictions for {len(labels)} labels: give one each, at least one")
-    truth, guess = (np.array([_read_label(task, value, str(i)) for i, value in enumerate(values)])
-                    for values in (labels, predictions))  # fmt: skip
+    truth, guess = _read_labels(task, labels), _read_labels(task, predictions)
     row = {"num_documents": len(truth)} | {name: metric(name, truth, guess) for name in metrics}
-    row["score"] = float(np.mean([row[name] for name in metrics]))
+    row["score"] = _score(task, truth, guess)
     if metrics == ("accuracy",):
         _, row["score_low"], row["score_high"] = bootstrap_interval(100.0 * (truth == guess), num_samples)
         return row
     generator, draws = np.random.default_rng(0), []  # no mean over documents: computed anew from each draw
     for _ in range(num_samples):
         drawn = generator.integers(len(truth), size=len(truth))
-        draws.append(np.mean([metric(name, truth[drawn], guess[drawn]) for name in metrics]))
+        draws.append(_score(task, truth[drawn], guess[drawn]))
     row["score_low"], row["score_high"] = np.quantile(draws, [0.025, 0.975]).tolist()
     return row
+
+
+def document_values(task: str, predictions: Sequence, labels: Sequence) -> np.ndarray:
+    """Return one value per document, (documents,), whose mean is the `score` and whose spread is that of the score.
+
+    Correct answers, 100 or 0, for accuracy. F1 and correlations are no mean over documents: a value is then how much
+    the score owes to a document, the jackknife's (Efron 1982), so that `compare` and all that draws documents is about
+    the score itself.
+    """
+    truth, guess = _read_labels(task, labels), _read_labels(task, predictions)
+    _, firsts, places = np.unique(np.stack([truth, guess]), axis=1, return_index=True, return_inverse=True)
+    rest = len(truth) - 1
+    without = [_score(task, np.delete(truth, i), np.delete(guess, i)) if rest else 0.0 for i in firsts]
+    without = np.array(without)[places.ravel()]  # the score of all other documents; alike for equal ones
+    return (_score(task, truth, guess) + rest * (without.mean() - without)).round(6)  # exactly 100 and 0 of accuracy
+
+
+def _read_labels(task: str, values: Sequence) -> np.ndarray:
+    return np.array([_read_label(task, value, str(i)) for i, value in enumerate(values)])
+
+
+def _score(task: str, truth: np.ndarray, guess: np.ndarray) -> float:
+    return float(np.mean([metric(name, truth, guess) for name in TASKS[task].metrics]))
 
 
 def majority(task: str, train_labels: Sequence, labels: Sequence) -> dict[str, float]:

@@ -17,6 +17,7 @@ from distill_utils.experiments import fine_tuning, runs
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, scores_over_seeds, training_seconds
 from distill_utils.models.loading import ASSETS
 from distill_utils.report.dashboard import VERDICTS
+from distill_utils.report.names import with_interval
 
 FIXED = ("method", "shape", "teacher", "max_source_length", "max_target_length", "training", "prefix", "variant")
 
@@ -160,7 +161,7 @@ def claim_rows(
         test = ablation_row(base, claim["comparison"], tested, seeds)
         found = {"ROUGE-2": "", "seeds": "", "here": "not tested here"}
         if test and test["documents"] >= FEW_DOCUMENTS:
-            interval = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f})"
+            interval = with_interval(*(test[name] for name in ("difference", "low", "high")), "+.2f")
             found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": VERDICTS[effect_sign(test)]}
         rows.append(claim | found)
     return rows

@@ -18,7 +18,7 @@ from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_w
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
-from distill_utils.report.figures import method_label
+from distill_utils.report.names import method_label, row_with_interval, run_label, with_interval
 from distill_utils.training.checkpoints import read_history
 
 FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
@@ -46,11 +46,11 @@ def shape_row(base: runs.StudentRun, shape: str, teacher) -> dict:
     }
 
 
-def labels_row(folder: Path) -> dict:
-    """Return one row on pseudo-labels: kept, closeness to the references, length, speed."""
+def labels_row(folder: Path) -> tuple[dict, np.ndarray]:
+    """Return one row on pseudo-labels (kept, closeness to the references, length, speed), and the ROUGE-2 of each."""
     results, kept = read_json(folder / "results.json"), runs.labelled(folder)
     counts, scores = results["counts"], rouge_scores(kept["summary"], kept["reference"])
-    return {
+    row = {
         "written": counts["total"],
         **{name: counts[name] for name in ("kept", "empty", "repeating")},
         "rouge1": float(scores["rouge1"].mean()),
@@ -59,6 +59,7 @@ def labels_row(folder: Path) -> dict:
         "seconds": results["seconds"],
         "documents/s": results["documents_per_second"],
     }
+    return row, scores["rouge2"]
 
 
 def teacher_row(teacher, tested: Path) -> dict:
@@ -198,9 +199,9 @@ def mean_over_seeds(rows: Sequence[dict], tested: Mapping[str, Path], teacher_te
                 mean[f"{metric}_p_value"] = test["p_value"]
                 mean |= {key: test[key] for key in ("difference", "low", "high") if metric == "rouge2"}
             mean |= statistics.share_of(scores_over_seeds(folders), teacher["rouge2"])
-            mean["at least 95 %"] = ", ".join(statistics.format_share(mean))
+            mean["at least 95 %"] = _at_least(mean, scores.shape[1])
         mean["p_value"] = mean.get("rouge2_p_value")
-        mean["ROUGE-2 95 %"] = f"{mean['rouge2_low']:.2f} – {mean['rouge2_high']:.2f}"
+        mean["ROUGE-2"] = row_with_interval(mean, "rouge2")
         means.append(mean)
     return means
 
@@ -224,8 +225,12 @@ def compare_methods(plan: Sequence[runs.StudentRun], tested: Mapping[str, Path])
             pair = [scores_over_seeds(methods[label]) for label in (name, other)]
             row = {"name": name, "versus": other, "student": shape, "pair": f"{name} versus {other}"}
             row |= statistics.compare(*pair) | statistics.share_of(*pair)
-            rows.append(row | {"at least 95 %": ", ".join(statistics.format_share(row))})
+            rows.append(row | {"at least 95 %": _at_least(row, pair[0].shape[1])})
     return rows
+
+
+def _at_least(test: Mapping, num_documents: int) -> str:
+    return "too few documents" if num_documents < FEW_DOCUMENTS else ", ".join(statistics.format_share(test))
 
 
 def cost_table(
@@ -242,7 +247,7 @@ def cost_table(
         steps = result.get("trained_steps", run.training.max_steps)
         rows.append(
             {
-                "name": run.name,
+                "name": run_label(run.name),
                 "train_seconds": training_seconds(trained[run.name]),
                 "predicted_seconds": step["predicted_seconds"],
                 "ms/step": step["ms/step"],
@@ -284,12 +289,12 @@ def beside_published(means: Sequence[dict], dataset: str, teacher: str) -> pd.Da
 
 
 def signal_rows(
-    novel_2gram: float | None, initial: Sequence[Mapping], labels: Mapping | None, teacher_rouge2: float
+    novel_2gram: float | None, initial: Sequence[Mapping], labels: np.ndarray | None, tested: np.ndarray
 ) -> list[dict]:
     """Return rows signal, measured, reading: what is known before a student is trained, and what it suggests.
 
-    `novel_2gram` is that of the references, `initial` holds `check_initial_student` of each shape, `labels` describes
-    the pseudo-labels of training documents, `teacher_rouge2` is the teacher's on test documents.
+    `novel_2gram` is that of the references, `initial` holds `check_initial_student` of each shape, `labels` the ROUGE-2
+    of each pseudo-label of a training document, `tested` that of each of the teacher's summaries of test documents.
     """
     found = []
     if novel_2gram is not None:
@@ -300,10 +305,12 @@ def signal_rows(
     for row in initial:
         reading = "a weak copy: short training can do" if row["empty"] <= 0.5 else "mostly empty outputs"
         found.append((f"initial gap, {row['student']}", f"KL {row['kl_loss']:.2f} nats per token", reading))
-    if labels:
-        memorized = labels["rouge2"] / max(teacher_rouge2, 1e-9) > MEMORIZED
-        reading = "references memorized by the teacher" if memorized else "as close to references as test outputs"
-        measured = f"{labels['rouge2']:.1f} ROUGE-2 on training, {teacher_rouge2:.1f} on test documents"
+    if labels is not None and len(labels):
+        ratio = statistics.ratio_of_means(labels, tested)
+        reading = "references memorized by the teacher" if ratio[1] > MEMORIZED else "not decided by these documents"
+        reading = "as close to references as test outputs" if ratio[2] <= MEMORIZED else reading
+        means = f"{labels.mean():.1f} ROUGE-2 on training, {tested.mean():.1f} on test documents"
+        measured = f"{means}, ratio {with_interval(*ratio)}; memorized above {MEMORIZED}"
         found.append(("quality of the pseudo-labels", measured, reading))
     return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in found]
 
@@ -337,9 +344,9 @@ def verdict(
     if num_test < FEW_DOCUMENTS:
         return smoke_note(num_test)
     take, *others = recommended(means, versus)
-    share, _, interval = statistics.format_share(take)[0].partition(" (")
-    says = f"{share} of the teacher's ROUGE-2; {statistics.how_sure(take)}"
-    says += f", and is shown to keep at least 95 % ({interval}" if take["not_worse_5_percent"] else ""
+    says = f"{statistics.format_share(take)[0]} of the teacher's ROUGE-2"
+    says += ", shown to be at least 95 %" if take["not_worse_5_percent"] else ""
+    says += f"; {statistics.how_sure(take)}"
     lines = [f"**Take {take['name']}**: {take['speedup']:.2f} times as fast per token and {says}."]
 
     rule = max((row for row in means if row["method"] in RULES), key=lambda row: row["rouge2"], default=None)

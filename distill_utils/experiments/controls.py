@@ -175,7 +175,7 @@ def tune_control(
     settings = {
         "model": model_fingerprint(str(trained / "model"), None), "text": text.fingerprint,
         "rows": [data_fingerprint(rows) for rows in (train, test)], "training": hashed(training),
-    }  # fmt: skip
+    } | scoring.label_settings(task)  # fmt: skip
 
     def build(folder: Path) -> dict:
         words, pad_token_id = tasks.TASKS[task].labels, text.tokenizer.pad_token_id

@@ -20,6 +20,7 @@ from distill_utils.data import loading
 from distill_utils.device import device
 from distill_utils.distillation.teacher_cache import fits_disk
 from distill_utils.evaluation import generation, scoring, statistics
+from distill_utils.evaluation.ctranslate import int8_decoder
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, checks, comparison, fine_tuning, race, runs
 from distill_utils.experiments.export import check_target
@@ -28,7 +29,6 @@ from distill_utils.experiments.pricing import (
     UNPRICED,
     Request,
     exactly,
-    int8_decoder,
     measured_prices,
     measured_shapes,
     race_prices,
@@ -46,7 +46,8 @@ DISK_BYTES = 28  # per parameter and rung: the student, a checkpoint of its trun
 def prepare(given: dict, train: bool = True) -> Request:
     """Load what a race needs and reject what cannot work before anything is computed; `given`: all parameters.
 
-    With `train_teacher` the teacher is fine-tuned here, unless `train` is False, which only prices it.
+    With `train_teacher` the teacher is fine-tuned here, if the hours pay for a rung as well; `train` False only prices
+    it.
     """
     check_workers(given["workers"], given["slurm"])
     limits = budget.parse_budget(*(given[name] for name in ("latency", "speedup", "parameters", "memory")))
@@ -88,7 +89,7 @@ def prepare(given: dict, train: bool = True) -> Request:
     cached = len(splits["train"]) + len(splits["validation"])
     base = replace(base, cache_states=fits_disk(teacher, cached, *lengths, given["cache_gb"]))
     asked = Request(given, limits, teacher, tokenizer, splits, base, decoding)
-    return fine_tuning.with_own_teacher(asked, train) if given["train_teacher"] else asked
+    return fine_tuning.with_own_teacher(asked, known_before if train else None) if given["train_teacher"] else asked
 
 
 # ---------------------------------------------------------------------------------------------- what is known before
@@ -128,16 +129,28 @@ def candidate_rows(prices: Mapping) -> list[dict]:
     return rows
 
 
+def known_before(asked: Request) -> tuple[list[dict], list[str], dict]:
+    """Return the measured rows of shapes, those that start and the prices; InputError where the hours are too few.
+
+    Before a teacher is fine-tuned they are its base's, and all is measured once more afterwards.
+    """
+    shapes = measured_shapes(asked)
+    rows = read_json(shapes / "results.json")["rows"]
+    chosen = budget.choose_shapes(rows, asked.limits, every=bool(asked.given["student_shapes"]))
+    plan = candidates(asked, chosen)
+    costs = measured_prices(asked, plan)
+    if asked.own_teacher:
+        asked.own_teacher["base_s"] = sum(read_json(made / "results.json")["build_seconds"] for made in (shapes, costs))
+    prices = race_prices(asked, plan, shapes, costs)
+    race.check_hours(prices, 3600 * asked.given["hours"])
+    return rows, chosen, prices
+
+
 def dry_run(given: dict) -> str:
     """Return the tables of a race as text, after all that is measured before and nothing that is trained."""
     disable_progress_bar()
     asked = prepare(given, train=False)
-    shapes = measured_shapes(asked)
-    rows = read_json(shapes / "results.json")["rows"]
-    chosen = budget.choose_shapes(rows, asked.limits, every=bool(given["student_shapes"]))
-    plan = candidates(asked, chosen)
-    prices = race_prices(asked, plan, shapes, measured_prices(asked, plan))
-    race.check_hours(prices, 3600 * given["hours"])
+    rows, chosen, prices = known_before(asked)
     rungs = race.planned_rungs(prices, 3600 * given["hours"])
     shown = ["name", "parameters_m", "latency_ms", "speedup", "memory_mb", "rouge2"]
     shown = pd.DataFrame(rows)[shown].assign(budget=budget.fit_column(rows, asked.limits, chosen))
@@ -193,12 +206,15 @@ def student_run(
 
 
 def tested_on(asked: Request, split: str, name: str = "teacher", trained: Path | None = None, baseline=None) -> Path:
-    """Return the artifact of a student's or the teacher's summaries of a split and their scores."""
+    """Return the artifact of a student's or the teacher's summaries of a split and their scores.
+
+    With `int8` the student of the test is the one in int8, as it is timed and handed over.
+    """
     model = load_model(trained / "student")[0].to(device()) if trained else asked.teacher
     fingerprint = trained.name if trained else model_fingerprint(asked.given["teacher"], model)
     return scoring.evaluate_model(
         name, model, asked.tokenizer, fingerprint, asked.splits[split], baseline=baseline, num_speed=0, **asked.options,
-        **(asked.decoding if trained else {}),
+        int8=bool(trained and split == "test" and asked.given["int8"]), **(asked.decoding if trained else {}),
     )  # fmt: skip
 
 
@@ -286,7 +302,7 @@ def verdict(
     if cheaper and asked.limits:
         named = [f"{row['name']} ({row['latency_ms']:.1f} ms, {row['rouge2']:.2f} ROUGE-2)" for row in cheaper]
         lines.append(f"**No student is needed for this budget**: on validation documents {', '.join(named)} meet it.")
-    label = method_label(student["method"], student["student"])
+    label = method_label(student["method"], student["student"]) + " in int8" * asked.given["int8"]
     side = "worse" if student[metric] < teacher[metric] else "better"
     sure = f"it is {side}" if student[f"{metric}_p_value"] < 0.05 else "it is not shown to be better or worse"
     lines.append(

@@ -175,7 +175,7 @@ def card(name: str, model, facts: dict, settings: dict, proof: dict) -> ModelCar
         base_model=teacher if _on_hub(teacher) else None, datasets=dataset if _on_hub(dataset) else None,
         eval_results=scores or None,
     )  # fmt: skip
-    fixed = ("model", "data", "max_source_length", "prefix", "baseline", "num_speed")
+    fixed = ("model", "data", "max_source_length", "prefix", "baseline", "num_speed", "quantization")
     shown = {
         "name": name, "model": model, "shape": f"{len(encoder_layers(model))}-{len(decoder_layers(model))}",
         "millions": count_parameters(model)["total"] / 1e6,

@@ -6,7 +6,7 @@ like one. Out of scope: the embedded teachers, which begin from nothing (teacher
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,8 +97,11 @@ def train_teacher(run: runs.StudentRun, model, tokenizer, splits: Mapping[str, D
     return runs.train_student(run, base, tokenizer, splits["train"], splits["validation"])
 
 
-def with_own_teacher(asked: Request, train: bool) -> Request:
-    """Return the request with a teacher fine-tuned on its pairs for at most TEACHER_SHARE of the hours, by price."""
+def with_own_teacher(asked: Request, check: Callable[[Request], object] | None) -> Request:
+    """Return the request with a teacher fine-tuned on its pairs for at most TEACHER_SHARE of the hours, by price.
+
+    `check` gets the request with the base and the price of its training, before that begins; None: that is returned.
+    """
     given, lengths, batch_size = asked.given, asked.base.lengths, asked.base.training.batch_size
     num = {split: len(rows) for split, rows in asked.splits.items()}
     fields = {name: given[name] for name in ("batch_size", "warmup_steps", "seed")}
@@ -122,8 +125,10 @@ def with_own_teacher(asked: Request, train: bool) -> Request:
         raise InputError(f"hours {given['hours']:g} are below {reason}: give {needed:.2f}, or {fix}")
     run = describe(max_steps=updates)
     known = {"name": run.name, "updates": updates, "priced_s": updates * update + checks, "measured_s": 0.0}
-    if not train:
-        return replace(asked, own_teacher=known)
+    priced = replace(asked, own_teacher=known)
+    if check is None:
+        return priced
+    check(priced)
     tuned = train_teacher(run, asked.teacher, asked.tokenizer, asked.splits)
     teacher, tokenizer = load_model(tuned.name)
     known |= {"measured_s": read_json(tuned / "results.json")["seconds"]}

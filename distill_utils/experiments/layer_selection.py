@@ -366,7 +366,7 @@ def verdict(
 def _in_words(test: Mapping) -> str:
     if test["same"]:
         return f"is the same map as {test['rival']}"
-    return statistics.format_comparison("", test, test["rival"]).partition(" (")[0].strip()
+    return statistics.format_comparison("", test, test["rival"])
 
 
 def _ranking(found: Mapping) -> str:

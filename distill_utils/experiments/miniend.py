@@ -286,24 +286,20 @@ def test_task(tuned: Path, task: str, test: Dataset, max_source_length: int, **g
 
 
 def document_scores(tested: Sequence[Path]) -> np.ndarray:
-    """Return scores (seeds, documents): ROUGE-2, 100 where correct, mean log-likelihood, or loss of windows of text."""
+    """Return scores (seeds, documents): ROUGE-2, a task's `document_values`, log-likelihood, or loss of windows."""
     found = [scoring.read_scores(folder) for folder in tested]
-    (name,) = {"rouge2", "correct", "log_likelihood", "loss"} & found[0].keys()
+    (name,) = {"rouge2", "correct", "score", "log_likelihood", "loss"} & found[0].keys()
     return np.array([scores[name] for scores in found])
 
 
 def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[Path] | None = None) -> dict:
     """Return one line of the grid: a model's score on a task, mean over seeds, with interval and paired test.
 
-    The score is ROUGE-2 or the task's own; intervals are those of `bootstrap_interval` and `compare`. The difference
-    to `baseline` counts correct answers where the score itself is no mean over documents; then its own interval is the
-    mean of each seed's.
+    The score is ROUGE-2 or the task's own, which the intervals of `bootstrap_interval` and `compare` are about too.
     """
     results, values = [read_json(folder / "results.json") for folder in tested], document_scores(tested)
     key = "rouge2" if "rouge2" in results[0] else "score"
-    score, (mean, low, high) = float(np.mean([result[key] for result in results])), bootstrap_interval(values)
-    if key == "score" and abs(score - mean) > 0.01:
-        low, high = (float(np.mean([result[end] for result in results])) for end in ("score_low", "score_high"))
+    score, (_, low, high) = float(np.mean([result[key] for result in results])), bootstrap_interval(values)
     row = {"name": name, "method": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key}
     row |= {"seeds": len(tested), "score": score, "score_low": low, "score_high": high}
     if key == "rouge2":

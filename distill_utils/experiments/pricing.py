@@ -6,7 +6,7 @@ of scope: what the prices pay for (race.py).
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
 from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.distillation.teacher_cache import with_states
-from distill_utils.evaluation import ctranslate, generation, scoring
+from distill_utils.evaluation import generation, scoring
+from distill_utils.evaluation.ctranslate import int8_decoder
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import budget, runs
 from distill_utils.models import students
 from distill_utils.models.frozen import frozen_in
-from distill_utils.models.loading import load_model, model_fingerprint, save_model
+from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.training.loop import choose_attention, fit
 
 COOLDOWN = 0.15  # share of a student's updates
@@ -48,7 +49,7 @@ class Request:
     base: runs.StudentRun
     decoding: dict  # changes to the teacher's decoding settings, for every student
     made: dict = field(default_factory=dict)  # (name, updates, seed): folders of the student and of its scores
-    own_teacher: dict = field(default_factory=dict)  # of a teacher fine-tuned first: updates, priced_s, measured_s
+    own_teacher: dict = field(default_factory=dict)  # a teacher fine-tuned first: updates, priced_s, measured_s, base_s
 
     @property
     def options(self) -> dict:
@@ -141,21 +142,6 @@ def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | 
         return None
 
 
-def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
-    """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
-
-    The folder takes the saved model and the converted one. ValueError for what CTranslate2 cannot express.
-    """
-    save_model(model, tokenizer, folder / "model")
-    converted = ctranslate.to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
-    translator = ctranslate.load_translator(converted)
-
-    def decode(documents: Sequence[str], **settings) -> list[str]:
-        return ctranslate.summarize_ctranslate2(converted, tokenizer, documents, translator=translator, **settings)[0]
-
-    return decode, (converted / "model.bin").stat().st_size / 2**20
-
-
 # -------------------------------------------------------------------------------------------------------------- prices
 
 
@@ -229,12 +215,14 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
         found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"],
                        "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"]}  # fmt: skip
     slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
+    own = asked.own_teacher
     tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]
     return {
         "candidates": found, "labels": costs["load"] + num["train"] * costs["label"],
         "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
-        "measured": measured["build_seconds"] + costs["build_seconds"] + asked.own_teacher.get("priced_s", 0.0)
-        + costs["states"] * (num["train"] + num["validation"]),
+        "measured": measured["build_seconds"] + costs["build_seconds"] + own.get("base_s", 0.0)
+        + own.get("priced_s", 0.0) + costs["states"] * (num["train"] + num["validation"]),
+        "teacher": own.get("priced_s", 0.0),
         "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
         "max_rungs": asked.given["max_rungs"],
     }  # fmt: skip

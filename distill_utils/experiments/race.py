@@ -5,7 +5,8 @@ what is trained (distill.py).
 
 Prices are a dictionary of seconds: "candidates" by name with "update", "score" (one score, with all but updates that a
 student of a rung costs), "labels" (whether it needs them) and "parameters"; "labels" for all; "measured", spent before
-the race; "end", to be kept for test and export; and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
+the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export; and "first_rung",
+"cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
 import math
@@ -81,9 +82,10 @@ def check_hours(prices: Mapping, seconds: float) -> None:
     names = list(prices["candidates"])
     if next_rung(prices, names, 0, prices["measured"], seconds):
         return
-    fixed = prices["measured"] + prices["end"]
+    teacher = prices.get("teacher", 0.0)  # takes its share of more hours too
+    fixed, left = prices["measured"] - teacher + prices["end"], 1 - teacher / seconds
     # Rounded up: what is named must suffice.
-    one, every = (math.ceil((fixed + paid(prices, chosen, 0)) / 36) / 100 for chosen in (names[:1], names))
+    one, every = (math.ceil((fixed + paid(prices, chosen, 0)) / left / 36) / 100 for chosen in (names[:1], names))
     raise InputError(
         f"hours {seconds / 3600:g} is below one rung of {prices['first_rung']} updates: one candidate needs "
         f"{one:.2f} h, all {len(names)} need {every:.2f} h; raise hours, or lower first_rung, num_train or num_test"

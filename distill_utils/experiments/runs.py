@@ -131,7 +131,7 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     }.get(run.method, smoothing)
     facts = {"encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
     layers = list(imitated[1]) if run.method == "kd" and run.hidden_weight else []
-    stored = {"encoder": {}} if shared else {}
+    stored = {"encoder": {}} if shared and run.method != "on_policy" else {}  # which takes batches apart
     # Hidden states of an encoder that is trained are compared with the teacher's, which then has to run.
     if run.method == "pl_kl" or (run.method == "kd" and not run.teacher_dropout and (shared or not layers)):
         stored["decoder"] = {"layer_ids": layers, "match": run.match if layers else "outputs"}

@@ -219,5 +219,5 @@ def verdict(
         ratios = [row["planned_over_measured"] for row in checks]
         said = f"{min(ratios):.2f} to {max(ratios):.2f} times what {len(ratios)} real steps used"
         lines.append(f"The planned memory is {said}")
-    lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_windows} windows"))
+    lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_windows:,} windows"))
     return f"{'. '.join(lines)}."

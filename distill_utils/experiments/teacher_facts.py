@@ -18,6 +18,7 @@ from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row, sm
 from distill_utils.models import students
 from distill_utils.models.loading import model_folder
 from distill_utils.report.figures import HEADINGS, method_label
+from distill_utils.report.names import row_with_interval, with_interval
 
 DIAGNOSTICS = {  # key of text_diagnostics -> name in the table; shares are shown in %
     "words": "words per summary",
@@ -98,13 +99,14 @@ def stage_rows(card: Mapping) -> list[dict]:
 def card_rows(card: Mapping) -> list[dict]:
     """Return what a model card says beside its training stages, as rows of name and text."""
     rouge = card.get("rouge", {})
-    scores = [f"{HEADINGS.get(m, m)} {mean:.2f} ({low:.2f}–{high:.2f})" for m, (mean, low, high) in rouge.items()]
+    scores = [f"{HEADINGS.get(metric, metric)} {with_interval(*ends)}" for metric, ends in rouge.items()]
     decoding = card.get("decoding", "–")
     if isinstance(decoding, dict):
         decoding = ", ".join(f"{name} {value}" for name, value in decoding.items())
     facts = {"made by": card.get("command"), "commit": card.get("commit"), "corpus": card.get("corpus_fingerprint")}
     facts |= {"scores": "; ".join(scores), "test documents": card.get("num_test"), "decoding": decoding}
-    return [{"card": name, "value": "–" if value is None else str(value)} for name, value in facts.items()]
+    texts = {name: f"{value:,}" if isinstance(value, int) else str(value or "–") for name, value in facts.items()}
+    return [{"card": name, "value": text} for name, text in texts.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines
@@ -113,11 +115,6 @@ def card_rows(card: Mapping) -> list[dict]:
 def best_rule(rules: Sequence[Mapping], metric: str) -> Mapping:
     """Return the row with the highest mean in a metric."""
     return max(rules, key=lambda row: row[metric])
-
-
-def with_interval(row: Mapping, metric: str) -> str:
-    """Write a mean with its interval: 22.60 (21.90–23.30)."""
-    return f"{row[metric]:.2f} ({row[f'{metric}_low']:.2f}–{row[f'{metric}_high']:.2f})"
 
 
 def against_rules(
@@ -129,7 +126,7 @@ def against_rules(
     """
     rows = []
     for metric in METRICS:
-        systems = {method_label(row["method"]): with_interval(row, metric) for row in [*rules, teacher]}
+        systems = {method_label(row["method"]): row_with_interval(row, metric) for row in [*rules, teacher]}
         test = statistics.compare(teacher_scores[metric], scores[best_rule(rules, metric)["method"]][metric])
         rows.append({"metric": HEADINGS[metric], **systems, **test})
     return rows

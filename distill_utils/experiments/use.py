@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from distill_utils.artifacts import InputError, read_json, runs_dir, write_atomic
+from distill_utils.data import loading
 from distill_utils.device import device
 from distill_utils.evaluation import ctranslate, generation
 from distill_utils.models.loading import load_config, load_model, model_folder, shipped_models
@@ -241,12 +242,19 @@ def summarize_file(path: str, model: str, column: str = "", output: Path | None 
 
 
 def read_texts(path: str, column: str = "") -> list[str]:
-    """Return the texts of a file ("-" for what comes in), gzipped or not: JSON Lines, or plain text, one on a line.
+    """Return the texts of a file ("-" for what comes in): CSV, Parquet, JSON Lines, or plain text, one on a line.
 
-    It is JSON Lines where a column is named, its name says so, or its first line is an object. Empty lines of plain
-    text are empty texts. Raises InputError for no text at all, for what is no UTF-8 text and for a broken line.
+    Its name says that it is CSV or Parquet. It is JSON Lines where a column is named, its name says so, or its first
+    line is an object; these and plain text may be gzipped. Empty lines of plain text are empty texts. Raises InputError
+    for no text at all, for what is no UTF-8 text, for a missing column and for a broken line.
     """
     name = "standard input" if path == "-" else Path(path).name
+    if re.search(r"\.(csv|parquet)(\.gz)?$", name):
+        table = loading.read_files(Path(path), "")
+        loading.check_column(table, column or "document", name, "name the right one by --column")
+        if not len(table):
+            raise InputError(f"{name} has no text: give at least one row")
+        return ["" if text is None else text for text in table[column or "document"]]
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         if content[:2] == b"\x1f\x8b":

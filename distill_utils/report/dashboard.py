@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from distill_utils.report.names import method_label
+from distill_utils.report.names import method_label, run_label
 
 CLAIMS = Path(__file__).resolve().parents[1] / "assets" / "claims.csv"
 ENOUGH_SEEDS, FEW_UPDATES = 3, 1000  # with fewer of either, what a page says of a student is a demonstration
@@ -60,7 +60,7 @@ def facts(entry: Mapping) -> dict:
     demo = seeds < ENOUGH_SEEDS or updates < FEW_UPDATES or "demonstration" in entry.get("headline", "").lower()
     return {
         "report": entry["report"], "data": str(data), "seeds": seeds, "documents": documents, "updates": updates,
-        "teacher": ", ".join(map(str, teacher)) if isinstance(teacher, list) else str(teacher),
+        "teacher": ", ".join(map(run_label, map(str, teacher if isinstance(teacher, list) else [teacher]))),
         "demo": demo, "evidence": (not demo, seeds >= ENOUGH_SEEDS),
     }  # fmt: skip
 

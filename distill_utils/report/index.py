@@ -18,7 +18,7 @@ from urllib.parse import quote
 from distill_utils.artifacts import REPOSITORY, read_json, write_atomic
 from distill_utils.report import dashboard, names, pages
 
-README_ROWS, INTERVAL = 12, "ROUGE-2 [95 % interval]"
+README_ROWS, INTERVAL = 12, "ROUGE-2 (95 % interval)"
 README_FIGURES = {  # heading: key of a row, decimals
     "parameters (M)": ("parameters_m", 1), "ROUGE-1": ("rouge1", 2), INTERVAL: ("rouge2", 2), "ROUGE-L": ("rougeL", 2),
     "latency (ms)": ("latency_ms", 1), "ms/token": ("ms_per_token", 2), "words": ("words", 1),
@@ -240,7 +240,7 @@ def _scores(row: dict) -> dict[str, str]:
     for heading, (key, decimals) in README_FIGURES.items():
         line[heading] = "" if row.get(key) is None else f"{row[key]:.{decimals}f}"
     if None not in (row.get("rouge2_low"), row.get("rouge2_high")):
-        line[INTERVAL] += f" [{row['rouge2_low']:.2f}, {row['rouge2_high']:.2f}]"
+        line[INTERVAL] = names.row_with_interval(row, "rouge2")
     return line
 
 
