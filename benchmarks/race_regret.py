@@ -1,6 +1,6 @@
 """Measure what halving costs in quality: `distill`'s winner beside every candidate trained to the end, and beside SFT.
 
-    python benchmarks/race_regret.py --seeds 0 1 2 --hours 1 --speedup 2.6 --workers 2
+    python benchmarks/race_regret.py --seeds 0 1 2 --hours 1 --speedup 2.6 --max-rungs 3 --workers 2
 
 One race a seed, on a budget that only small shapes meet. Then every candidate gets as many updates as the longest
 student of the race and is scored on the same validation documents, as a patient user would do; the grid's choice is the
@@ -8,7 +8,8 @@ best of these and of the race's own. Regret is that choice minus the winner, in 
 `sft by hand`, trained after all races, is one student of the largest fitting shape at the usual learning rate, for all
 updates that the hours pay for. All of it are artifacts: after a kill the same command goes on, and results are written
 after each part. Prices are those of one worker, measured at the first start, on a quiet machine; more workers train
-the same updates in less time.
+the same updates in less time. Without `--max-rungs` a race that drops early goes on with one student, and the grid of
+nine at its updates takes many hours.
 """
 
 import argparse

@@ -362,7 +362,8 @@ def verdict(
             # Intervals narrow with the root; 2.04: four of five such runs would show the difference, not one of two.
             times = float(f"{2.04 * ((best['high'] - best['low']) / 2 / best['difference']) ** 2:.2g}")
             more = "test documents and seeds" if seeds > 1 else "test documents"
-            lines[-1] = lines[-1][:-1] + f"; {best['name']} would need about {times:,g} times as many {more}."
+            times = f"about {times:,g}" if times <= 20 else "over 20"
+            lines[-1] = lines[-1][:-1] + f"; {best['name']} would need {times} times as many {more}."
 
     others = [method_label("sft", row["student"]) for row in others]
     better = [test["name"] for test in versus if test["versus"] in others and statistics.effect_sign(test) > 0]
