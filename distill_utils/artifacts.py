@@ -230,22 +230,22 @@ def start_notebook(name: str, variables: dict) -> NotebookRun:
 
 # ----------------------------------------------------------------------------------------------------------- progress
 
-_progress: dict[str, tuple[float, float, int, str]] = {}
+_progress: dict[str, tuple] = {}  # by folder: when the stage began, last row, first step, (stage, total)
 
 
 def report_progress(folder: Path, stage: str, step: int, total: int, unit: str = "steps", **extra: object) -> None:
     """Write progress.json in a run folder, at most once per second and always at the end of a stage.
 
     In a batch run also in the notebook's folder, where the runner looks. `rate` is units per second since the stage
-    began in this process.
+    began in this process, or went on towards another total, as a trunk does after a pause.
     """
     now = time.monotonic()
-    start, last, first_step, last_stage = _progress.get(str(folder), (now, 0.0, step, ""))
-    if stage != last_stage:
+    start, last, first_step, before = _progress.get(str(folder), (now, 0.0, step, None))
+    if before != (stage, total):
         start, last, first_step = now, 0.0, step
     if step < total and now - last < 1.0:
         return
-    _progress[str(folder)] = (start, now, first_step, stage)
+    _progress[str(folder)] = (start, now, first_step, (stage, total))
     rate = (step - first_step) / (now - start) if now > start else 0.0
     row = {"stage": stage, "step": step, "total": total, "unit": unit, "rate": round(rate, 3)}
     row |= {"seconds_left": round((total - step) / rate) if rate > 0 else None, "time": time.time()}

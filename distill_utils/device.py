@@ -44,11 +44,11 @@ def share_cores() -> None:
     Two trainings of two threads on two cores are 2.6 times as fast so; one alone 10 % slower, its decoding up to 88 %.
     """
     with contextlib.suppress(OSError):  # no Linux
-        for _ in range(5):  # what computes is there each time; one look in ten meets a thread of that instant
+        for _ in range(20):  # what computes is there each time; short commands of the same moment leave gaps
             running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1  # without this one
             if 2 * running < (os.cpu_count() or 1):
                 return
-            time.sleep(0.01)
+            time.sleep(0.025)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -55,6 +55,20 @@ def test_the_engine_leaves_the_threads_of_torch(tmp_path):
         torch.set_num_threads(given)
 
 
+@pytest.mark.parametrize(("slow", "kept"), [({1: 0.2, 4: 0.1}, 4), ({1: 0.1, 4: 0.2}, 1), ({1: 0.1, 4: 0.1}, 1)])
+def test_one_batch_gets_all_threads_only_where_they_are_faster(slow, kept, tmp_path, monkeypatch):
+    folder, given = convert(tiny_bart(), tiny_tokenizer(), tmp_path), torch.get_num_threads()
+    built, real = [], ctranslate._engine
+    monkeypatch.setattr(ctranslate, "_engine", lambda *given: built.append(given[2]) or real(*given))
+    monkeypatch.setattr(ctranslate, "timed", lambda probe, on: probe() and slow[built[-1]])
+    try:
+        torch.set_num_threads(4)
+        assert ctranslate.load_translator(folder).num_translators == 1 and built[-1] == kept
+        assert set(built) == {1, 4} and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(given)
+
+
 @pytest.mark.parametrize(("family", "settings"), [("bart", {}), ("t5_v1_1", GREEDY | {"num_beams": 4})])
 def test_beams_reach_the_summaries_and_scores_of_generate(family, settings, tmp_path):
     model, tokenizer = FAMILIES[family](), tiny_tokenizer()  # carries 3 beams, lengths, a penalty, no repeated 3-grams

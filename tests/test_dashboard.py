@@ -70,6 +70,13 @@ def test_a_ratio_is_to_the_teacher_of_the_same_run_and_seeds_are_averaged():
     assert dashboard.averaged({"rows": seeds, "means": [row("kd")]}) == [row("kd")]
 
 
+@pytest.mark.parametrize(("documents", "good"), [(49, False), (50, True)])
+def test_few_documents_recommend_nothing_however_narrow_their_interval(documents, good):
+    same = row("kd", share=1.0, share_low=1.0, share_high=1.0)  # as three documents with equal summaries give
+    (facet,) = dashboard.facets([entry(same, parameters={"num_test": documents})])
+    assert facet["good"] == good
+
+
 def test_pages_of_earlier_text_stand_beside_those_of_todays():
     facets = dashboard.facets([entry(row("kd")), entry(row("sft", speedup=3.0), fingerprint=None)])
     assert sorted(len(facet["front"]) for facet in facets) == [1, 1]

@@ -6,6 +6,7 @@ CTranslate2 renormalises over the allowed tokens when a setting forbids some (mi
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 
 from distill_utils import artifacts
 from distill_utils.artifacts import InputError
+from distill_utils.device import timed
 from distill_utils.evaluation import generation
 from distill_utils.models.loading import save_model
 
@@ -200,30 +202,47 @@ def summarize_ctranslate2(
 def load_translator(folder: Path | str, num_batches: int = 1):
     """Return the engine of a converted model: up to `num_batches` workers share torch's threads.
 
-    A worker takes a batch alone. Two of one thread write labels nearly twice as fast as one of two (LOG.md).
+    A worker takes a batch alone. Two of one thread write labels nearly twice as fast as one of two (LOG.md). For a
+    single batch it is tried whether all threads are faster than one: where threads wake slowly they are not, and an
+    idle team of them doubles the time of torch's own decoding.
     """
+    num_threads = torch.get_num_threads()
+    workers = min(max(1, num_batches), num_threads)
+    if workers > 1 or num_threads == 1:
+        return _engine(folder, workers, num_threads // workers)
+    end = artifacts.read_json(Path(folder) / "config.json")["eos_token"]
+    seconds = {}
+    for intra_threads in (num_threads, 1):
+        engine = _engine(folder, 1, intra_threads)
+        probe = partial(engine.translate_batch, [[end] * 64], beam_size=1, min_decoding_length=8, max_decoding_length=8)
+        seconds[intra_threads] = min(timed(probe, torch.device("cpu")) for _ in range(3))
+    return engine if seconds[1] <= seconds[num_threads] else _engine(folder, 1, num_threads)
+
+
+def _engine(folder: Path | str, workers: int, intra_threads: int):
     import ctranslate2
 
     num_threads = torch.get_num_threads()
-    workers = min(max(1, num_batches), num_threads)
-    translator = ctranslate2.Translator(
-        str(folder), inter_threads=workers, intra_threads=num_threads // workers, max_queued_batches=-1
+    engine = ctranslate2.Translator(
+        str(folder), inter_threads=workers, intra_threads=intra_threads, max_queued_batches=-1
     )
     torch.set_num_threads(num_threads)  # the engine has set those of a worker for this process as well
-    return translator
+    return engine
 
 
 def int8_decoder(model, tokenizer, folder: Path) -> tuple[Callable, float]:
-    """Return a function like `summarize` that decodes in int8 by CTranslate2, loaded once, and its megabytes.
+    """Return a function like `summarize` that decodes in int8 by CTranslate2, and its megabytes.
 
-    The folder takes the saved model and the converted one. ValueError for what CTranslate2 cannot express.
+    One document meets a loaded engine; many get one with as many workers as they need. The folder takes the saved model
+    and the converted one. ValueError for what CTranslate2 cannot express.
     """
     save_model(model, tokenizer, folder / "model")
     converted = to_ctranslate2(folder / "model", folder / "int8", quantization="int8")
     translator = load_translator(converted)
 
     def decode(documents: Sequence[str], **settings) -> list[str]:
-        return summarize_ctranslate2(converted, tokenizer, documents, translator=translator, **settings)[0]
+        loaded = translator if len(documents) == 1 else None
+        return summarize_ctranslate2(converted, tokenizer, documents, translator=loaded, **settings)[0]
 
     return decode, (converted / "model.bin").stat().st_size / 2**20
 

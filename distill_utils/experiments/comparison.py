@@ -18,10 +18,10 @@ from distill_utils.evaluation.metrics import METRICS, evaluate_summaries, lead_w
 from distill_utils.experiments import runs
 from distill_utils.models import students
 from distill_utils.models.loading import ASSETS, load_model
+from distill_utils.report.dashboard import FEW_DOCUMENTS
 from distill_utils.report.names import method_label, row_with_interval, run_label, with_interval
 from distill_utils.training.checkpoints import read_history
 
-FEW_DOCUMENTS = 50  # below, a table shows that the code runs and nothing else
 RULES = ("lead_words", "object_name")
 COSTS = ("train_seconds", "label_seconds", "states_seconds")  # of a student; what the teacher makes is made once
 # Share of the references' word pairs that the source lacks: Narayan et al. (2018), table 1.
