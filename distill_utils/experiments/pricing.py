@@ -34,7 +34,7 @@ COOLDOWN = 0.15  # share of a student's updates
 UNPRICED = ("kd_cached",)  # the teacher's pass over all data, which nothing here measures
 REPEATS = 5  # of which the best counts: shapes of nearly one speed decide who starts
 NUM_QUALITY = 100  # documents on which the teacher's cheaper decodings are scored
-PRICE_SECONDS, PRICE_ROWS, PRICE_LABELS = 10.0, 512, (16, 80)  # what measuring one price may take
+PRICE_SECONDS, PRICE_ROWS, PRICE_LABELS = 10.0, 512, (40, 240)  # what measuring one price may take
 
 
 @dataclass
@@ -164,10 +164,14 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
         if any(method in runs.ON_PSEUDO_LABELS for method, _ in kinds):
             few, more = (min(size, len(train)) for size in PRICE_LABELS)
             label = partial(pseudo_labels, asked.given["teacher"], **asked.options, **asked.base.label_settings)
-            parts = [(train.select(range(size)), tempfile.mkdtemp(dir=folder)) for size in (few, more)]
-            spent = [timed(partial(label, *part)) for part in parts]
-            # The difference, because each begins with a conversion.
-            found["label"] = max(spent[1] - spent[0], 0.0) / (more - few) if more > few else spent[1] / more
+
+            def seconds(size: int) -> float:
+                return timed(partial(label, train.select(range(size)), tempfile.mkdtemp(dir=folder)))
+
+            spent = seconds(few)
+            found["label"] = spent / few
+            if more > few and spent < PRICE_SECONDS:  # the difference, because each begins with a conversion
+                found["label"] = max(seconds(more) - spent, 0.0) / (more - few)
         written = {each.parent / "results.json" for run in kinds.values() for each in _states(asked, run, train)}
         found["states"] = sum(read_json(each)["seconds"] for each in written) / len(train)  # also of those from before
         return found | {"update": {_kind(run): _update_seconds(asked, run, train) for run in kinds.values()}}
