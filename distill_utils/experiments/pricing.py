@@ -168,6 +168,7 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
             def seconds(size: int) -> float:
                 return timed(partial(label, train.select(range(size)), tempfile.mkdtemp(dir=folder)))
 
+            seconds(1)  # what is imported
             spent = seconds(few)
             found["label"] = spent / few
             if more > few and spent < PRICE_SECONDS:  # the difference, because each begins with a conversion
