@@ -1,5 +1,6 @@
 """Corruption can be undone, has exact lengths and shares, and streams are functions of the step."""
 
+import json
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from tiny_models import BOS, EOS, MASK, PAD, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill_utils.data import denoising
+from distill_utils import artifacts
+from distill_utils.data import denoising, loading
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(12)]
 PROSE = [
@@ -64,6 +66,28 @@ def test_pack_text_takes_four_bytes_for_a_large_vocabulary(size, kind):
 
     flat = denoising.pack_text(["a", "b"], Large())
     assert flat.dtype == kind and flat.tolist() == [size - 2, size - 1] * 2
+
+
+def test_tokens_are_packed_once_for_each_text_and_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    pack, packed = denoising.pack_text, []
+    monkeypatch.setattr(denoising, "pack_text", lambda texts, tokenizer: packed.append(texts) or pack(texts, tokenizer))
+    path, tokenizer, other = tmp_path / "texts.jsonl", prose_tokenizer(), tiny_tokenizer()
+    for texts in (PROSE * 4, PROSE * 5):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        for each in (tokenizer, tokenizer, other):
+            found = denoising.load_tokens(str(path), "train", each, num=3)
+            assert np.array_equal(found, pack(loading.load_text(str(path), "train", num=3), each))
+            each(PROSE, truncation=True, max_length=4, padding=True)  # what a call sets is not the tokenizer
+    assert len(packed) == 2  # the first three texts are the same in both files
+
+
+def test_tokens_have_the_hash_of_their_list(monkeypatch):
+    flat, computed = np.arange(300, dtype=np.uint16), []
+    expected = artifacts.config_hash(flat.tolist())
+    monkeypatch.setattr(denoising, "config_hash", lambda given: computed.append(given) or artifacts.config_hash(given))
+    assert {denoising.tokens_hash(each) for each in (flat, flat.copy(), flat.astype(np.uint32))} == {expected}
+    assert denoising.tokens_hash(flat[1:]) != expected and len(computed) == 3
 
 
 # -------------------------------------------------------------------------------------------------- span corruption

@@ -5,20 +5,24 @@ They cross the borders of texts, as in T5, so that nothing is padded. They are v
 corrupted anew every time, except that gap sentences are chosen, not drawn.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError
-from distill_utils.data import pydocs
+from distill_utils.artifacts import InputError, artifact, config_hash
+from distill_utils.data import loading, pydocs
 from distill_utils.data.batches import collate_parts
 
 # Share of the tokens (gap sentences: of the sentences) that each hides, as in its paper.
 OBJECTIVES = {"span_corruption": 0.15, "text_infilling": 0.3, "sentence_permutation": 0.0, "gap_sentences": 0.3}
 MEAN_SPAN = 3.0  # tokens, of span corruption and of text infilling
+_hashes: dict[str, str] = {}  # of token ids, by their bytes
 
 
 def pack_text(texts: list[str], tokenizer) -> np.ndarray:
@@ -30,6 +34,32 @@ def pack_text(texts: list[str], tokenizer) -> np.ndarray:
         encoded = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
         parts += [np.asarray([*ids, tokenizer.eos_token_id], dtype=kind) for ids in encoded]
     return np.concatenate(parts)
+
+
+def load_tokens(name: str, split: str, tokenizer, num: int = 0) -> np.ndarray:
+    """Return `pack_text` of the texts that `load_text` finds, from disk if they were packed before."""
+    texts = loading.load_text(name, split, num=num)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "end": tokenizer.eos_token_id}
+    if backend:  # without what calls before have set
+        described["backend"] = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    content = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()
+
+    def build(folder: Path) -> dict:
+        tokens = pack_text(texts, tokenizer)
+        np.save(folder / "tokens.npy", tokens)
+        return {"texts": len(texts), "tokens": len(tokens)}
+
+    packed = artifact(f"tokens-{split}", {"texts": content, "tokenizer": config_hash(described)}, build, quiet=True)
+    return np.load(packed / "tokens.npy")
+
+
+def tokens_hash(tokens: np.ndarray) -> str:
+    """Return the `config_hash` of token ids as a list, which names the runs that read them: seconds, so only once."""
+    content = f"{tokens.dtype} {hashlib.sha256(tokens).hexdigest()}"
+    if content not in _hashes:
+        _hashes[content] = config_hash(tokens.tolist())
+    return _hashes[content]
 
 
 def denoising_stream(

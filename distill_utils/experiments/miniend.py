@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from distill_utils.artifacts import InputError, artifact, config_hash, hashed, later, read_json
+from distill_utils.artifacts import InputError, artifact, hashed, later, read_json
 from distill_utils.data import loading
 from distill_utils.data.batches import pair_stream, tokenize_pairs, tokens_per_update
-from distill_utils.data.denoising import denoising_stream
+from distill_utils.data.denoising import denoising_stream, tokens_hash
 from distill_utils.device import amp_dtype, device, seed_everything, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.losses import check_relation_heads
@@ -174,7 +174,7 @@ def distill(
         **hashed(run),
         "weights": run.weights,
         "teacher": model_fingerprint(run.teacher, teacher),
-        "text": [config_hash(array.tolist()) for array in (tokens, held_out)],
+        "text": [tokens_hash(array) for array in (tokens, held_out)],
     } | _others(run)
 
     def build(folder: Path) -> dict:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_utils.artifacts import InputError, artifact, config_hash, read_json, write_json
+from distill_utils.artifacts import InputError, artifact, read_json, write_json
+from distill_utils.data.denoising import tokens_hash
 from distill_utils.device import device
 from distill_utils.distillation import objectives
 from distill_utils.evaluation import statistics
@@ -45,7 +46,7 @@ def test_text(name: str, place: str | Path, held_out: np.ndarray, num: int, sour
     model, tokenizer = load_model(place)
     settings = {
         "model": model_fingerprint(str(place), model),
-        "text": config_hash(held_out.tolist()),
+        "text": tokens_hash(held_out),
         "windows": [num, source_length, denoising],
     }
 
