@@ -30,7 +30,7 @@ from distill_utils.report import batch, settings
 
 def prices(updates: dict[str, float], **changes) -> dict:
     """Return prices without overhead: rungs of 100, 200, 400, ... updates, a tenth of them a cooldown."""
-    each = {"score": 0.0, "labels": False, "parameters": 1.0}
+    each = {"score": 0.0, "labels": False, "parameters": 1.0, "kind": "one"}
     found = {name: {"update": seconds} | each for name, seconds in updates.items()}
     return {
         "candidates": found, "labels": 0.0, "end": 0.0, "measured": 0.0, "first_rung": 100, "cooldown_share": 0.1,
@@ -41,8 +41,8 @@ def prices(updates: dict[str, float], **changes) -> dict:
 class Scores:
     """Made-up scores by name: mean after the first rung, gain a doubling; what was asked for is kept, call by call."""
 
-    def __init__(self, means: dict[str, float], gain: float = 1.0, noise: float = 3.0):
-        self.means, self.gain, self.noise, self.asked = means, gain, noise, []
+    def __init__(self, means: dict[str, float], gain: float = 1.0, noise: float = 3.0, **gains: float):
+        self.means, self.gain, self.noise, self.asked, self.gains = means, gain, noise, [], gains
 
     def __call__(self, students: list[tuple[str, int, int]]) -> list[np.ndarray]:
         self.asked.append(students)
@@ -52,7 +52,8 @@ class Scores:
         drawn = np.random.default_rng([sorted(self.means).index(name), updates, seed])
         shared = np.random.default_rng(0).normal(0, 5, 200)  # documents are hard or easy for all alike
         values = drawn.normal(0, self.noise, 200)
-        return shared + values - values.mean() + self.means[name] + self.gain * np.log2(updates / 100)
+        gained = self.gains.get(name, self.gain) * np.log2(updates / 100)
+        return shared + values - values.mean() + self.means[name] + gained
 
 
 # -------------------------------------------------------------------------------------------------------------- budgets
@@ -173,6 +174,17 @@ def test_worse_candidates_and_those_without_time_are_told_apart():
     assert found["seconds"] == 1020.0 and "used up" in found["ended"]
     again = race.run_race(prices(dict.fromkeys("abcd", 1.0)), 1020.0, Scores(means))
     assert again["winner"] == found["winner"] and again["rows"] == found["rows"]
+
+
+def test_the_best_of_a_kind_that_learns_late_goes_on_and_may_win():
+    made = prices(dict.fromkeys("abcde", 1.0), max_rungs=4)
+    for name, kind in zip("abcde", ("fast", "fast", "late", "late", "never"), strict=True):
+        made["candidates"][name]["kind"] = kind
+    score = Scores({"a": 20.0, "b": 19.9, "c": 10.0, "d": 5.0, "e": 2.0}, c=8.0, d=8.0)
+    found = race.run_race(made, 1e6, score)
+    assert ["".join(name for name, *_ in asked) for asked in score.asked] == ["abcde", "ace", "ac", "c"]
+    assert (found["winner"], found["updates"], found["fates"]["a"]) == ("c", 800, "worse after 400 updates")
+    assert found["fates"]["d"] == "worse after 100 updates"  # its kind is spared, not all of it
 
 
 def test_a_race_ends_when_nobody_gains_and_the_best_rung_counts():
@@ -366,6 +378,10 @@ def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_
     moved = [not torch.equal(one, other) for one, other in zip(base.parameters(), found.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2  # nothing is frozen
     assert asked.base.teacher == name
+    (before,) = Path(os.environ["DISTILL_RUNS"]).glob("shapes-*")  # of the base, which writes as much as it may
+    references = asked.splits["validation"]["summary"]
+    lengths = [len(ids) for ids in tokenizer(text_target=list(references))["input_ids"]]
+    assert read_json(before / "results.json")["num_new_tokens"] == int(np.median(lengths))
     plan = distill.candidates(asked, ["3-1"])
     costs = distill.race_prices(asked, plan, distill.measured_shapes(asked), distill.measured_prices(asked, plan))
     assert costs["measured"] > own["priced_s"]
@@ -395,17 +411,18 @@ def test_too_many_candidates_or_none_are_rejected_and_learning_rates_fill_the_re
 
 
 def test_learning_rates_follow_the_cut_the_signal_and_the_width(given):
-    asked = distill.prepare(given | {"learning_rates": [], "methods": ["sft", "kd"]})
-    width, depth = asked.teacher.config.d_model, len(asked.teacher.get_decoder().layers)
-    usual = {(method, kept): 5e-4 * depth / kept * 192 / width * (2 if method == "kd" else 1)
-             for method in ("sft", "kd") for kept in (1, 2)}  # fmt: skip
-    plan = distill.candidates(asked, ["1-1", "1-2"])
+    asked = distill.prepare(given | {"learning_rates": [], "methods": ["sft", "kd"]})  # of a teacher 3-3
+    unit = 5e-4 * 192 / asked.teacher.config.d_model
+    plan = distill.candidates(asked, ["3-1", "2-2"])
     tried = [(run.method, run.shape, run.training.learning_rate) for run in plan.values()]
-    expected = [(method, f"1-{kept}", factor * usual[method, kept])
-                for factor in (1, 2) for method in ("sft", "kd") for kept in (1, 2)]  # fmt: skip
+    first = [("sft", "3-1", 3 * unit), ("sft", "2-2", 1.5 * unit), ("kd", "3-1", 6 * unit), ("kd", "2-2", 3 * unit)]
+    expected = [(*names, factor * rate) for factor in (1, 2) for *names, rate in first]
     assert [row[:2] for row in tried] == [row[:2] for row in expected]
     assert [row[2] for row in tried] == pytest.approx([row[2] for row in expected], rel=0.05)  # two digits
     assert len(distill.candidates(asked, ["1-1"])) == 2 * 3
+    # A cut encoder is trained too: one decoder layer of three raises the rate to twice at most, the signal only KD's.
+    usual = [fine_tuning.usual_learning_rate(asked.teacher, "1-1", method) for method in ("sft", "pl_kl", "kd")]
+    assert usual == pytest.approx([2 * unit, 2 * unit, 4 * unit])
 
 
 # -------------------------------------------------------------------------------------------------- the command line

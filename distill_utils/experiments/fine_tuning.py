@@ -70,11 +70,15 @@ def usual_learning_rate(teacher, shape: str, method: str) -> float:
     """Return a peak for AdamW that suits a student, to be searched around.
 
     In proportion to how much shallower the decoder becomes, and twice that where the teacher's distributions teach:
-    as found for one, two and three of six layers (LOG.md). In inverse proportion to the width, an assumption; it gives
-    0.00038 for BART-large 12-3, where 0.0003 is published.
+    as found for one, two and three of six layers. An encoder that is cut is trained too, and such rates ruin it: at
+    most twice RATE, and twice that for KD, whose hidden states hold the encoder (both in LOG.md). In inverse proportion
+    to the width, an assumption; it gives 0.00038 for BART-large 12-3, where 0.0003 is published.
     """
-    ratio = len(students.decoder_layers(teacher)) / students.parse_shape(shape, teacher)[1]
-    return RATE * ratio * WIDTH / teacher.config.d_model * (1 if method in ("sft", "pl", "pl_gold") else 2)
+    encoder, decoder = students.parse_shape(shape, teacher)
+    ratio, taught = len(students.decoder_layers(teacher)) / decoder, method not in ("sft", "pl", "pl_gold")
+    if encoder < len(students.encoder_layers(teacher)):
+        ratio, taught = min(ratio, 2.0), method == "kd"
+    return RATE * ratio * WIDTH / teacher.config.d_model * (1 + taught)
 
 
 def at_usual_rate(run: runs.StudentRun, teacher) -> runs.StudentRun:

@@ -70,14 +70,17 @@ def measured_shapes(asked: Request) -> Path:
     Speed and size do not depend on what the weights are. All write as many tokens as the teacher's median summary has,
     one document at a time, the teacher as it decodes and students with the changes of `decoding`: `latency_ms`, and
     `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds per document in batches of 32, as
-    scoring does, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. Teacher
-    rows have ROUGE on the first documents. With `int8` students are timed as CTranslate2 runs them.
+    scoring does, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. A teacher
+    that is still to be fine-tuned will write as much as references have, whatever its base writes. Teacher rows have
+    ROUGE on the first documents. With `int8` students are timed as CTranslate2 runs them.
     """
     teacher, tokenizer, validation = asked.teacher, asked.tokenizer, asked.splits["validation"]
     shapes = list(asked.given["student_shapes"] or budget.candidate_shapes(teacher))
     int8, num_timed = asked.given["int8"], asked.given["num_timed"]
     settings = {"teacher": model_fingerprint(asked.given["teacher"], teacher), "shapes": shapes, "int8": int8}
     settings |= {"data": loading.data_fingerprint(validation), "decoding": asked.decoding, "num_timed": num_timed}
+    tuned_later = bool(asked.own_teacher) and not asked.own_teacher["measured_s"]
+    settings |= {"lengths": "references"} if tuned_later else {}
 
     def build(folder: Path) -> dict:
         few = validation.select(range(min(NUM_QUALITY, len(validation))))
@@ -101,7 +104,8 @@ def measured_shapes(asked: Request) -> Path:
                 written = decoders[row["name"]](documents)
                 row["rouge2"] = float(rouge_scores(written, list(few["summary"]))["rouge2"].mean())
                 if row["name"] == "teacher":
-                    lengths = [len(ids) for ids in tokenizer(text_target=written)["input_ids"]]
+                    texts = list(few["summary"]) if tuned_later else written
+                    lengths = [len(ids) for ids in tokenizer(text_target=texts)["input_ids"]]
             for shape in shapes:
                 student, *_ = students.init_student(teacher, *map(int, shape.split("-")), share_weights=True)
                 rows.append(_row(shape, shape, student))
@@ -218,7 +222,8 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
         # Models, tokens of rows and of their order, and the loss on validation documents, dear as updates at most.
         overhead = 2 * costs["load"] + 2 * num["train"] * costs["row"] + update * num["validation"] / batch_size
         found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"],
-                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"]}  # fmt: skip
+                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"],
+                       "kind": _kind(run)}  # fmt: skip
     slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
     own = asked.own_teacher
     tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]

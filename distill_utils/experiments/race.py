@@ -4,9 +4,9 @@ Pure functions of prices, scores and hours, so that a race that was killed makes
 what is trained (distill.py).
 
 Prices are a dictionary of seconds: "candidates" by name with "update", "score" (one score, with all but updates that a
-student of a rung costs), "labels" (whether it needs them) and "parameters"; "labels" for all; "measured", spent before
-the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export; and "first_rung",
-"cooldown_share" and "max_rungs" (0 = any) of trunks.
+student of a rung costs), "labels" (whether it needs them), "parameters" and "kind", its method and shape; "labels" for
+all; "measured", spent before the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export;
+and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
 import math
@@ -16,6 +16,8 @@ import numpy as np
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
+
+SPARED_RUNGS = 2  # so long the best of each kind is not dropped for being worse: what learns late may end first
 
 
 def updates_at(prices: Mapping, rung: int) -> int:
@@ -99,7 +101,8 @@ def run_race(
 
     `score` gets students as (name, updates, seed), trains them and returns the scores of each, one per validation
     document; seed 0 is the race's, 1 the finalists' second. Only what a 95 % interval separates from the best of its
-    rung is "worse"; what the time does not pay for is "dropped for time". The race ends when the time does, or when
+    rung is "worse", and not yet the best of its kind in the first SPARED_RUNGS, which goes on before all others; what
+    the time does not pay for is "dropped for time". The race ends when the time does, or when
     nobody gained from twice the updates. A candidate stands for its best rung. The time is that of one worker: with
     several a race makes the same choices and is over sooner.
     """
@@ -113,13 +116,16 @@ def run_race(
         for name, values in zip(kept, score([(name, updates, 0) for name in kept]), strict=True):
             scores[name][updates] = values
         spent += paid(prices, kept, rung)
-        ranked = sorted(kept, key=lambda name: -scores[name][updates].mean())
+        ranked, best_of = sorted(kept, key=lambda name: -scores[name][updates].mean()), {}
         for name in ranked:
             row = _score_row(name, rung, updates, scores[name][updates], scores[ranked[0]][updates])
             rows.append(row | {"priced_s": rung_seconds(prices, name, rung)})
-            if statistics.effect_sign(row) < 0:
+            first = best_of.setdefault(prices["candidates"][name]["kind"], name) == name
+            if statistics.effect_sign(row) < 0 and not (first and rung < SPARED_RUNGS):
                 fates[name] = f"worse after {updates} updates"
         ranked = [name for name in ranked if name not in fates]
+        if rung < SPARED_RUNGS:
+            ranked.sort(key=lambda name: name not in best_of.values())
         if rung and all(scores[name][updates].mean() <= scores[name][updates // 2].mean() for name in ranked):
             ended = "no student gained from twice the updates"
             break
