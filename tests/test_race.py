@@ -142,6 +142,8 @@ def test_rungs_halve_and_time_drops_the_last():
     assert race.next_rung(made, "cab", 1, 100.0, 730.0) == ["c", "a"]
     assert race.next_rung(made, "cab", 1, 100.0, 729.0) == []
     assert race.next_rung(made, "c", 1, 100.0, 220.0) == ["c"]  # alone it needs no second seed
+    assert race.next_rung(made, "cab", 1, 100.0, 330.0, worse="ab") == ["c", "a"]  # nor beside one that is worse
+    assert race.next_rung(made, "cab", 1, 100.0, 329.0, worse="ab") == ["c"]
     planned = [tuple(row.values()) for row in race.planned_rungs(made, 1150.0)]  # updates, candidates, seconds
     assert planned == [(100, 4, 450.0), (200, 2, 220.0)]
 
@@ -185,6 +187,17 @@ def test_the_best_of_a_kind_that_learns_late_goes_on_and_may_win():
     assert ["".join(name for name, *_ in asked) for asked in score.asked] == ["abcde", "ace", "ac", "c"]
     assert (found["winner"], found["updates"], found["fates"]["a"]) == ("c", 800, "worse after 400 updates")
     assert found["fates"]["d"] == "worse after 100 updates"  # its kind is spared, not all of it
+
+
+def test_the_best_of_a_kind_is_not_spared_where_the_time_is_short():
+    made = prices(dict.fromkeys("ab", 1.0))
+    made["candidates"]["b"]["kind"] = "late"
+    found = race.run_race(made, 200.0 + 110 + 210, Scores({"a": 20.0, "b": 10.0}))
+    assert [row["name"] for row in found["rows"]] == ["a", "b", "a", "b"]  # 400 updates of a would cost 220
+    assert found["finalists"] == {"a": 1} and found["fates"]["b"] == "worse after 200 updates"  # no second seed for it
+    found = race.run_race(made, 200.0 + 110, Scores({"a": 20.0, "b": 10.0}))
+    assert [row["name"] for row in found["rows"]] == ["a", "b", "a"] and found["winner"] == "a"
+    assert found["fates"]["b"] == "worse after 100 updates"
 
 
 def test_a_race_ends_when_nobody_gains_and_the_best_rung_counts():
