@@ -215,7 +215,7 @@ def load_translator(folder: Path | str, num_batches: int = 1):
     for intra_threads in (num_threads, 1):
         engine = _engine(folder, 1, intra_threads)
         probe = partial(engine.translate_batch, [[end] * 64], beam_size=1, min_decoding_length=8, max_decoding_length=8)
-        seconds[intra_threads] = min(timed(probe, torch.device("cpu")) for _ in range(3))
+        seconds[intra_threads] = min(timed(probe, torch.device("cpu")) for _ in range(2))
     return engine if seconds[1] <= seconds[num_threads] else _engine(folder, 1, num_threads)
 
 
