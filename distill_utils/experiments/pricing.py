@@ -222,8 +222,7 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
         # Models, tokens of rows and of their order, and the loss on validation documents, dear as updates at most.
         overhead = 2 * costs["load"] + 2 * num["train"] * costs["row"] + update * num["validation"] / batch_size
         found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"],
-                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"],
-                       "kind": _kind(run)}  # fmt: skip
+                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"]}  # fmt: skip
     slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
     own = asked.own_teacher
     tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]

@@ -4,20 +4,18 @@ Pure functions of prices, scores and hours, so that a race that was killed makes
 what is trained (distill.py).
 
 Prices are a dictionary of seconds: "candidates" by name with "update", "score" (one score, with all but updates that a
-student of a rung costs), "labels" (whether it needs them), "parameters" and "kind", its method and shape; "labels" for
-all; "measured", spent before the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export;
-and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
+student of a rung costs), "labels" (whether it needs them) and "parameters"; "labels" for all; "measured", spent before
+the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export; and "first_rung",
+"cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from distill_utils.artifacts import InputError
 from distill_utils.evaluation import statistics
-
-SPARED_RUNGS = 2  # so long the best of each kind is not dropped for being worse: what learns late may end first
 
 
 def updates_at(prices: Mapping, rung: int) -> int:
@@ -49,25 +47,21 @@ def seed_seconds(prices: Mapping, name: str, updates: int) -> float:
     return updates * prices["candidates"][name]["update"] + prices["candidates"][name]["score"]
 
 
-def next_rung(
-    prices: Mapping, ranked: Sequence[str], rung: int, spent: float, seconds: float, worse: Container[str] = ()
-) -> list[str]:
+def next_rung(prices: Mapping, ranked: Sequence[str], rung: int, spent: float, seconds: float) -> list[str]:
     """Return which candidates the time pays the next rung for, best first; none ends the race.
 
-    `ranked` are those still in it, best first, among them some that are `worse` and spared. Each rung has half as many
-    places as the one before, two at least. From the second on a second seed of two finalists must stay payable, and
-    always the end.
+    `ranked` are those still in it, best first. Each rung has half as many places as the one before, two at least. From
+    the second on a second seed of two finalists must stay payable, and always the end.
     """
     if prices["max_rungs"] and rung == prices["max_rungs"]:
         return []
     places = max(2, math.ceil(len(prices["candidates"]) / 2**rung))
     # Of two that cannot be separated none is dropped to train the other for longer.
-    fewest = min(2, sum(name not in worse for name in ranked)) if rung else 1
+    fewest = min(2, len(ranked)) if rung else 1
     for size in range(min(places, len(ranked)), fewest - 1, -1):
         kept = list(ranked[:size])
-        close = [name for name in kept if name not in worse]
-        seeds = sorted(seed_seconds(prices, name, updates_at(prices, rung)) for name in close)[-2:]
-        needed = paid(prices, kept, rung) + (sum(seeds) if rung and len(close) > 1 else 0.0)
+        seeds = sorted(seed_seconds(prices, name, updates_at(prices, rung)) for name in kept)[-2:]
+        needed = paid(prices, kept, rung) + (sum(seeds) if rung and size > 1 else 0.0)
         if spent + needed + prices["end"] <= seconds:
             return kept
     return []
@@ -105,40 +99,32 @@ def run_race(
 
     `score` gets students as (name, updates, seed), trains them and returns the scores of each, one per validation
     document; seed 0 is the race's, 1 the finalists' second. Only what a 95 % interval separates from the best of its
-    rung is "worse" and dropped, except the best of its kind in the first SPARED_RUNGS, which goes on before all that is
-    not; what the time does not pay for is "dropped for time". The race ends when the time does, or when nobody gained
-    from twice the updates. A candidate stands for its best rung. The time is that of one worker: with several a race
-    makes the same choices and is over sooner.
+    rung is "worse"; what the time does not pay for is "dropped for time". The race ends when the time does, or when
+    nobody gained from twice the updates. A candidate stands for its best rung. The time is that of one worker: with
+    several a race makes the same choices and is over sooner.
     """
     check_hours(prices, seconds)
     scores: dict[str, dict[int, np.ndarray]] = {name: {} for name in prices["candidates"]}
     ranked, spent, rung, rows, fates = list(scores), prices["measured"], 0, [], {}
-    ended, worse = "the time or the rungs were used up", {}
-    while kept := next_rung(prices, ranked, rung, spent, seconds, worse):
+    ended = "the time or the rungs were used up"
+    while kept := next_rung(prices, ranked, rung, spent, seconds):
         updates = updates_at(prices, rung)
-        late = f"dropped for time before {updates} updates"
-        fates |= {name: worse.get(name, late) for name in ranked if name not in kept}
+        fates |= {name: f"dropped for time before {updates} updates" for name in ranked if name not in kept}
         for name, values in zip(kept, score([(name, updates, 0) for name in kept]), strict=True):
             scores[name][updates] = values
         spent += paid(prices, kept, rung)
         ranked = sorted(kept, key=lambda name: -scores[name][updates].mean())
-        best_of, worse = {}, {}
         for name in ranked:
             row = _score_row(name, rung, updates, scores[name][updates], scores[ranked[0]][updates])
             rows.append(row | {"priced_s": rung_seconds(prices, name, rung)})
-            best_of.setdefault(prices["candidates"][name]["kind"], name)
             if statistics.effect_sign(row) < 0:
-                worse[name] = f"worse after {updates} updates"
-        spared = set(best_of.values()) if rung < SPARED_RUNGS else set()
-        fates |= {name: fate for name, fate in worse.items() if name not in spared}
-        ranked = sorted((name for name in ranked if name not in fates), key=lambda name: name not in spared)
+                fates[name] = f"worse after {updates} updates"
+        ranked = [name for name in ranked if name not in fates]
         if rung and all(scores[name][updates].mean() <= scores[name][updates // 2].mean() for name in ranked):
             ended = "no student gained from twice the updates"
             break
         rung += 1
 
-    fates |= worse
-    ranked = [name for name in ranked if name not in worse]
     best = {name: max(scores[name], key=lambda updates: scores[name][updates].mean()) for name in ranked}
     ranked = sorted(ranked, key=lambda name: -scores[name][best[name]].mean())
     found = {name: [scores[name][best[name]]] for name in ranked}
