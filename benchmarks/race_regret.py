@@ -1,6 +1,6 @@
 """Measure what halving costs in quality: `distill`'s winner beside every candidate trained to the end, and beside SFT.
 
-    python benchmarks/race_regret.py --seeds 0 1 2 --hours 1 --speedup 2.6 --max-rungs 3 --workers 2
+    python benchmarks/race_regret.py --seeds 0 1 2 --hours 1 --speedup 2.1 --max-rungs 3 --workers 2
 
 One race a seed, on a budget that only small shapes meet. Then every candidate gets as many updates as the longest
 student of the race and is scored on the same validation documents, as a patient user would do; the grid's choice is the
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--speedup", type=float, default=2.6)
+    parser.add_argument("--speedup", type=float, default=2.1)
     parser.add_argument("--num-train", type=int, default=6000)
     parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--max-rungs", type=int, default=0, help="0 = as many as the hours pay for")
