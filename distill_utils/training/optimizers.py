@@ -132,21 +132,21 @@ def newton_schulz(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_
     tall = grad.size(0) > grad.size(1)
     found = grad.T if tall else grad
     found = found / found.norm().clamp(min=eps)
-    wide = found.size(1) > 2 * found.size(0)
+    if found.size(1) <= 2 * found.size(0):
+        for _ in range(ns_steps):
+            gram = found @ found.T
+            found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+        return found.T if tall else found
     # Each step multiplies by a polynomial of the Gram matrix. Where that is much smaller the steps are made with it
     # alone: two fifths less arithmetic for feed-forward matrices.
     gram = found @ found.T
     factor = whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for step in range(ns_steps):
-        if step:
-            gram = factor @ gram @ factor if wide else found @ found.T
+        gram = factor @ gram @ factor if step else gram
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        if wide:
-            factor.diagonal().add_(a)
-            whole = factor @ whole
-        else:
-            found = torch.addmm(found, factor, found, beta=a)
-    found = whole @ found if wide else found
+        factor.diagonal().add_(a)
+        whole = factor @ whole
+    found = whole @ found
     return found.T if tall else found
 
 
