@@ -83,7 +83,7 @@ def test_the_lower_loss_is_the_better_one(tmp_path):
     ("intervals", "says"),
     [
         ([], "One teacher"),
-        ([(0.1, 0.2), (-0.2, -0.1)], "in one seed the largest's student has a higher loss than that of a (by 0.150)"),
+        ([(0.1, 0.2), (-0.2, -0.1)], "Take a, a smaller teacher**: in one seed its student's loss is 0.150 (0.1"),
         ([(-0.3, -0.2), (-0.2, -0.1)], "Take the largest"),
         ([(-0.3, -0.2), (-0.1, 0.1)], "no capacity gap is shown"),
     ],

@@ -84,9 +84,10 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
     signs = [statistics.effect_sign(test) for test in tests]
     worse = [test for test, sign in zip(tests, signs, strict=True) if sign > 0]
     if worse:
-        names = ", ".join(f"{test['versus'].removeprefix('by ')} (by {test['difference']:.3f})" for test in worse)
-        seeds = statistics.seeds_in_words(num_seeds)
-        return f"**Take a smaller teacher**: in {seeds} the largest's student has a higher loss than that of {names}"
+        best = max(worse, key=lambda test: test["difference"])
+        name, seeds = best["versus"].removeprefix("by "), statistics.seeds_in_words(num_seeds)
+        less = f"{best['difference']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
+        return f"**Take {name}, a smaller teacher**: in {seeds} its student's loss is {less} nats per token lower"
     if max(signs) < 0:
         return "**Take the largest teacher**: there is no capacity gap, its student beats that of every smaller one"
     return "**Keep the largest teacher**: no capacity gap is shown, no smaller one's student is better"
@@ -211,8 +212,8 @@ def verdict(
     if num_windows >= FEW_DOCUMENTS:
         best = min((row for row in rows if row["name"].startswith("by ")), key=lambda row: row["loss"])
         scratch = next(row for row in rows if row["name"] == "scratch")
-        lines = [f"{gap_verdict(gap, num_seeds)} (lowest loss: {best['name']}, {best['loss']:.3f}; without a teacher "
-                 f"{scratch['loss']:.3f} nats per token)"]  # fmt: skip
+        lines = [f"{gap_verdict(gap, num_seeds)} (lowest loss {best['loss']:.3f}, {best['name']}; without a teacher "
+                 f"{scratch['loss']:.3f})"]  # fmt: skip
         helped = [row for row in routes if row["name"].startswith("by assistant")]
         said = [in_words(row | {"versus": f"the one {row['versus']}"}) for row in helped]
         lines += [f"At equal tokens, the student {said[0]}"] if said else []
