@@ -89,6 +89,9 @@ def test_shapes_and_methods_get_their_own_learning_rates():
     own = {"sft-6-3": 0.002, "kd-6-3": 1e-3, "sft-6-1": 0.002, "kd-6-1": 0.008, "kd-6-1-learning_rate_0.5": 0.5}
     assert rates == own and [run.name for run in found] == [run.name for run in plan]
     assert ablations.with_learning_rates(plan, [], None) == plan
+    changed = replace(BASE, method="sft", shape="6-1", freeze_encoder=False, variant="freeze_encoder=False")
+    found = ablations.with_learning_rates([plan[0], changed], ["sft=0.1", "sft freeze_encoder=False=0.2"], None)
+    assert [run.training.learning_rate for run in found] == [0.1, 0.2]
     teacher, unset = tiny_bart(2, 4), replace(BASE, training=replace(BASE.training, learning_rate=0.0))
     unset = runs.grid(unset, ["sft", "kd"], ["2-1", "2-2"], [0])
     usual = [run.training.learning_rate for run in ablations.with_learning_rates(unset, ["kd 2-2=0.5"], teacher)]

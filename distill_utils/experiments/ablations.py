@@ -83,16 +83,18 @@ def parse_decoding(texts: Sequence[str], teacher) -> dict:
 
 
 def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], teacher) -> list[runs.StudentRun]:
-    """Return the runs, those of a shape or method at its own peak: "6-1=0.004", "kd=0.002", "kd 6-1=0.008".
+    """Return the runs, those of a shape, method or change at its own peak: "6-1=0.004", "sft freeze_encoder=False=0.1".
 
     Of several that fit the last counts; a variant that sets its own learning rate keeps it, and a rate of 0 becomes
     the usual one of the shape and method.
     """
     changed = [fine_tuning.at_usual_rate(run, teacher) for run in plan]
-    for name, rate in parse_settings(texts).items():
-        fits = [i for i, run in enumerate(plan) if set(name.split()) <= {run.method, run.shape}]
+    for text in texts:
+        name, _, written = text.rpartition("=")
+        words, rate = set(name.split()), parse_settings([f"rate={written}"])["rate"]
+        fits = [i for i, run in enumerate(plan) if words and words <= {run.method, run.shape, *run.variant.split()}]
         if not fits or type(rate) not in (int, float):
-            raise InputError(f"learning rate '{name}={rate}' fits no student: write it as in kd 6-1=0.004")
+            raise InputError(f"learning rate {text!r} fits no student: write it as in kd 6-1=0.004")
         for i in fits:
             if "learning_rate=" not in plan[i].variant:
                 changed[i] = replace(changed[i], training=replace(plan[i].training, learning_rate=float(rate)))
