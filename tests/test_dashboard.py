@@ -107,6 +107,22 @@ def test_what_to_take_rests_on_the_interval_and_on_the_best_evidence():
     assert dashboard.facets([entry(), {**entry(row("kd")), "rows": [row("kd")]}]) == []  # nobody, and no teacher
 
 
+def test_more_time_buys_the_better_student_of_a_shape_and_evidence_goes_first():
+    def taken(*rows, others=()) -> list:
+        (facet,) = dashboard.facets([entry(*rows), *others])
+        return [(each["shape"], [best and best["label"] for best in each["students"]]) for each in facet["when"]]
+
+    quick = row("sft", "6-1", rouge2=7.0, train_seconds=300, states_seconds=300)  # ten minutes, both together
+    slow = row("kd", "6-1", rouge2=8.0, train_seconds=3000, states_seconds=400, label_seconds=201)  # over an hour
+    other = row("kd", train_seconds=10)  # one student of its shape says nothing about when
+    mapped = row("pl", "6-1 (decoder 5)", rouge2=9.9, train_seconds=1)
+    assert taken(quick, slow, other, mapped) == [("6-1", ["SFT 6-1", "SFT 6-1", "KD 6-1"])]
+    sure = entry(row("pl", "6-1", rouge2=6.0, train_seconds=60, seeds=3), report="sure")
+    assert taken(quick, slow, others=[sure]) == [("6-1", ["PL 6-1"] * 3)]
+    assert taken(quick | {"train_seconds": 1e6}, slow) == [("6-1", [None, None, "KD 6-1"])]
+    assert taken(row("sft"), row("kd")) == []  # pages that do not say what training took
+
+
 def test_claims_are_judged_from_the_entries():
     def test(difference, low, high, **more) -> dict:
         return {"difference": difference, "low": low, "high": high, **more}

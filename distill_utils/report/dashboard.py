@@ -17,6 +17,8 @@ ENOUGH_SEEDS, FEW_UPDATES = 3, 1000  # with fewer of either, what a page says of
 MARGIN = 0.05  # a student that keeps more than all but this share of its teacher's ROUGE-2 is as good
 FEW_DOCUMENTS = 50  # below, figures show that the code runs and nothing else
 MAX_FACETS, MAX_LABELS, MAX_POINTS = 6, 8, 300
+COSTS = ("train_seconds", "states_seconds", "label_seconds")
+BUDGETS = {"10 minutes": 600, "an hour": 3600, "a night": 36000}  # seconds of training
 DOCUMENTS, UPDATES = ("num_documents", "num_test", "num_windows"), ("steps", "max_steps", "distill_steps")
 NUMBERS, SHARES = ("difference", "low", "high"), ("share", "share_low", "share_high")
 KINDS = {"XSum": "abstractive", "CNN/DailyMail": "extractive"}
@@ -115,6 +117,7 @@ def students(entry: Mapping) -> list[dict]:
                 "share": share, "low": row.get("share_low"), "high": row.get("share_high"), "size": max(size, 0),
                 "band": [(teacher.get(f"rouge2_{end}") or score) / score for end in ("low", "high")],
                 "parameters_m": row.get("parameters_m"), "latency_ms": row.get("latency_ms"),
+                "shape": row["student"], "seconds": sum(row.get(cost) or 0 for cost in COSTS),
             })  # fmt: skip
     return found
 
@@ -135,7 +138,7 @@ def facets(entries: Sequence[Mapping]) -> list[dict]:
         if chosen["good"] and not any(each is chosen["take"] for each in front):  # another is better and less sure
             front = sorted([chosen["take"], *front], key=lambda each: each["speed"])
         strength = (*best, max(each["documents"] for each in front))
-        made.append({"students": found, "front": front, "strength": strength, **chosen})
+        made.append({"students": found, "front": front, "strength": strength, "when": when(found), **chosen})
     return sorted(made, key=lambda facet: facet["strength"], reverse=True)
 
 
@@ -147,6 +150,22 @@ def take(students: Sequence[dict]) -> dict:
     fast = [each for each in students if each["speed"] > 1.05]
     good = [each for each in fast if (each["low"] or 0) > 1 - MARGIN and each["documents"] >= FEW_DOCUMENTS]
     return {"good": bool(good), "take": max(good or fast, key=lambda e: e["speed" if good else "share"], default=None)}
+
+
+def when(students: Sequence[dict]) -> list[dict]:
+    """Return, for each shape that was trained for several budgets of time or by several methods, the one to take.
+
+    `students` is one for each of BUDGETS: with the best evidence among those trained within it, the best; None where
+    there is none. Fewer layers come first. Students of other layer maps are left out.
+    """
+    plain = [each for each in students if re.fullmatch(r"\d+-\d+", each["shape"]) and each["seconds"]]
+    rows = []
+    for shape in sorted({each["shape"] for each in plain}, key=lambda shape: [*map(int, shape.split("-"))][::-1]):
+        of = [each for each in plain if each["shape"] == shape]
+        within = [[each for each in of if each["seconds"] <= most] for most in BUDGETS.values()]
+        best = [max(found, key=lambda each: (each["evidence"], each["share"]), default=None) for found in within]
+        rows += [{"shape": shape, "students": best}] if len(of) > 1 and any(best) else []
+    return rows
 
 
 def drawing(facet: Mapping) -> dict:

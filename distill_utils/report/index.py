@@ -101,8 +101,9 @@ def write_index(reports: Path) -> None:
         left_out=[facet["students"][0] for facet in facets[dashboard.MAX_FACETS :]],
         runs=[e | dashboard.facts(e) | {"wall": wall_time(e), "verdict": verdict(e)} for e in entries],
         history=[line for line in read_history(reports, skipped) if line["moved"] != "0"][: -SHOWN_CHANGES - 1 : -1],
-        claims=dashboard.judged_claims(entries), skipped=skipped, limits=dashboard, names=names, quote=quote,
-        css=css, script=script, script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        claims=dashboard.judged_claims(entries), skipped=skipped, limits=dashboard, names=names,
+        quote=quote, duration=duration, css=css, script=script,
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     write_atomic(reports / "index.html", re.sub(r"(?<=\d) %", "\u00a0%", page))  # no line break before a % sign
 
