@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import WORDS, tiny_bart, tiny_t5, tiny_tokenizer
+from tiny_models import FAMILIES, WORDS, tiny_bart, tiny_t5, tiny_tokenizer
 
 from distill_utils.artifacts import InputError, config_hash, file_hash, read_json, write_json
 from distill_utils.data.batches import batch_list, document_id, tokenize_pairs
@@ -40,6 +40,34 @@ def place(tmp_path, monkeypatch):
     save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
     teacher, tokenizer = load_model(tmp_path / "teacher")
     return replace(BASE, teacher=str(tmp_path / "teacher")), teacher, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "own", "engine"),
+    [
+        (tiny_bart, {"num_beams": 1}, {}, "float32"),
+        (tiny_bart, {}, {"early_stopping": True}, "float32"),
+        (tiny_bart, {}, {"early_stopping": False}, ""),  # the engine always stops early
+        (tiny_bart, {"num_beams": 1}, {"encoder_no_repeat_ngram_size": 3}, ""),
+        (tiny_bart, {"num_beams": 1, "do_sample": True}, {}, ""),
+        (FAMILIES["marian"], {"num_beams": 1}, {}, ""),
+        (FAMILIES["t5"], {"num_beams": 1}, {}, "float32"),
+    ],
+)
+def test_many_documents_are_decoded_by_the_engine_where_it_follows_the_same_rules(
+    family, changes, own, engine, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DISTILL_RUNS", str(tmp_path))
+    monkeypatch.setattr(scoring, "MANY_DOCUMENTS", 8)
+    model, tokenizer, test = family(), tiny_tokenizer(), planted(8, 3)
+    vars(model.generation_config).update(own)
+    assert scoring.engine_type(model, 8, **changes) == engine and scoring.engine_type(model, 7, **changes) == ""
+    if engine and changes:
+        tested = scoring.evaluate_model("x", model, tokenizer, "f", test, max_source_length=24, num_speed=0, **changes)
+        assert read_json(tested / "config.json")["quantization"] == engine
+        written = [row["prediction"] for row in scoring.read_predictions(tested)]
+        assert written == summarize(model, tokenizer, test["document"], max_source_length=24, **changes)
+        assert len(set(written)) > 3
 
 
 def test_every_method_from_description_to_row(place, capsys):

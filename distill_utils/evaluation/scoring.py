@@ -21,9 +21,23 @@ from distill_utils.artifacts import artifact, read_json, report_progress, write_
 from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import eval_mode, mixed_precision, timed
 from distill_utils.evaluation import tasks
-from distill_utils.evaluation.ctranslate import int8_decoder
+from distill_utils.evaluation.ctranslate import converted_decoder, writes_as_generate
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import evaluate_summaries, spans_to_mark
+
+MANY_DOCUMENTS = 100  # from here on a conversion for CTranslate2, half a second, is worth its faster decoding
+
+
+def engine_type(model, num_documents: int, **decoding) -> str:
+    """Return the type in which CTranslate2 decodes many documents in the place of `generate`, "" where it does not."""
+    return "float32" if num_documents >= MANY_DOCUMENTS and writes_as_generate(model, **decoding) else ""
+
+
+def decoder(model, tokenizer, folder: Path, quantization: str) -> Callable:
+    """Return a function like `summarize` of an `engine_type`; the folder takes the converted model."""
+    if quantization:
+        return converted_decoder(model, tokenizer, folder, quantization)[0]
+    return partial(summarize, model, tokenizer)
 
 
 def evaluate_model(
@@ -33,19 +47,21 @@ def evaluate_model(
     """Return the artifact of one model's test: predictions.jsonl, and results.json with quality and speed.
 
     Quality: ROUGE with 95 % bootstrap intervals over documents, a paired test against `baseline` (the teacher's
-    artifact) and text diagnostics. With `int8` the summaries are those of the model in int8 by CTranslate2. Speed, of
-    `model` itself, is measured on the first `num_speed` documents, with 0 not at all.
+    artifact) and text diagnostics. The summaries are those of `generate`, or of CTranslate2 where that stands for it
+    (`engine_type`) and with `int8`. Speed, of `model` itself by `generate`, is measured on the first `num_speed`
+    documents, with 0 not at all.
     """
     options = {"max_source_length": max_source_length, "prefix": prefix, **generation_settings}
     settings = {"model": fingerprint, "data": data_fingerprint(test), "num_speed": num_speed, **options}
-    settings |= {"baseline": baseline.name if baseline else None} | ({"quantization": "int8"} if int8 else {})
+    quantization = "int8" if int8 else engine_type(model, len(test), **generation_settings)
+    settings |= {"baseline": baseline.name if baseline else None}
+    settings |= {"quantization": quantization} if quantization else {}
 
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
         with tempfile.TemporaryDirectory() as temporary:
-            own = partial(summarize, model, tokenizer)
-            decode = int8_decoder(model, tokenizer, Path(temporary))[0] if int8 else own
+            decode = decoder(model, tokenizer, Path(temporary), quantization)
             predictions = decode(documents, progress=progress, **options)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)

@@ -20,7 +20,7 @@ from distill_utils.data import loading
 from distill_utils.device import device
 from distill_utils.distillation.teacher_cache import fits_disk
 from distill_utils.evaluation import generation, scoring, statistics
-from distill_utils.evaluation.ctranslate import int8_decoder
+from distill_utils.evaluation.ctranslate import converted_decoder
 from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments import ablations, budget, checks, comparison, fine_tuning, race, runs
 from distill_utils.experiments.export import check_target
@@ -231,7 +231,7 @@ def time_winner(asked: Request, trained: Path, num_new_tokens: int) -> list[dict
     }
     with tempfile.TemporaryDirectory() as temporary:
         if asked.given["int8"]:
-            fast = int8_decoder(student, asked.tokenizer, Path(temporary))[0]
+            fast = converted_decoder(student, asked.tokenizer, Path(temporary))[0]
             decoders["student"] = partial(fast, **asked.options, **asked.decoding)
         ways = {"tokens as before": exactly(num_new_tokens), "own summaries": {}}
         turns = {(way, name): partial(decode, **settings) for way, settings in ways.items()

@@ -22,7 +22,7 @@ from distill_utils.device import amp_dtype, device, timed
 from distill_utils.distillation.pseudo_labels import pseudo_labels
 from distill_utils.distillation.teacher_cache import with_states
 from distill_utils.evaluation import generation, scoring
-from distill_utils.evaluation.ctranslate import int8_decoder
+from distill_utils.evaluation.ctranslate import converted_decoder
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.experiments import budget, runs
 from distill_utils.models import students
@@ -69,8 +69,8 @@ def measured_shapes(asked: Request) -> Path:
 
     Speed and size do not depend on what the weights are. All write as many tokens as the teacher's median summary has,
     one document at a time, the teacher as it decodes and students with the changes of `decoding`: `latency_ms`, and
-    `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds per document in batches of 32, as
-    scoring does, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. A teacher
+    `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds per document of many, as
+    scoring takes, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. A teacher
     that is still to be fine-tuned will write as much as references have, whatever its base writes. Teacher rows have
     ROUGE on the first documents. With `int8` students are timed as CTranslate2 runs them.
     """
@@ -87,7 +87,7 @@ def measured_shapes(asked: Request) -> Path:
         documents = list(few["document"])
         own = generation.decoding_settings(teacher.generation_config)["num_beams"]
         with tempfile.TemporaryDirectory() as temporary:
-            decoders, rows = {}, []
+            decoders, rows, scored = {}, [], {"teacher": (teacher, {})}
             for beams in sorted({own, min(own, 2), 1}, reverse=True):
                 label = "teacher" if beams == own else f"teacher, {beams} beam{'s' * (beams > 1)}"
                 decode = partial(generation.summarize, teacher, tokenizer, **asked.options)
@@ -109,17 +109,23 @@ def measured_shapes(asked: Request) -> Path:
             for shape in shapes:
                 student, *_ = students.init_student(teacher, *map(int, shape.split("-")), share_weights=True)
                 rows.append(_row(shape, shape, student))
+                scored[shape] = student, asked.decoding
                 decode = partial(generation.summarize, student, tokenizer)
                 if int8:
-                    decode, rows[-1]["memory_mb"] = int8_decoder(student, tokenizer, Path(temporary) / shape)
+                    decode, rows[-1]["memory_mb"] = converted_decoder(student, tokenizer, Path(temporary) / shape)
                 decoders[shape] = partial(decode, **asked.options, **asked.decoding)
             median, long = (max(2, int(np.quantile(lengths, share))) for share in (0.5, 0.95))
             turns = {label: partial(decode, **exactly(median)) for label, decode in decoders.items()}
             times = scoring.interleaved_latency_ms(turns, documents[:num_timed], teacher.device, REPEATS)
             for row in rows:
                 row |= {"latency_ms": times[row["name"]], "speedup": times["teacher"] / times[row["name"]]}
-                batch = partial(decoders[row["name"]], documents[:32], **exactly(long))
-                row["decode_s"] = timed(batch, teacher.device) / len(documents[:32])
+            for row in (row for row in rows if row["name"] in scored):  # as `scoring.evaluate_model` does
+                model, changes = scored[row["name"]]
+                engine = scoring.engine_type(model, len(validation), **changes)
+                decode = scoring.decoder(model, tokenizer, Path(temporary) / f"{row['name']} scored", engine)
+                batch = documents if engine else documents[:32]
+                decode = partial(decode, batch, **asked.options, **changes, **exactly(long))
+                row["decode_s"] = timed(decode, teacher.device) / len(batch)
         return {"rows": rows, "num_new_tokens": median, "num_quality": len(few), "num_timed": num_timed}
 
     return artifact("shapes", settings | asked.options | _machine(), build)
@@ -139,7 +145,7 @@ def exactly(num_new_tokens: int) -> dict:
 def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | None:
     """Return the teacher's int8 decoding where there is one: on the CPU, of families that CTranslate2 knows."""
     try:
-        return int8_decoder(teacher, tokenizer, folder) if teacher.device.type == "cpu" else None
+        return converted_decoder(teacher, tokenizer, folder) if teacher.device.type == "cpu" else None
     except InputError:  # a full disk
         raise
     except ValueError:
