@@ -25,7 +25,7 @@ from distill_utils.evaluation.ctranslate import converted_decoder, writes_as_gen
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import evaluate_summaries, spans_to_mark
 
-MANY_DOCUMENTS = 100  # from here on a conversion for CTranslate2, half a second, is worth its faster decoding
+MANY_DOCUMENTS = 80  # from here on a conversion for CTranslate2, half a second, is worth its faster decoding
 
 
 def engine_type(model, num_documents: int, **decoding) -> str:
