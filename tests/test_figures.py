@@ -85,10 +85,10 @@ def test_show_gives_alt_and_escaped_caption_and_closes_and_a_large_svg_becomes_p
 
 
 def test_colours_are_one_a_method_and_distinct():
-    assert len(set(style.METHOD_COLORS.values())) == len(style.METHOD_COLORS)
+    assert len(set(names.METHOD_COLORS.values())) == len(names.METHOD_COLORS)
     assert set(PATHS) <= {*names.PATH_COLORS, "miniend"}
-    assert len({style.method_color(path) for path in PATHS}) == len(PATHS)
-    assert style.method_color("lead words") == names.BASELINE_COLOR
+    assert len({names.method_color(path) for path in PATHS}) == len(PATHS)
+    assert names.method_color("lead words") == names.BASELINE_COLOR
 
 
 def test_table(shown):
@@ -171,7 +171,7 @@ def test_quality_speed_draws_every_row_and_no_labels_overlap():
     assert {"teacher", "lead words", "object name", "PL+KL 6-3", "SFT 6-1"} <= set(texts(ax))
     assert len(ax.texts) == len(ROWS) and not overlapping(ax)
     points = [line for line in marks(ax) if len(line.get_xdata()) == 1]
-    colors = {style.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
+    colors = {names.METHOD_COLORS[name] for name in ("teacher", "sft", "kd", "pl", "pl_kl")}
     assert len(points) == 9 and {line.get_color() for line in points} == colors
     assert len(ax.containers) == 8 and len(ax.patches) == 1  # error bars of students; the teacher's is the band
     assert not figures.plot_quality_speed([]).texts
@@ -269,7 +269,7 @@ def test_differences_without_zero_are_filled():
     rows.append({"name": "pl_gold versus pl", "difference": 0.5, "low": -0.5, "high": 1.5})
     ax = figures.plot_differences(rows)
     assert [point.get_markerfacecolor() == "white" for point in marks(ax)] == [False, True]
-    assert [point.get_color() for point in marks(ax)] == [style.method_color("kd"), style.method_color("pl_gold")]
+    assert [point.get_color() for point in marks(ax)] == [names.method_color("kd"), names.method_color("pl_gold")]
     assert [label.get_text() for label in ax.get_yticklabels()][1] == "PL+references\nversus PL"
 
 

@@ -34,7 +34,8 @@ from distill_utils.experiments.pricing import (
     race_prices,
 )
 from distill_utils.models.loading import load_model, model_fingerprint
-from distill_utils.report.style import HEADINGS, method_label
+from distill_utils.report.names import method_label
+from distill_utils.report.style import HEADINGS
 from distill_utils.training.optimizers import Training, check_training
 from distill_utils.workers import check_workers, share_out
 

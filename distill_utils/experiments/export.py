@@ -18,8 +18,8 @@ from distill_utils.experiments import checks, use
 from distill_utils.experiments.comparison import FEW_DOCUMENTS
 from distill_utils.models.loading import ASSETS, load_model, model_fingerprint, model_folder, save_model, shipped_models
 from distill_utils.models.students import count_parameters, decoder_layers, encoder_layers
+from distill_utils.report.names import method_label
 from distill_utils.report.settings import check_writable
-from distill_utils.report.style import method_label
 
 # What CTranslate2's weights may change, by their type: ROUGE-L of greedy summaries to ours at least, and the likelihood
 # lost in nats per token at most. The first type that keeps to it is written. Rounding to int8 moves single tokens by

@@ -17,8 +17,8 @@ from distill_utils.evaluation.metrics import METRICS
 from distill_utils.experiments.comparison import FEW_DOCUMENTS, decoding_row, smoke_note
 from distill_utils.models import students
 from distill_utils.models.loading import model_folder
-from distill_utils.report.figures import HEADINGS, method_label
-from distill_utils.report.names import row_with_interval, with_interval
+from distill_utils.report.names import method_label, row_with_interval, with_interval
+from distill_utils.report.style import HEADINGS
 
 DIAGNOSTICS = {  # key of text_diagnostics -> name in the table; shares are shown in %
     "words": "words per summary",

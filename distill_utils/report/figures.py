@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from distill_utils.report import style
 from distill_utils.report.dashboard import is_number, pareto_front  # noqa: F401  as figures.pareto_front
-from distill_utils.report.style import HEADINGS, method_label, show, use_style  # noqa: F401  as figures.show
+from distill_utils.report.names import METHOD_COLORS, method_color, method_label
+from distill_utils.report.style import HEADINGS, show, use_style  # noqa: F401  as figures.show
 
 
 def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") -> Axes:
@@ -37,7 +38,7 @@ def plot_history(histories: Mapping[str, Sequence[Mapping]], key: str = "loss") 
         dash = ("-", "--", ":", "-.")[dashes[method] % 4]
         dashes[method] += 1
         steps, values = zip(*points, strict=True)
-        color = style.method_color(method)
+        color = method_color(method)
         ax.plot(steps, values, dash, color=color, lw=1.5, marker="o" if len(points) == 1 else None)
         ends.append((values[-1], method_label(method, rest), color))
         right = max(right, steps[-1])
@@ -73,7 +74,7 @@ def plot_quality_speed(rows: Sequence[Mapping], x: str = "ms_per_token", y: str 
     points, lines, bars = [], [], []  # labels of points, labels at the right edge, error bars
     for row, at in zip(rows, places, strict=True):
         method, value, is_line = row.get("method", ""), row[y], math.isnan(at)
-        color, low, high = style.method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
+        color, low, high = method_color(method), row.get(f"{y}_low"), row.get(f"{y}_high")
         has_interval = is_number(low) and is_number(high)
         if method == "teacher" and has_interval:
             ax.axhspan(low, high, color=color, alpha=0.12, lw=0)
@@ -109,7 +110,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
     limits = limits or {}
     shares = np.linspace(0, 1, 201)  # as many points for any number of documents
     for name, values in lengths.items():
-        color = style.METHOD_COLORS.get(name.split()[0]) or next(others)
+        color = METHOD_COLORS.get(name.split()[0]) or next(others)
         ax.plot(np.quantile(values, shares).clip(1), 100 * shares, color=color, label=method_label(name))
         if name in limits:
             whole = 100 * np.mean(np.asarray(values) <= limits[name])
@@ -129,7 +130,7 @@ def plot_coverage_density(coverage: Sequence[float], density: Sequence[float]) -
     One value each a document.
     """
     ax = style.new_axes()
-    ax.scatter(coverage, density, s=10, lw=0, color=style.method_color("reference"), alpha=0.4)
+    ax.scatter(coverage, density, s=10, lw=0, color=method_color("reference"), alpha=0.4)
     ax.set_yscale("symlog", linthresh=1)
     ax.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as TeX
     ax.set(xlabel="coverage: share of words copied", ylabel="density: squared length of copied runs")
@@ -149,7 +150,7 @@ def plot_intervals(rows: Sequence[Mapping]) -> Axes:
             at, low, high = i + step * (k - (len(rows) - 1) / 2), row[f"{metric}_low"], row[f"{metric}_high"]
             is_teacher = row["method"] == "teacher"
             marker, size = ("*", 11) if is_teacher else (style.MARKERS[k % len(style.MARKERS)], 6)
-            color = style.method_color("teacher") if is_teacher else "#8b949e"
+            color = method_color("teacher") if is_teacher else "#8b949e"
             if is_teacher:
                 ax.fill_betweenx([i - 0.45, i + 0.45], low, high, color=color, alpha=0.12, lw=0)
             ax.plot([low, high], [at, at], color=color, lw=1.6, zorder=3)
@@ -226,7 +227,7 @@ def plot_heatmaps(panels: Mapping[str, pd.DataFrame], limits: Sequence[float]) -
 
 def plot_agreement(rows: Sequence[Mapping], x: str, y: str, xlabel: str, ylabel: str) -> Axes:
     """Plot one measured value against another, one point a row with its name above; `y`_low, `y`_high: its interval."""
-    ax, color = style.new_axes(), style.METHOD_COLORS["sft"]
+    ax, color = style.new_axes(), METHOD_COLORS["sft"]
     style.error_bars(ax, [row[x] for row in rows], rows, y, color=color, ls="", marker="o")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_ylim(top=ax.get_ylim()[1])
@@ -251,7 +252,7 @@ def plot_differences(rows: Sequence[Mapping]) -> Axes:
     ax.axvline(0, color="#8b949e", lw=1)
     for at, row in enumerate(rows):
         real = row["low"] > 0 or row["high"] < 0
-        color = style.method_color(str(row["name"]).split()[0])
+        color = method_color(str(row["name"]).split()[0])
         ax.plot([row["low"], row["high"]], [at, at], color=color, lw=2)
         ax.plot(row["difference"], at, "o", color=color, ms=7, mfc=color if real else "white", zorder=3)
     names = [" ".join(map(method_label, str(row["name"]).split(" "))) for row in rows]
@@ -274,7 +275,7 @@ def plot_trade_off(rows: Sequence[Mapping], x: str = "latency_ms", legend: str =
     segments = [((row[x], row[f"{y}_low"]), (row[x], row[f"{y}_high"])) for row in rows] + [*itertools.pairwise(best)]
     for number, name in enumerate(names):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[x])
-        color = style.method_color(own[0]["method"]) if mixed else shades[number]
+        color = method_color(own[0]["method"]) if mixed else shades[number]
         look = {"color": color, "elinewidth": 0.7, "marker": style.MARKERS[number % len(style.MARKERS)]}
         style.error_bars(ax, [row[x] for row in own], own, y, label=name, **look)
         labels += [(row[x], row[y], row["setting"].removesuffix("s").removesuffix(" beam"), color) for row in own]
@@ -302,7 +303,7 @@ def plot_capacity_gap(rows: Sequence[Mapping], ylabel: str = "score") -> Axes:
     for name in names:
         own = [row for row in rows if row["name"] == name]
         at, values = np.array([row["teacher_parameters"] / 1e6 for row in own]), [row["score"] for row in own]
-        color = style.method_color("teacher" if name == "teacher" else own[0]["method"])  # an assistant teaches, too
+        color = method_color("teacher" if name == "teacher" else own[0]["method"])  # an assistant teaches, too
         labels.append((values[-1], name, color))
         if name == "teacher":
             ax.plot(at, values, color=color, lw=0.9, ls=":", marker="*", ms=9, zorder=2)
@@ -356,7 +357,7 @@ def plot_thresholds(table: pd.DataFrame) -> Figure:
     measures = table.groupby("measure", sort=False)
     figure, axes = plt.subplots(1, len(measures), figsize=(2.4 * len(measures) + 0.6, 2.4), sharey=True, squeeze=False)
     for ax, (name, own) in zip(axes[0], measures, strict=True):
-        shades = {False: style.method_color("pl"), True: "#a5d9c8"}
+        shades = {False: method_color("pl"), True: "#a5d9c8"}
         sns.histplot(own, x="value", hue="removed", bins=20, multiple="stack", palette=shades, legend=False, ax=ax)
         for bound in (own["low"].iloc[0], own["high"].iloc[0]):
             if math.isfinite(bound):

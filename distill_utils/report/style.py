@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from distill_utils.report.names import METHOD_COLORS, method_color, method_label  # noqa: F401  as style.method_label
+from distill_utils.report.names import METHOD_COLORS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIGURE_SIZE = (6.5, 3.5)  # inches

@@ -10,7 +10,8 @@ import pandas as pd
 
 from distill_utils.report import figures
 from distill_utils.report.dashboard import is_number
-from distill_utils.report.style import axis_label, method_label
+from distill_utils.report.names import method_label
+from distill_utils.report.style import axis_label
 from distill_utils.report.tables import show_samples, show_table
 
 WIDE = {"description_width": "7rem"}
