@@ -118,7 +118,11 @@ def test_more_time_buys_the_better_student_of_a_shape_and_evidence_goes_first():
     mapped = row("pl", "6-1 (decoder 5)", rouge2=9.9, train_seconds=1)
     assert taken(quick, slow, other, mapped) == [("6-1", ["SFT 6-1", "SFT 6-1", "KD 6-1"])]
     sure = entry(row("pl", "6-1", rouge2=6.0, train_seconds=60, seeds=3), report="sure")
-    assert taken(quick, slow, others=[sure]) == [("6-1", ["PL 6-1"] * 3)]
+    assert taken(quick, slow, others=[sure]) == []  # more time buys nothing
+    three = row("sft", train_seconds=1), row("kd", train_seconds=2000, rouge2=9.5)
+    assert taken(quick, slow, *three, others=[sure]) == [
+        ("6-1", ["PL 6-1"] * 3), ("6-3", ["SFT 6-3", "KD 6-3", "KD 6-3"])
+    ]  # fmt: skip
     assert taken(quick | {"train_seconds": 1e6}, slow) == [("6-1", [None, None, "KD 6-1"])]
     assert taken(row("sft"), row("kd")) == []  # pages that do not say what training took
 

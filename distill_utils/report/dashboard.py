@@ -156,7 +156,7 @@ def when(students: Sequence[dict]) -> list[dict]:
     """Return, for each shape that was trained for several budgets of time or by several methods, the one to take.
 
     `students` is one for each of BUDGETS: with the best evidence among those trained within it, the best; None where
-    there is none. Fewer layers come first. Students of other layer maps are left out.
+    there is none. Fewer layers come first. Students of other layer maps are left out. [] where more time buys nothing.
     """
     plain = [each for each in students if re.fullmatch(r"\d+-\d+", each["shape"]) and each["seconds"]]
     rows = []
@@ -165,7 +165,7 @@ def when(students: Sequence[dict]) -> list[dict]:
         within = [[each for each in of if each["seconds"] <= most] for most in BUDGETS.values()]
         best = [max(found, key=lambda each: (each["evidence"], each["share"]), default=None) for found in within]
         rows += [{"shape": shape, "students": best}] if len(of) > 1 and any(best) else []
-    return rows
+    return rows if any(row["students"].count(row["students"][0]) < len(BUDGETS) for row in rows) else []
 
 
 def drawing(facet: Mapping) -> dict:
