@@ -224,11 +224,12 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
     num, batch_size = {split: len(found) for split, found in asked.splits.items()}, asked.base.training.batch_size
     found = {}
     for name, run in plan.items():
-        row, update = rows[run.shape], costs["update"][_kind(run)]
-        # Models, tokens of rows and of their order, and the loss on validation documents, dear as updates at most.
-        overhead = 2 * costs["load"] + 2 * num["train"] * costs["row"] + update * num["validation"] / batch_size
-        found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"],
-                       "labels": run.method in runs.ON_PSEUDO_LABELS, "parameters": row["parameters_m"]}  # fmt: skip
+        row, update, labels = rows[run.shape], costs["update"][_kind(run)], run.method in runs.ON_PSEUDO_LABELS
+        # Models, tokens of documents and of labels, and the loss on validation documents, dear as updates at most.
+        tokens = (1 + labels) * num["train"] * costs["row"]
+        overhead = 2 * costs["load"] + tokens + update * num["validation"] / batch_size
+        found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"], "labels": labels,
+                       "parameters": row["parameters_m"]}  # fmt: skip
     slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
     own = asked.own_teacher
     tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]
