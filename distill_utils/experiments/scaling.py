@@ -87,7 +87,8 @@ def gap_verdict(tests: Sequence[Mapping], num_seeds: int) -> str:
         best = max(worse, key=lambda test: test["difference"])
         name, seeds = best["versus"].removeprefix("by "), statistics.seeds_in_words(num_seeds)
         less = f"{best['difference']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
-        return f"**Take {name}, a smaller teacher**: in {seeds} its student's loss is {less} nats per token lower"
+        lower = f"its student's loss is {less} nats per token below the largest's"
+        return f"**Take {name}, a smaller teacher**: in {seeds} {lower}"
     if max(signs) < 0:
         return "**Take the largest teacher**: there is no capacity gap, its student beats that of every smaller one"
     return "**Keep the largest teacher**: no capacity gap is shown, no smaller one's student is better"
