@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from distill_utils.__main__ import main
 from distill_utils.artifacts import InputError, read_json
+from distill_utils.distillation import pseudo_labels
 from distill_utils.evaluation import ctranslate, scoring
 from distill_utils.experiments import budget, distill, fine_tuning, pricing, race, runs
 from distill_utils.models.loading import load_model, save_model
@@ -517,6 +518,7 @@ def test_the_price_of_a_label_is_measured_anew_after_a_kill(given, monkeypatch):
         if len(rows) > 16 and not killed:
             killed.append(True)
             raise KeyboardInterrupt
+        return rows
 
     monkeypatch.setattr(pricing, "pseudo_labels", label)
     asked = distill.prepare(given)
@@ -525,6 +527,21 @@ def test_the_price_of_a_label_is_measured_anew_after_a_kill(given, monkeypatch):
         distill.measured_prices(asked, plan)
     distill.measured_prices(asked, plan)
     assert not found
+
+
+def test_an_update_on_pseudo_labels_is_priced_on_pseudo_labels(given, monkeypatch):
+    trained_on = {}
+
+    def seconds(asked, run, rows, states):
+        trained_on[run.method] = rows["summary"]
+        return 1.0
+
+    monkeypatch.setattr(pricing, "_update_seconds", seconds)
+    asked = distill.prepare(given | {"methods": ["kd", "pl_kl"]})
+    distill.measured_prices(asked, distill.candidates(asked, ["1-1"]))
+    labels = pseudo_labels.read_labels(runs.label(asked.base, asked.teacher, asked.splits["train"]))
+    assert trained_on["kd"] == asked.splits["train"]["summary"]
+    assert set(trained_on["pl_kl"]) <= set(labels["summary"]) and trained_on["pl_kl"] != trained_on["kd"]
 
 
 def test_a_full_disk_is_not_taken_for_a_teacher_without_int8(given, monkeypatch):

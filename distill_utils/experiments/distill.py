@@ -281,11 +281,12 @@ def time_rows(asked: Request, prices: Mapping, found: Mapping, tests: Sequence[P
     teacher_s = own.get("priced_s", 0.0)
     priced = {"measuring": prices["measured"] - teacher_s, "labels": race.labels_seconds(prices, labelled)}
     students_s = found["seconds"] - sum(priced.values()) - teacher_s - prices["end"]
+    trained = sum(results["seconds"] + results.get("prepare_seconds", 0.0) for results, _ in made.values())
     scored = sum(results["build_seconds"] for _, results in made.values())
     rows = [
         ("measuring shapes and prices", priced["measuring"], priced["measuring"]),
         ("pseudo-labels", priced["labels"], read_json(labels / "results.json")["seconds"] if labels else 0.0),
-        ("training and scoring students", students_s, sum(results["seconds"] for results, _ in made.values()) + scored),
+        ("training and scoring students", students_s, trained + scored),
         ("tests and export", prices["end"], sum(read_json(path / "results.json")["build_seconds"] for path in tests)),
     ]
     rows = ([("fine-tuning the teacher", own["priced_s"], own["measured_s"])] if own else []) + rows

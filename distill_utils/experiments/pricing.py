@@ -4,6 +4,7 @@ All is measured once, before anything is trained, so that a race depends on it, 
 of scope: what the prices pay for (race.py).
 """
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -158,12 +159,15 @@ def _int8_teacher(teacher, tokenizer, folder: Path) -> tuple[Callable, float] | 
 def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path:
     """Return the artifact of what things cost here, in seconds: an update of each method and shape, a label, a load.
 
-    Updates are those of real training, data and optimizer included, of students that are thrown away.
+    Updates are those of real training, data and optimizer included, of students that are thrown away; methods on
+    pseudo-labels train on some, which may be shorter than references.
     """
     kinds = {(run.method, run.shape): replace(run, variant="") for run in plan.values()}
     train = asked.splits["train"].select(range(min(PRICE_ROWS, len(asked.splits["train"]))))
     settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **_machine()}
     settings |= {"teacher": model_fingerprint(asked.given["teacher"], asked.teacher), "states": asked.base.cache_states}
+    on_labels = [run for run in kinds.values() if run.method in runs.ON_PSEUDO_LABELS]
+    settings |= {"labels": hashed(on_labels[0])["label_settings"]} if on_labels else {}
 
     def build(folder: Path) -> dict:
         began = time.monotonic()
@@ -171,38 +175,51 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
         loaded = time.monotonic()
         tokenize_pairs(train, asked.tokenizer, *asked.base.lengths)
         found = {"load": loaded - began, "row": (time.monotonic() - loaded) / len(train), "label": 0.0}
-        if any(method in runs.ON_PSEUDO_LABELS for method, _ in kinds):
-            few, more = (min(size, len(train)) for size in PRICE_LABELS)
-            label = partial(pseudo_labels, asked.given["teacher"], **asked.options, **asked.base.label_settings)
-
-            def seconds(size: int) -> float:
-                return timed(partial(label, train.select(range(size)), tempfile.mkdtemp(dir=folder)))
-
-            seconds(1)  # what is imported
-            spent = seconds(few)
-            found["label"] = spent / few
-            if more > few and spent < PRICE_SECONDS:  # the difference, because each begins with a conversion
-                found["label"] = max(seconds(more) - spent, 0.0) / (more - few)
-        written = {each.parent / "results.json" for run in kinds.values() for each in _states(asked, run, train)}
-        found["states"] = sum(read_json(each)["seconds"] for each in written) / len(train)  # also of those from before
-        return found | {"update": {_kind(run): _update_seconds(asked, run, train) for run in kinds.values()}}
+        rows = dict.fromkeys(kinds, train)
+        if on_labels:
+            found["label"], labels = _label_seconds(asked, train, folder)
+            rows |= {(run.method, run.shape): labels for run in on_labels}
+        states = {kind: _states(asked, run, train, rows[kind]) for kind, run in kinds.items()}
+        made = [read_json(each.parent / "results.json") for each in {*itertools.chain(*states.values())}]
+        found["states"] = sum(each["seconds"] / each["rows"] for each in made)  # also of those from before
+        updates = {_kind(run): _update_seconds(asked, run, rows[kind], states[kind]) for kind, run in kinds.items()}
+        return found | {"update": updates}
 
     return artifact("prices", settings, build)
+
+
+def _label_seconds(asked: Request, train: Dataset, folder: Path) -> tuple[float, Dataset]:
+    """Return the seconds of one pseudo-label, and those that were written for it, as rows to train on."""
+    label = partial(pseudo_labels, asked.given["teacher"], **asked.options, **asked.base.label_settings)
+
+    def written(size: int) -> tuple[float, Dataset]:
+        began = time.monotonic()
+        labels = label(train.select(range(size)), tempfile.mkdtemp(dir=folder))
+        return time.monotonic() - began, labels
+
+    few, more = (min(size, len(train)) for size in PRICE_LABELS)
+    written(1)  # what is imported
+    seconds, labels = written(few)
+    each = seconds / few
+    if more > few and seconds < PRICE_SECONDS:  # the difference, because each begins with a conversion
+        longer, labels = written(more)
+        each = max(longer - seconds, 0.0) / (more - few)
+    kept = [i for i, text in enumerate(labels["summary"]) if not generation.is_empty(text)]
+    return each, labels.select(kept) if kept else train  # a model that is still to be fine-tuned may write nothing
 
 
 def _kind(run: runs.StudentRun) -> str:
     return f"{run.method} {run.shape}"
 
 
-def _states(asked: Request, run: runs.StudentRun, train: Dataset) -> list[Path]:
+def _states(asked: Request, run: runs.StudentRun, train: Dataset, rows: Dataset) -> list[Path]:
     stored = runs.cut_student(run, asked.teacher)[1]["stored"]
-    return runs.stored_states(run, stored, asked.teacher, asked.tokenizer, train, train)
+    return runs.stored_states(run, stored, asked.teacher, asked.tokenizer, train, rows)
 
 
-def _update_seconds(asked: Request, run: runs.StudentRun, train: Dataset) -> float:
+def _update_seconds(asked: Request, run: runs.StudentRun, rows: Dataset, states: list[Path]) -> float:
     """Return the mean seconds of an update after the first two, of 16 or as many as PRICE_SECONDS allow."""
-    batches, seconds = runs.batches_of(run, asked.tokenizer, train), PRICE_SECONDS
-    batches = with_states(batches, *_states(asked, run, train))
+    batches, seconds = with_states(runs.batches_of(run, asked.tokenizer, rows), *states), PRICE_SECONDS
     for most in (2, 16):
         num = int(np.clip(PRICE_SECONDS / seconds, 2, most))
         student, cut = runs.cut_student(run, asked.teacher)

@@ -291,6 +291,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
 
     def build(folder: Path) -> dict:
         rows = training_rows(run, teacher, tokenizer, train)
+        began = time.monotonic()
         seed_everything(run.training.seed)
         student, cut = cut_student(run, teacher)
         choose_attention(student.to(device()), run.max_source_length)
@@ -298,6 +299,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         if run.method == "kd_cached":
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
+        prepared = time.monotonic() - began
         read = stored_states(run, cut["stored"], teacher, tokenizer, train, rows)
         if read:
             batches = with_states(batches, *read)
@@ -324,6 +326,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "decoder_layer_ids": cut["decoder_ids"],
             "shared_encoder": cut["shared"],
             "num_train": len(rows),
+            "prepare_seconds": round(prepared, 2),
             "seconds": round(time.monotonic() - began, 2),
             "stored": sorted(cut["stored"]),
             "states_seconds": sum(read_json(made.parent / "results.json")["seconds"] for made in read),
