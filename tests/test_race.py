@@ -538,10 +538,12 @@ def test_an_update_on_pseudo_labels_is_priced_on_pseudo_labels(given, monkeypatc
 
     monkeypatch.setattr(pricing, "_update_seconds", seconds)
     asked = distill.prepare(given | {"methods": ["kd", "pl_kl"]})
-    distill.measured_prices(asked, distill.candidates(asked, ["1-1"]))
+    priced = distill.measured_prices(asked, distill.candidates(asked, ["1-1"]))
     labels = pseudo_labels.read_labels(runs.label(asked.base, asked.teacher, asked.splits["train"]))
     assert trained_on["kd"] == asked.splits["train"]["summary"]
     assert set(trained_on["pl_kl"]) <= set(labels["summary"]) and trained_on["pl_kl"] != trained_on["kd"]
+    again = distill.prepare(given | {"methods": ["kd", "pl_kl"], "seed": given["seed"] + 1})
+    assert distill.measured_prices(again, distill.candidates(again, ["1-1"])) == priced  # no price depends on the seed
 
 
 def test_a_full_disk_is_not_taken_for_a_teacher_without_int8(given, monkeypatch):
