@@ -16,8 +16,8 @@ from distill_utils.workers import check_workers
 
 SWEEP_EXAMPLE = """the grid, as YAML:
   notebook: 03
-  profile: demo                  # to start from; may be left out
-  fixed: {num_train: 2000}       # may be left out
+  profile: demo                  # optional: parameters to start from
+  fixed: {num_train: 2000}       # optional: the same in every run
   grid:
     learning_rate: [0.0003, 0.001]
     methods: [[sft], [kd]]"""
@@ -49,46 +49,46 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("notebook", nargs="*", help="number (03), stem (03_kd_pl_sft) or path")
     report.add_argument("--all", action="store_true", help="every notebook in the profile")
-    report.add_argument("--profile", default=settings.DEFAULT_PROFILE, metavar="NAME", help="profiles/NAME.yaml")
+    report.add_argument("--profile", default=settings.DEFAULT_PROFILE, metavar="NAME", help="use profiles/NAME.yaml")
     report.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     report.add_argument("--output", type=Path, default=batch.REPORTS, metavar="FOLDER", help="default: reports/")
-    report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="where they are")
-    several = "notebooks at once (default 1); above 1 they disturb each other's timings"
+    report.add_argument("--notebooks", type=Path, default=settings.NOTEBOOKS, metavar="FOLDER", help="their folder")
+    several = "notebooks run at once (default 1); above 1 they distort each other's timings"
     report.add_argument("--workers", type=int, default=1, metavar="N", help=several)
     add_told(report)
     report.add_argument("--list", action="store_true", help="print the notebooks and their parameters, run nothing")
     swept = commands.add_parser(
         "sweep",
         help="run a notebook for every combination of parameter values",
-        description="Run a notebook for every combination of a grid; the same command goes on with what is not "
-        "finished.",
+        description="Run a notebook for every combination of a grid. Repeat the command to resume: finished "
+        "combinations are skipped.",
         epilog=SWEEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     swept.add_argument("grid", type=Path, metavar="GRID.yaml")
-    swept.add_argument("--output", type=Path, metavar="FOLDER", help="for the pages; default: the grid's name")
-    swept.add_argument("--workers", type=int, default=1, metavar="N", help="combinations at once here (default 1)")
-    swept.add_argument("--slurm", default="", metavar="PARTITION", help="or each as a Slurm job of this partition")
+    swept.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the pages; default: the grid's name")
+    swept.add_argument("--workers", type=int, default=1, metavar="N", help="combinations run at once (default 1)")
+    swept.add_argument("--slurm", default="", metavar="PARTITION", help="run each as a Slurm job in this partition")
     add_told(swept)
     listing = commands.add_parser("list", help="show the trained students: name, score, speed, size, date")
     listing.add_argument("--json", action="store_true", help="as JSON")
-    export = commands.add_parser("export", help="write a trained student to a folder that others load, with its card")
+    export = commands.add_parser("export", help="write a trained student and its model card to a folder to share")
     export.add_argument("name", metavar="NAME", help="name of a run (see list), its folder, or a folder with a model")
     export.add_argument("folder", type=Path, metavar="DIR", help="folder to write; it must not exist")
     export.add_argument("--push", default="", metavar="USER/NAME", help="upload it to the Hugging Face hub as well")
     summarize = commands.add_parser("summarize", help="write one summary per text of a file")
     summarize.add_argument("file", metavar="FILE", help="CSV, Parquet, JSON Lines, or one text per line; - reads stdin")
     summarize.add_argument("--model", required=True, metavar="NAME", help="exported folder, run, shipped or hub name")
-    summarize.add_argument("--column", default="", metavar="NAME", help='in tables, JSON Lines; default "document"')
-    summarize.add_argument("--output", type=Path, metavar="FILE", help="instead of stdout")
+    summarize.add_argument("--column", default="", metavar="NAME", help='in tables and JSON Lines; default "document"')
+    summarize.add_argument("--output", type=Path, metavar="FILE", help="write here instead of stdout")
     summarize.add_argument("--json", action="store_true", help='write {"summary": ...} per line')
     add_distill(commands)
-    commands.add_parser("teachers", help="train the embedded teachers from nothing")
+    commands.add_parser("teachers", help="train the embedded teachers from scratch")
     return parser
 
 
 def add_told(parser) -> None:
-    """Describe what is printed: all, one line, one object."""
+    """Add the options for what is printed: everything, one line or one object."""
     told = parser.add_mutually_exclusive_group()
     words = {"action": "store_const", "dest": "told", "default": "all"}
     told.add_argument("--quiet", const="quiet", help="print one line at the end, apart from errors", **words)
@@ -99,10 +99,10 @@ def add_distill(commands) -> None:
     """Describe `distill`."""
     parser = commands.add_parser(
         "distill",
-        help="a budget in, a student out",
-        description="Find the best student inside a budget: shapes are timed before training, what fits races, the "
-        "winner is tested once and written to --output with its page in report/distill.html. The same command goes on "
-        "after a kill. Other settings: -p, as `report --list` prints them for distill.",
+        help="find and train the best student within a budget",
+        description="Find the best student within a budget. Student shapes are timed before training; those that fit "
+        "race, and the winner is tested once and written to --output with its page in report/distill.html. Repeat a "
+        "killed command to resume it. -p sets other parameters; `report --list` shows them under distill.",
     )
     parser.add_argument("--teacher", default="pydocs-bart", metavar="NAME", help="shipped name, folder or hub name")
     parser.add_argument("--train-teacher", action="store_true", help="fine-tune the teacher on these pairs first")
@@ -112,10 +112,10 @@ def add_distill(commands) -> None:
     parser.add_argument("--parameters", default="", metavar="NUMBER", help="largest number of parameters: 100M")
     parser.add_argument("--memory", default="", metavar="SIZE", help="largest size of the weights: 500MB")
     parser.add_argument("--int8", action="store_true", help="apply the budget to the student in int8, on a CPU")
-    parser.add_argument("--hours", default="1", help="hours for everything (default 1)")
-    parser.add_argument("--metric", default="rouge2", help="metric that decides (default rouge2)")
-    parser.add_argument("--workers", default="1", metavar="N", help="processes that share a rung here (default 1)")
-    parser.add_argument("--slurm", default="", metavar="PARTITION", help="or each student as a Slurm job")
+    parser.add_argument("--hours", default="1", help="hours in total, everything included (default 1)")
+    parser.add_argument("--metric", default="rouge2", help="metric that decides the race (default rouge2)")
+    parser.add_argument("--workers", default="1", metavar="N", help="students trained at once (default 1)")
+    parser.add_argument("--slurm", default="", metavar="PARTITION", help="train each student as a Slurm job")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the student")
     add_told(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what fits and what it costs, train nothing")
@@ -123,7 +123,7 @@ def add_distill(commands) -> None:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Check what was asked, then run it."""
+    """Check the request, then run it."""
     folder = arguments.notebooks.resolve()
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give --notebooks a folder of notebooks")
@@ -157,7 +157,7 @@ def use_student(arguments: argparse.Namespace) -> int:
 
 
 def distill(arguments: argparse.Namespace) -> int:
-    """Check what was asked, then print the plan of a race or run it as its notebook."""
+    """Check the request, then print the plan of a race or run its notebook."""
     others = ("command", "told", "dry_run", "output", "overrides")
     given = {name: str(value) for name, value in vars(arguments).items() if name not in others}
     overrides = [*(f"{name}={value}" for name, value in given.items()), *arguments.overrides]
@@ -179,16 +179,16 @@ def distill(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def output_folder(output: Path, asked: dict):
-    """Hold the folder that a student goes to; InputError when another race does, or when it has other contents.
+    """Lock the folder that a student is written to; InputError when another race holds it or it has other contents.
 
-    What was asked for is kept in runs/, so that the same command finds its own folder again, by whichever workers.
+    The request is kept in runs/, so that the same command finds its own folder again, with any number of workers.
     """
     asked = {name: value for name, value in asked.items() if name not in ("workers", "slurm")}
     kept = runs_dir() / f"distill-{config_hash(str(output))}"
     with lock(kept):
         mine = (kept / "config.json").exists() and read_json(kept / "config.json") == asked
         if output.exists() and not (output.is_dir() and (mine or not any(output.iterdir()))):
-            raise InputError(f"--output {output.name} exists, but not from this command: name another, or remove it")
+            raise InputError(f"--output {output.name} exists, not written by this command: name another, or remove it")
         write_json(kept / "config.json", asked)
         yield output
 
@@ -225,11 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in USERS_TO_FIX:
             raise
-        fix = "name another place, or set DISTILL_RUNS to a folder with space that you may write to"
+        fix = "name another place, or set DISTILL_RUNS to a writable folder with free space"
         print(f"{error.strerror}: {error.filename or 'the disk'}; {fix}", file=sys.stderr)
         return batch.BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; a run that was cut off continues where it was", file=sys.stderr)
+        print("stopped; repeat the command to resume an unfinished run", file=sys.stderr)
         return batch.INTERRUPTED
 
 

@@ -15,7 +15,7 @@ def device():
 
 
 def amp_dtype(on=None, precision: str = "auto"):
-    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32, as also asked for)."""
+    """Return torch.bfloat16 where the device multiplies it natively, else None (stay in float32, also on request)."""
     import torch
 
     on = on or device()

@@ -92,7 +92,7 @@ def share_out(function: Callable, items: Mapping[str, tuple], workers: int = 1, 
                 try:
                     running[name] = slot, _submit(executor, work, threads)
                 except FailedJobError as error:
-                    raise InputError(f"sbatch takes no job: {' '.join(str(error).split())}") from error
+                    raise InputError(f"sbatch rejected the job: {' '.join(str(error).split())}") from error
             time.sleep(SLURM_SECONDS if slurm else POLL_SECONDS)
             for name in _ended({name: job for name, (_, job) in running.items()}, bool(slurm)):
                 slot, job = running.pop(name)

@@ -37,7 +37,7 @@ def test_a_text_names_a_run():
     ("text", "parts"),
     [
         ("kd hidden=0", ["hidden", "hidden_weight", "learning_rate"]),
-        ("kd shape=6-1", ["no shape"]),
+        ("kd shape=6-1", ["shape is unknown"]),
         ("kd hidden_weight=big", ["hidden_weight", "'big'", "3.0"]),
         ("sft freeze_encoder=0", ["freeze_encoder", "0", "True"]),
         ("kd decoder_layer_ids=1", ["decoder_layer_ids", "1"]),

@@ -66,7 +66,7 @@ def test_pairs_from_a_folder_of_every_format(tmp_path, capsys, ending):
     assert "dropped 2 rows" in out and tmp_path.name in out
     assert loading.load_pairs(str(tmp_path), "train", num=2).to_list() == ROWS[:2]
     assert loading.load_pairs(str(tmp_path), "train", num=6).to_list() == ROWS
-    assert "5 rows are all there is, 6 were asked for" in capsys.readouterr().out
+    assert "only 5 rows, 6 were requested" in capsys.readouterr().out
     assert "test.jsonl.gz" in refusal(loading.load_pairs, str(tmp_path), "test")
 
 

@@ -141,7 +141,7 @@ def test_other_families_are_planned(family):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 8, "micro_batch_size": 3}, "no multiple of 3"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "not a multiple of 3"),
         ({"source_length": 0}, "source_length 0"),
         ({"devices": 16}, "batch_size 8"),
         ({"optimizer": "sgd"}, "use adamw or adafactor or muon"),

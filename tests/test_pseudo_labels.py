@@ -286,7 +286,7 @@ def test_rows_for_a_histogram_tell_what_each_threshold_removes_alone():
 
 @pytest.mark.parametrize("value", [2.0, [2.0, 0.5], [0.5], "0.5", ["a", "b"], [float("nan"), 1]])
 def test_a_threshold_that_is_no_range_is_rejected(value):
-    with pytest.raises(InputError, match="of length_ratio is no range"):
+    with pytest.raises(InputError, match="of length_ratio is not a range"):
         filter_labels(make_labels(), {"length_ratio": value})
 
 

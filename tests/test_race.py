@@ -68,7 +68,7 @@ def test_budgets_are_read_with_their_units():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"latency": "30"}, "latency '30' is no amount with its unit"),
+        ({"latency": "30"}, "latency '30' is not an amount with a unit"),
         ({"latency": "30M"}, "30ms or 0.03s"),
         ({"parameters": "many"}, "parameters 'many'"),
         ({"memory": "0MB"}, "memory '0MB'"),
@@ -116,7 +116,7 @@ def test_shapes_that_start(latencies, limits, chosen):
 
 def test_a_budget_that_nobody_meets_names_the_nearest_one_that_can_be_met():
     rows = rows_of(s6_3=30.0, s1_1=10.04)
-    with pytest.raises(InputError, match="nearest is 1-1, ask for --latency 10.1ms --speedup 3.98"):
+    with pytest.raises(InputError, match="nearest, 1-1, needs --latency 10.1ms --speedup 3.98"):
         budget.choose_shapes(rows, {"latency": 5.0, "speedup": 8.0})
     assert budget.choose_shapes(rows, {"latency": 10.1, "speedup": 3.98}) == ["1-1"]
 
@@ -327,7 +327,7 @@ def test_a_killed_or_shared_race_ends_with_the_same_winner_and_weights(given, tm
         ({"decoding": ["top_p=0.5"]}, "decoding: top_p set nothing here"),
         ({"output": str(Path(__file__).parent)}, "tests exists: name a folder"),
         ({"train_teacher": True, "first_rung": 300, "num_train": 4}, "4 training pairs are too few"),
-        ({"train_teacher": True, "first_rung": 6, "hours": 1e-6}, "hours 1e-06 are below 12 updates"),
+        ({"train_teacher": True, "first_rung": 6, "hours": 1e-6}, "hours 1e-06 are too few for 12 updates"),
     ],
 )
 def test_bad_requests_are_rejected_before_anything_is_trained(given, change, message):
@@ -381,7 +381,7 @@ def test_hours_that_pay_a_teacher_and_no_rung_are_rejected_before_the_teacher_is
     monkeypatch.setattr(distill, "race_prices", lambda *known, real=distill.race_prices: real(*known) | dear)
     monkeypatch.setattr(fine_tuning, "train_teacher", lambda *_: pytest.fail("trained a teacher"))
     wanted = given | {"train_teacher": True, "first_rung": 6, "methods": ["sft"], "student_shapes": ["1-1"]}
-    with pytest.raises(InputError, match="hours 0.5 is below one rung of 6 updates: one candidate needs 1.0"):
+    with pytest.raises(InputError, match="hours 0.5 are too few for one rung of 6 updates: one candidate needs 1.0"):
         distill.prepare(wanted | {"hours": 0.5})
     with pytest.raises(pytest.fail.Exception, match="trained a teacher"):  # now the hours are enough
         distill.prepare(wanted | {"hours": 1.1})
@@ -391,7 +391,7 @@ def test_too_many_candidates_or_none_are_rejected_and_learning_rates_fill_the_re
     asked = distill.prepare(given | {"learning_rates": [0.1, 0.2, 0.3, 0.4, 0.5]})
     assert len(distill.candidates(asked, ["3-1"])) == 8
     assert len(distill.candidates(asked, ["3-1", "2-2", "1-1"])) == 6
-    with pytest.raises(InputError, match="2 methods of 5 shapes"):
+    with pytest.raises(InputError, match="2 methods x 5 shapes"):
         distill.candidates(asked, budget.candidate_shapes(asked.teacher)[:5])
     shutil.rmtree(given["teacher"])
     save_model(tiny_bart(1, 1), tiny_tokenizer(), given["teacher"])
@@ -437,7 +437,7 @@ def test_a_dry_run_by_the_command_prints_the_tables_and_trains_nothing(given, tm
     assert float(re.search(r"at most (\d+) MB", out)[1]) > 1000 * given["cache_gb"]  # of the teacher's states alone
     for told, read in (("--quiet", str.strip), ("--json", lambda said: json.loads(said)["plan"])):  # and nothing else
         assert main([*command, told]) == 0 and out.strip().endswith(read(capsys.readouterr().out))
-    for change, message in (("--latency=0.001ms", "ask for --latency"), ("--hours=0.0000001", "below one rung of 6")):
+    for change, message in (("--latency=0.001ms", "needs --latency"), ("--hours=0.0000001", "too few for one rung")):
         assert main([*command, change]) == 2
         said = capsys.readouterr()
         assert message in said.err and len(said.err.splitlines()) == 1
@@ -450,7 +450,7 @@ def test_the_output_folder_belongs_to_one_race(given, tmp_path, capsys, monkeypa
     taken.mkdir()
     (taken / "file").touch()
     assert main(command_of(given, "--output", str(taken))) == 2
-    assert "exists, but not from this command" in capsys.readouterr().err
+    assert "exists, not written by this command" in capsys.readouterr().err
 
     done = []
     monkeypatch.setattr(batch, "run_reports", lambda *given: done.append(given) or batch.OK)

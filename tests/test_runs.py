@@ -183,7 +183,7 @@ def test_held_out_losses_of_the_teacher_itself(place):
         ({"max_target_length": 1}, "max_target_length 1"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"method": "on_policy", "on_policy_share": 0.3, "training": {"batch_size": 3}}, "on_policy_share 0.3"),
-        ({"label_settings": {"beams": 4}}, "label_beams sets nothing"),
+        ({"label_settings": {"beams": 4}}, "label_beams is unknown"),
         ({"training": {"patience": 2, "eval_every": 1}}, "99 validation rows"),
         ({"training": {"patience": 2, "eval_every": 0}}, "patience 2"),
         ({"training": {"stop_metric": "rouge2"}}, "stop_metric 'rouge2'"),

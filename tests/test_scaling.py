@@ -37,7 +37,7 @@ def test_what_is_no_ladder_is_rejected(places, tmp_path):
     tokenizer.add_tokens(["another"])
     save_model(tiny_t5(1, 1, vocab_size=len(tokenizer) + 8), tokenizer, tmp_path / "other")
     small, other = places["small"], str(tmp_path / "other")
-    for names, message in (([], "no ladder"), ([small] * 2, "no ladder"), ([small, other], "another tokenizer")):
+    for names, message in (([], "not a ladder"), ([small] * 2, "not a ladder"), ([small, other], "another tokenizer")):
         with pytest.raises(InputError, match=message):
             scaling.load_ladder(names)
 

@@ -123,7 +123,7 @@ def data_fingerprint(dataset: Dataset) -> str:
 def corpus_folder() -> Path:
     """Return the run folder of the built corpus `pydocs`, building it on first use (about a minute).
 
-    The environment variable DISTILL_CORPUS names one that was built elsewhere: other package versions give other text.
+    The environment variable DISTILL_CORPUS names one built elsewhere: other package versions give different text.
     """
     if named := os.environ.get("DISTILL_CORPUS"):
         if not Path(named, "results.json").is_file():
@@ -170,12 +170,12 @@ def check_request(split: str, num: int = 0) -> None:
 
 
 def check_count(label: str, found: int, num: int, undivided: bool = False) -> None:
-    """Raise InputError where there is no row, and say so where there are fewer than asked for."""
+    """Raise InputError if there is no row; print a note if there are fewer than requested."""
     if not found:
         fix = "give more, or a folder with a file for each split" if undivided else "give at least one"
         raise InputError(f"{label} has 0 usable rows: {fix}")
     if found < num:
-        print(f"{label}: {found} rows are all there is, {num} were asked for")
+        print(f"{label}: only {found} rows, {num} were requested")
 
 
 def _find_rows(
@@ -208,7 +208,7 @@ def _drawn_split(text: str) -> str:
 
 
 def check_column(found: Dataset | IterableDataset, column: str, name: str, fix: str) -> None:
-    """Raise InputError for a column that is missing, naming those that are there."""
+    """Raise InputError for a missing column, naming the existing ones."""
     columns = found.column_names or list(next(iter(found), {}))  # some streams know them by their rows only
     if column not in columns:
         raise InputError(f"column {column!r} is missing in {name}: it has {', '.join(columns)}; {fix}")

@@ -121,7 +121,7 @@ def on_policy(
     max_new_tokens: int, share: float = 0.5,
     ce_weight: float = 0.8, kl_weight: float = 1.0, **options,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """On-policy distillation: on a share of the rows the student is corrected on its own samples (Agarwal et al. 2024).
+    """On-policy distillation: on a share of the rows the student learns on its own samples (Agarwal et al. 2024).
 
     These rows' labels are replaced by summaries drawn from the student's own distribution, and only the divergence
     counts there, as `own_kl_loss`; the others are `pl_kl`, which gets the `options`. Each kind counts by its share of

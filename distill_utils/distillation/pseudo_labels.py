@@ -48,7 +48,7 @@ def pseudo_labels(
     seed: int = 0, engine: str = "auto", prefix: str = "", quantization: str = "float32", batch_size: int = 32,
     **decoding: int | float | None,
 ) -> Dataset:  # fmt: skip
-    """Label a data set with the teacher's summaries; start again after a kill and it goes on where it stopped.
+    """Label a data set with the teacher's summaries; called again after a kill, it resumes where it stopped.
 
     Returns columns id, document, summary (the pseudo-label), reference (the summary before) and score, as they are in
     pseudo_labels.jsonl of the folder; labels come in shards until it is there. The folder is an artifact's
@@ -230,7 +230,7 @@ def checked_decoding(
     if temperature is None and (top_k is not None or top_p is not None):
         raise InputError(f"top_k {top_k} and top_p {top_p} are for sampling: give a temperature too, such as 1.0")
     if temperature is not None and temperature <= 0:
-        raise InputError(f"temperature {temperature} draws nothing: give more than 0, or none for beams")
+        raise InputError(f"temperature {temperature} is not positive: give more than 0, or leave it out for beams")
     if temperature is not None and num_beams > 1:
         raise InputError(f"num_beams {num_beams} with a temperature: sampling has no beams, leave num_beams out")
     if top_k is not None and top_p is not None:
@@ -238,7 +238,7 @@ def checked_decoding(
     if top_k is not None and not 1 <= top_k <= (vocab_size or top_k):
         raise InputError(f"top_k {top_k} is outside 1 to {vocab_size}, the vocabulary: change it")
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} is no probability above 0: give at most 1")
+        raise InputError(f"top_p {top_p} is not a probability above 0: give at most 1")
     return settings
 
 
@@ -339,6 +339,6 @@ def bounds_of(thresholds: dict[str, float | list[float]]) -> dict[str, tuple[flo
             value = [value, float("inf")] if MEASURES[name] == "low" else [float("-inf"), value]
         numbers = isinstance(value, (list, tuple)) and all(isinstance(bound, (int, float)) for bound in value)
         if not numbers or len(value) != 2 or not value[0] <= value[1]:
-            raise InputError(f"threshold {value!r} of {name} is no range: give [low, high], such as [0.5, 2.0]")
+            raise InputError(f"threshold {value!r} of {name} is not a range: give [low, high], such as [0.5, 2.0]")
         bounds[name] = tuple(value)
     return bounds

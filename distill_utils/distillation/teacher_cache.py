@@ -1,4 +1,4 @@
-"""What a frozen teacher makes of each row, on disk, so that it runs once for all students and epochs.
+"""A frozen teacher's outputs for each row, on disk, so that it runs once for all students and epochs.
 
 Out of scope: which runs may read it (`runs.cut_student`), the loss on distributions (`losses.chunked_cached_losses`)
 and the passes that states replace (`objectives.encode`, `kd`).

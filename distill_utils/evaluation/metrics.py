@@ -147,7 +147,7 @@ def fragment_lengths(source: Sequence[str], summary: Sequence[str]) -> list[int]
 
 
 def _novel(source: list[str], summary: list[str], n: int) -> list[bool]:
-    """Tell of every n-gram of the summary whether the source lacks it."""
+    """Return for every n-gram of the summary whether the source lacks it."""
     written, known = (list(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (summary, source))
     known = set(known)
     return [ngram not in known for ngram in written]

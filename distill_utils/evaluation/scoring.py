@@ -1,4 +1,4 @@
-"""What a model is worth on a test split: its summaries, their scores, and how fast it writes them.
+"""Evaluate a model on a test split: its summaries, their scores, and how fast it writes them.
 
 Out of scope: what the machine could do at best (planning/plan.py).
 """
@@ -29,7 +29,7 @@ MANY_DOCUMENTS = 80  # from here on a conversion for CTranslate2, half a second,
 
 
 def engine_type(model, num_documents: int, **decoding) -> str:
-    """Return the type in which CTranslate2 decodes many documents in the place of `generate`, "" where it does not."""
+    """Return the type in which CTranslate2 decodes many documents instead of `generate`, "" where it does not."""
     return "float32" if num_documents >= MANY_DOCUMENTS and writes_as_generate(model, **decoding) else ""
 
 
@@ -183,7 +183,7 @@ def measure_speed(
     `throughput`: summaries a second in length-sorted batches, the same decoding, best of the repeats; not of one.
     `ms_per_token`: batch 1, greedy, exactly `num_new_tokens` tokens, whole time (encoder too) over tokens.
     `encoder_ms`: the share of a latency that no shallower decoder removes. `peak_memory_gb`: most that CUDA held
-    meanwhile, 2**30 bytes; None on the CPU, where it cannot be told from the rest of the process.
+    meanwhile, 2**30 bytes; None on the CPU, where the rest of the process cannot be separated from it.
     """
     if not documents:
         raise ValueError("no documents to time: give at least one")

@@ -35,7 +35,7 @@ def summarize_speculatively(
     if num_drafted < 1:
         raise InputError(f"num_drafted {num_drafted} is too small: draft at least 1 token")
     if student is not None and not encoders_equal(student, teacher):
-        raise InputError("the student has another encoder than the teacher: draft with one that kept it whole")
+        raise InputError("the student has another encoder than the teacher: use one that kept it whole")
     found, seen = {"passes": 0, "tokens": 0, "tried": Counter(), "accepted": Counter()}, {}
     decode = partial(draft_and_check, student=student, num_drafted=num_drafted, found=found, seen=seen)
     fixed = {"num_beams": 1, "do_sample": False, "custom_generate": decode}

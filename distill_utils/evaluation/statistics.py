@@ -201,7 +201,7 @@ def how_sure(test: Mapping, than: str = "") -> str:
 
 
 def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
-    """Return which updates and seeds stand behind a result, and whether these are a demonstration."""
+    """Return how many updates and seeds a result rests on, and whether that makes it a demonstration."""
     reach = "A demonstration with" if num_seeds < 3 else "Based on"
     return f"{reach} {max_steps:,} updates, {what} and {seeds_in_words(num_seeds)}"
 

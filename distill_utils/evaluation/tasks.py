@@ -134,7 +134,7 @@ def _read_label(task: str, value: object, row_id: str) -> float:
     if task != "stsb" and (text in words or number in range(len(words))):
         return words.index(text) if text in words else int(number)
     known = "0 to 5" if task == "stsb" else ", ".join(f"{i} or {word!r}" for i, word in enumerate(words))
-    raise InputError(f"label {value!r} of row {row_id} is outside of task {task!r}: known are {known}")
+    raise InputError(f"label {value!r} of row {row_id} is not a label of task {task!r}: use {known}")
 
 
 # --------------------------------------------------------------------------------------------------------- predictions
@@ -218,7 +218,7 @@ def scores(task: str, predictions: Sequence, labels: Sequence, num_samples: int 
 
 
 def document_values(task: str, predictions: Sequence, labels: Sequence) -> np.ndarray:
-    """Return one value per document, (documents,), whose mean is the `score` and whose spread is that of the score.
+    """Return one value per document, (documents,), with the mean and the spread of the `score`.
 
     Correct answers, 100 or 0, for accuracy. F1 and correlations are no mean over documents: a value is then how much
     the score owes to a document, the jackknife's (Efron 1982), so that `compare` and all that draws documents is about

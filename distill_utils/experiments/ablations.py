@@ -48,7 +48,7 @@ def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
                 raise InputError(f"ablation {text!r}: {method} reads no pseudo-labels: use pl, or leave {name} out")
             changes["label_settings"] = changes.get("label_settings", base.label_settings) | {name[6:]: value}
         elif name not in known:
-            raise InputError(f"ablation {text!r}: there is no {name}: use {', '.join(known)}, learning_rate")
+            raise InputError(f"ablation {text!r}: {name} is unknown: use {', '.join(known)}, learning_rate")
         elif method in runs.METHODS and method not in READERS.get(name, runs.METHODS):
             raise InputError(f"ablation {text!r}: {method} does not read {name}, {', '.join(READERS[name])} does")
         elif type(value) not in kinds:
@@ -83,9 +83,9 @@ def parse_decoding(texts: Sequence[str], teacher) -> dict:
 
 
 def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], teacher) -> list[runs.StudentRun]:
-    """Return the runs, those of a shape, method or change at its own peak: "6-1=0.004", "sft freeze_encoder=False=0.1".
+    """Return the runs, with the given peak for a shape, method or change: "6-1=0.004", "sft freeze_encoder=False=0.1".
 
-    Of several that fit the last counts; a variant that sets its own learning rate keeps it, and a rate of 0 becomes
+    If several match, the last one counts; a variant that sets its own learning rate keeps it, and a rate of 0 becomes
     the usual one of the shape and method.
     """
     changed = [fine_tuning.at_usual_rate(run, teacher) for run in plan]
@@ -94,7 +94,7 @@ def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], t
         words, rate = set(name.split()), parse_settings([f"rate={written}"])["rate"]
         fits = [i for i, run in enumerate(plan) if words and words <= {run.method, run.shape, *run.variant.split()}]
         if not fits or type(rate) not in (int, float):
-            raise InputError(f"learning rate {text!r} fits no student: write it as in kd 6-1=0.004")
+            raise InputError(f"learning rate {text!r} matches no student: write it as in kd 6-1=0.004")
         for i in fits:
             if "learning_rate=" not in plan[i].variant:
                 changed[i] = replace(changed[i], training=replace(plan[i].training, learning_rate=float(rate)))
@@ -108,7 +108,7 @@ def parse_ablation(base: runs.StudentRun, text: str) -> tuple[runs.StudentRun, r
         raise InputError(f"ablation {text!r} names no method: write for example 'kd hidden_weight=0 versus kd'")
     pair = parse_variant(base, changed), parse_variant(base, against or changed.split()[0])
     if pair[0] == pair[1]:
-        raise InputError(f"ablation {text!r} changes nothing: name what it stands against, as in 'pl_gold versus pl'")
+        raise InputError(f"ablation {text!r} changes nothing: name what to compare with, as in 'pl_gold versus pl'")
     return pair
 
 

@@ -40,7 +40,7 @@ def _amount(name: str, text: str) -> float:
     units = {unit.lower(): size for unit, size in UNITS[name].items()}
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)", text.strip().lower())
     if not found or found[2] not in units or not float(found[1]) > 0:
-        raise InputError(f"{name} {text!r} is no amount with its unit ({', '.join(UNITS[name])}): {EXAMPLES[name]}")
+        raise InputError(f"{name} {text!r} is not an amount with a unit ({', '.join(UNITS[name])}): {EXAMPLES[name]}")
     return float(found[1]) * units[found[2]]
 
 
@@ -59,17 +59,17 @@ def candidate_shapes(teacher) -> list[str]:
 
 
 def excesses(row: Mapping, budget: Mapping[str, float]) -> dict[str, float]:
-    """Return by which factor a measured row misses each limit; limits that it keeps are left out."""
+    """Return by which factor a measured row exceeds each limit; limits that it meets are left out."""
     values = {name: row[COLUMNS[name]] for name in budget}
     factors = {n: budget[n] / value if n == "speedup" else value / budget[n] for n, value in values.items()}
     return {name: factor for name, factor in factors.items() if factor > 1}
 
 
 def choose_shapes(rows: Sequence[Mapping], budget: Mapping[str, float], every: bool = False) -> list[str]:
-    """Return the shapes inside a budget that no other fitting shape contains, at most MAX_SHAPES, or every one.
+    """Return the shapes that fit a budget and lie inside no other that fits, at most MAX_SHAPES, or all that fit.
 
-    Of more, those with the deepest encoders: the published students keep the encoder and cut the decoder. InputError
-    names the nearest budget that can be met.
+    If there are more, those with the deepest encoders: the published students keep the encoder and cut the decoder.
+    InputError names the nearest budget that can be met.
     """
     fitting = [row["student"] for row in rows if row["student"] and not excesses(row, budget)]
     if not fitting:
@@ -81,7 +81,7 @@ def choose_shapes(rows: Sequence[Mapping], budget: Mapping[str, float], every: b
         if "speedup" in missed:
             rounded["speedup"] = math.floor(100 * near["speedup"]) / 100
         asked = " ".join(f"--{name} {value:g}{SUFFIXES[name]}" for name, value in rounded.items())
-        raise InputError(f"no student meets {wanted}: the nearest is {near['student']}, ask for {asked}")
+        raise InputError(f"no student meets {wanted}: the nearest, {near['student']}, needs {asked}")
     if every:
         return fitting
     layers = {shape: tuple(map(int, shape.split("-"))) for shape in fitting}

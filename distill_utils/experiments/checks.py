@@ -1,4 +1,4 @@
-"""What saves a wasted day: checks of runs and of students before training, the forecast, the proof of a saved student.
+"""Early checks: of runs and of students before training, the forecast, the round trip of a saved student.
 
 Out of scope: plans of models that are not loaded (planning/), what a run did cost (comparison.py).
 """
@@ -59,7 +59,7 @@ def _check_run(run: runs.StudentRun, teacher) -> None:
     pseudo_labels.bounds_of(run.label_filters)
     if unknown := set(run.label_settings) - set(runs.LABEL_SETTINGS):
         raise InputError(
-            f"label_{min(unknown)} sets nothing: after label_ give one of {', '.join(runs.LABEL_SETTINGS)}"
+            f"label_{min(unknown)} is unknown: after label_ give one of {', '.join(runs.LABEL_SETTINGS)}"
         )
     if run.method in runs.ON_PSEUDO_LABELS:
         decoding = {name: value for name, value in run.label_settings.items() if name in runs.LABEL_SETTINGS[:-4]}
@@ -75,7 +75,7 @@ def _check_run(run: runs.StudentRun, teacher) -> None:
         raise InputError(f"temperature {run.temperature} is not positive: use for example 2.0")
     rows = run.training.micro_batch_size or run.training.batch_size
     if run.method == "on_policy" and run.on_policy_share * rows < 1:
-        raise InputError(f"on_policy_share {run.on_policy_share} is less than a row of {rows}: raise it or the batch")
+        raise InputError(f"on_policy_share {run.on_policy_share} is less than one row of {rows}: raise it or the batch")
     if not 1 <= run.top_k <= teacher.config.vocab_size:
         raise InputError(f"top_k {run.top_k} is impossible: give 1 to the vocabulary's {teacher.config.vocab_size}")
 

@@ -79,7 +79,7 @@ def object_name(identifier: str) -> str:
 
 
 def rule_summaries(train: Dataset, test: Dataset, named: bool) -> dict[str, list[str]]:
-    """Return the summaries of rules that cost nothing: as many lead words as references have, the object's name."""
+    """Return the summaries of the rule baselines: as many lead words as references have, the object's name."""
     num_words = round(float(np.mean([len(text.split()) for text in train["summary"]])))
     rules = {"lead_words": lead_words(list(test["document"]), num_words)}
     return rules | ({"object_name": [object_name(i) for i in test["id"]]} if named else {})
@@ -319,7 +319,7 @@ def choose_student(means: Sequence[dict], versus: Sequence[Mapping], shape: str)
     """Return the row of the method to take for a shape: the cheapest that is shown not to be worse than the best.
 
     The best is the one shown to beat SFT by most, SFT where none is, without SFT that of the highest ROUGE-2. Not worse
-    is by `share_of`, so that a gain too small to matter does not pay for a dearer method.
+    is by `share_of`, so that a negligible gain does not justify a more expensive method.
     """
     rows = {row["name"]: row for row in means if row["method"] in runs.METHODS and row["student"] == shape}
     sft = method_label("sft", shape)
@@ -382,7 +382,7 @@ def verdict(
 
 
 def still_gains(history: Sequence[Mapping]) -> bool:
-    """Tell whether the validation loss was lowest at the end; of a cooldown before the rate fell, for it drops then."""
+    """Return whether the validation loss was lowest at the end; of a cooldown, before the rate fell (it drops then)."""
     rows = [row for row in history if "validation_ce" in row]
     constant = [row for row in rows if row["lr"] == max(each["lr"] for each in rows)]
     losses = [row["validation_ce"] for row in (constant if len(constant) > 1 else rows)]
@@ -390,5 +390,5 @@ def still_gains(history: Sequence[Mapping]) -> bool:
 
 
 def smoke_note(number: int, what: str = "test documents") -> str:
-    """Return what a verdict says where there are too few documents for one."""
+    """Return the note for a verdict with too few test documents."""
     return f"**Smoke run:** {number} {what} show that the code runs, nothing else."

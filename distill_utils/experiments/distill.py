@@ -1,4 +1,4 @@
-"""`distill`: a budget in, a student out. What a race was asked for, what it will cost, its training, its verdict.
+"""`distill`: from a budget to a student. The request of a race, what it will cost, its training, its verdict.
 
 All it makes are artifacts, so that a race that was killed and started again ends with the same winner and the same
 weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.py).
@@ -64,7 +64,7 @@ def prepare(given: dict, train: bool = True) -> Request:
     if given["metric"] not in METRICS:
         raise InputError(f"metric {given['metric']!r} is unknown: use one of {', '.join(METRICS)}")
     if unpriced := set(given["methods"]) & set(UNPRICED):
-        raise InputError(f"method {min(unpriced)!r} cannot race, as its price is not known before: leave it out")
+        raise InputError(f"method {min(unpriced)!r} cannot race: its price is not known before training; leave it out")
     teacher, tokenizer = fine_tuning.load_teacher(
         given["teacher"], 0 if given["train_teacher"] else given["max_target_length"]
     )
@@ -99,13 +99,13 @@ def prepare(given: dict, train: bool = True) -> Request:
 def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentRun]:
     """Return the candidates by printed name: methods x shapes x as many learning rates as MAX_CANDIDATES allow.
 
-    They are in the order in which the time pays for them where it does not pay for all. Without learning rates those
+    They are in order of priority, for when the time does not suffice for all. Without learning rates those
     around `fine_tuning.usual_learning_rate` are tried.
     """
     methods, rates = asked.given["methods"], asked.given["learning_rates"]
     fitting = MAX_CANDIDATES // (len(methods) * len(shapes))
     if not fitting:
-        raise InputError(f"{len(methods)} methods of {len(shapes)} shapes are not 1 to {MAX_CANDIDATES} candidates: "
+        raise InputError(f"{len(methods)} methods x {len(shapes)} shapes give more than {MAX_CANDIDATES} candidates: "
                          "name fewer")  # fmt: skip
     found = {}
     for number in range(min(fitting, len(rates or RATE_FACTORS))):
@@ -148,7 +148,7 @@ def known_before(asked: Request) -> tuple[list[dict], list[str], dict]:
 
 
 def dry_run(given: dict) -> str:
-    """Return the tables of a race as text, after all that is measured before and nothing that is trained."""
+    """Return the tables of a race as text: everything is measured as before a race, nothing is trained."""
     disable_progress_bar()
     asked = prepare(given, train=False)
     rows, chosen, prices = known_before(asked)
@@ -176,8 +176,8 @@ def trained_and_scored(
 ) -> list[np.ndarray]:
     """Train students as branches of their candidates' trunks; return the scores of each, one per validation document.
 
-    Several workers share them where these are asked for. Weights are those of one worker with as many threads: another
-    number of threads adds numbers in another order.
+    Several workers share them where requested. The weights equal those of one worker with as many threads; another
+    number of threads sums in another order.
     """
     described = {each: student_run(asked, plan, *each) for each in wanted}
     workers, slurm = asked.given["workers"], asked.given["slurm"]
@@ -209,7 +209,7 @@ def student_run(
 def tested_on(asked: Request, split: str, name: str = "teacher", trained: Path | None = None, baseline=None) -> Path:
     """Return the artifact of a student's or the teacher's summaries of a split and their scores.
 
-    With `int8` the student of the test is the one in int8, as it is timed and handed over.
+    With `int8` the student is tested in int8, as it is timed and exported.
     """
     model = load_model(trained / "student")[0].to(device()) if trained else asked.teacher
     fingerprint = trained.name if trained else model_fingerprint(asked.given["teacher"], model)

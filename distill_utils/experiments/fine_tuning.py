@@ -118,7 +118,7 @@ def with_own_teacher(asked: Request, check: Callable[[Request], object] | None) 
     least = max(given["first_rung"], EVALUATIONS)
     costs = measured_prices(asked, {"": describe(max_steps=least)})
     update = next(iter(read_json(costs / "results.json")["update"].values()))
-    checks = EVALUATIONS * num["validation"] / batch_size * update  # dear as updates at most
+    checks = EVALUATIONS * num["validation"] / batch_size * update  # a pass costs at most an update
     hours_s, passes = 3600 * given["hours"], TEACHER_PASSES * num["train"] / batch_size
     updates = math.floor(min((TEACHER_SHARE * hours_s - checks) / update, passes))
     if updates < least:
@@ -126,7 +126,7 @@ def with_own_teacher(asked: Request, check: Callable[[Request], object] | None) 
         needed = math.ceil((least * update + checks) / TEACHER_SHARE / 36) / 100
         if passes < least:
             raise InputError(f"{num['train']} training pairs are too few for {reason}: {fix}")
-        raise InputError(f"hours {given['hours']:g} are below {reason}: give {needed:.2f}, or {fix}")
+        raise InputError(f"hours {given['hours']:g} are too few for {reason}: give {needed:.2f}, or {fix}")
     run = describe(max_steps=updates)
     known = {"name": run.name, "updates": updates, "priced_s": updates * update + checks, "measured_s": 0.0}
     priced = replace(asked, own_teacher=known)

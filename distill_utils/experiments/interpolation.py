@@ -1,4 +1,4 @@
-"""Interpolated distillation, which the paper names and does not describe (Zhang et al. 2023): two readings of it.
+"""Interpolated distillation, which the paper mentions but does not describe (Zhang et al. 2023): two readings.
 
 An assistant learns first and then teaches (Wang et al. 2020, MiniLM), or the target is mixed, `AgnosticRun.mix_start`.
 """
@@ -36,7 +36,7 @@ def split_run(
     steps, warmup = run.training.max_steps, run.training.warmup_steps
     first = round(share * steps)
     if not 0 < first < steps:
-        raise InputError(f"share {share} of {steps} updates leaves none to one of the two rounds: use for example 0.5")
+        raise InputError(f"share {share} of {steps} updates leaves none for one of the two rounds: use for example 0.5")
     first_warmup = round(warmup * first / steps)
     middle_width = assistant_width or teacher.config.d_model
     assistant = replace(

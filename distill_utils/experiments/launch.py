@@ -54,7 +54,7 @@ ARRAYS = ("tokens", "held_out")
 
 
 def check_processes(settings: Training, num_processes: int) -> None:
-    """Refuse what these processes could not share, before any is started."""
+    """Reject settings that these processes cannot share, before any is started."""
     if num_processes < 1:
         raise InputError(f"num_processes {num_processes} is too small: use at least 1")
     loop.check_training(settings, num_processes)
@@ -72,7 +72,7 @@ def usable_processes(settings: Training, wanted: int) -> int:
 
 
 def check_backend() -> str:
-    """Return how processes talk here, NCCL between GPUs and gloo between CPUs, or refuse a PyTorch without it."""
+    """Return the backend, NCCL between GPUs and gloo between CPUs, or reject a PyTorch without it."""
     backend = "nccl" if device().type == "cuda" else "gloo"
     if not dist.is_available() or not getattr(dist, f"is_{backend}_available")():
         raise InputError(f"this PyTorch has no {backend}: install a build that has it, or use num_processes=1")
@@ -96,10 +96,10 @@ def shard(model: PreTrainedModel, frozen: bool = False) -> None:
     Embeddings and the head stay whole, as the objectives use them outside of the stacks. Gradients are added up, not
     averaged, because `fit` weighs each process's loss by its tokens. `frozen` is for a teacher, which runs without
     gradients. A pass may be left early: a student's layer then stays whole until its gradients are taken (`fit`
-    settles it after that), and a teacher's is put back to parts at once.
+    resets it after that), and a teacher's is sharded again at once.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise InputError(f"torch {torch.__version__} cannot share out a model's parts here: use 2.12 or newer")
+        raise InputError(f"torch {torch.__version__} cannot shard models here: use 2.12 or newer")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # T5's bias; nothing writes into it
     on = device()
     model.to(on)
@@ -220,7 +220,7 @@ def describe(
 def launch(folder: Path, num_processes: int) -> None:
     """Start the described run by torchrun on this machine, show what rank 0 prints, and wait for its end.
 
-    When one process dies, the others are stopped. Raises InputError for what a process refuses, and RuntimeError that
+    When one process dies, the others are stopped. Raises InputError for what a process rejects, and RuntimeError that
     names the rank and shows the end of its log.
     """
     place = folder / "processes"
@@ -284,7 +284,7 @@ def _failure(place: Path) -> Exception:
         return InputError(failed[rank]["refused"])
     how = f"was killed by signal {-codes[rank]}" if rank in killed else "failed"
     lines = [line for line in _log(place, rank, "stderr").splitlines() if line.strip()][-LOG_LINES:]
-    said = f"process {rank} {how}, the others were stopped; the last checkpoint is kept, run this again to go on"
+    said = f"process {rank} {how}, the others were stopped; the last checkpoint is kept, run this again to resume"
     return RuntimeError("\n".join([f"{said}. The end of its log:", *(f"  {line}" for line in lines or ["(empty)"])]))
 
 

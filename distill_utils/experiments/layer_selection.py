@@ -155,7 +155,7 @@ def search_layers(
     if max_evaluations < 1:
         raise InputError(f"search budget {max_evaluations} allows no evaluation: give at least 1")
     kept, used, complete = list(range(len(LAYERS[stack](teacher)))), 0, True
-    students.layer_map(len(kept), size)  # refuses impossible sizes
+    students.layer_map(len(kept), size)  # rejects impossible sizes
     known: dict[int, float] = {}
     steps = []
     while len(kept) > size:
@@ -205,7 +205,7 @@ def layer_states(teacher: PreTrainedModel, batches: Sequence[dict], max_tokens: 
 def gather_evidence(
     teacher: PreTrainedModel, batches: list[dict], rouge2: Callable, kept_layers: int, search_budget: int
 ) -> dict:
-    """Return all that is known of layers before training: `rows` by layer, `search`, `cka`, `loss`, and what each cost.
+    """Return all evidence on the layers before training: `rows` by layer, `search`, `cka`, `loss`, and what each cost.
 
     `rouge2(model)` scores the teacher's own summaries, per document.
     """

@@ -131,7 +131,7 @@ def without_weights(teacher, shape: str, width: int, like: str = "") -> torch.nn
 
 
 def new_student(run: AgnosticRun, teacher) -> torch.nn.Module:
-    """Return the untrained student of a run; every path of a seed starts from the same weights."""
+    """Return the untrained student of a run; all paths with one seed start from the same weights."""
     shape = students.parse_shape(run.shape, teacher)
     if run.init == "copied":
         return students.init_student(teacher, *shape)[0]

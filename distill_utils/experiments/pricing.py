@@ -1,4 +1,4 @@
-"""What a race was asked for, and what things cost here: shapes in use, and an update, a label, a load, in seconds.
+"""The request of a race, and what things cost here: shapes in use, and an update, a label, a load, in seconds.
 
 All is measured once, before anything is trained, so that a race depends on it, the data and the seed alone. Out
 of scope: what the prices pay for (race.py).
@@ -40,7 +40,7 @@ PRICE_SECONDS, PRICE_ROWS, PRICE_LABELS = 10.0, 512, (40, 240)  # what measuring
 
 @dataclass
 class Request:
-    """What a race was asked for, loaded and checked: the notebook's parameters, models, data."""
+    """The request of a race, loaded and checked: the notebook's parameters, models, data."""
 
     given: dict
     limits: dict[str, float]  # the budget, as of budget.py
@@ -243,7 +243,7 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
     found = {}
     for name, run in plan.items():
         row, update, labels = rows[run.shape], costs["update"][_kind(run)], run.method in runs.ON_PSEUDO_LABELS
-        # Models, tokens of documents and of labels, and the loss on validation documents, dear as updates at most.
+        # Models, tokens of documents and of labels, and validation losses (a pass costs at most an update).
         tokens = (1 + labels) * num["train"] * costs["row"]
         overhead = 2 * costs["load"] + tokens + update * num["validation"] / batch_size
         found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"], "labels": labels,

@@ -19,7 +19,7 @@ from distill_utils.evaluation import statistics
 
 
 def updates_at(prices: Mapping, rung: int) -> int:
-    """Return how many updates a student of a rung has, its cooldown among them; rungs count from 0."""
+    """Return the number of updates of a rung's student, its cooldown included; rungs count from 0."""
     return prices["first_rung"] * 2**rung
 
 
@@ -48,7 +48,7 @@ def seed_seconds(prices: Mapping, name: str, updates: int) -> float:
 
 
 def next_rung(prices: Mapping, ranked: Sequence[str], rung: int, spent: float, seconds: float) -> list[str]:
-    """Return which candidates the time pays the next rung for, best first; none ends the race.
+    """Return the candidates that the remaining time lets into the next rung, best first; none ends the race.
 
     `ranked` are those still in it, best first. Each rung has half as many places as the one before, two at least. From
     the second on a second seed of two finalists must stay payable, and always the end.
@@ -68,7 +68,7 @@ def next_rung(prices: Mapping, ranked: Sequence[str], rung: int, spent: float, s
 
 
 def planned_rungs(prices: Mapping, seconds: float) -> list[dict]:
-    """Return the rungs that the time pays for when no candidate is worse: updates, candidates, price."""
+    """Return the rungs that fit into the time if no candidate is worse: updates, candidates, price."""
     rows, ranked, spent = [], list(prices["candidates"]), prices["measured"]
     while ranked := next_rung(prices, ranked, len(rows), spent, seconds):
         cost = paid(prices, ranked, len(rows))
@@ -87,7 +87,7 @@ def check_hours(prices: Mapping, seconds: float) -> None:
     # Rounded up: what is named must suffice.
     one, every = (math.ceil((fixed + paid(prices, chosen, 0)) / left / 36) / 100 for chosen in (names[:1], names))
     raise InputError(
-        f"hours {seconds / 3600:g} is below one rung of {prices['first_rung']} updates: one candidate needs "
+        f"hours {seconds / 3600:g} are too few for one rung of {prices['first_rung']} updates: one candidate needs "
         f"{one:.2f} h, all {len(names)} need {every:.2f} h; raise hours, or lower first_rung, num_train or num_test"
     )
 
@@ -95,7 +95,7 @@ def check_hours(prices: Mapping, seconds: float) -> None:
 def run_race(
     prices: Mapping, seconds: float, score: Callable[[list[tuple[str, int, int]]], Sequence[np.ndarray]]
 ) -> dict:
-    """Race the candidates and return the winner, how it won, and what happened to all others.
+    """Race the candidates; return the winner, how it won, and what happened to the others.
 
     `score` gets students as (name, updates, seed), trains them and returns the scores of each, one per validation
     document; seed 0 is the race's, 1 the finalists' second. Only what a 95 % interval separates from the best of its

@@ -28,10 +28,10 @@ from distill_utils.planning import measure, plan, step
 def load_ladder(names: Sequence[str]) -> dict:
     """Return {name: (model on the device, tokenizer)}, smallest first.
 
-    Raises InputError when a name stands twice, or for two tokenizers: losses would be of other tokens.
+    Raises InputError for a repeated name or different tokenizers: the losses would count different tokens.
     """
     if not names or len(set(names)) < len(names):
-        raise InputError(f"teachers {list(names)} are no ladder: name at least one, each once")
+        raise InputError(f"teachers {list(names)} are not a ladder: name at least one, each only once")
     loaded = {name: load_model(name) for name in names}
     first, (_, tokenizer) = next(iter(loaded.items()))
     for name, (_, own) in loaded.items():
@@ -105,9 +105,9 @@ def equal_cost_steps(direct: float, first: float, second: float, split: tuple[in
 def check_plan(
     models: Sequence[str], devices: Sequence[int], batch_size: int, micro_batch_size: int, steps: int
 ) -> None:
-    """Reject a plan of no devices, updates or windows, or of a model alone, before anything is computed."""
+    """Reject a plan without devices, updates or windows, or with only one model, before anything is computed."""
     if len(models) < 2:
-        raise InputError(f"plan_models {list(models)} has no student: name a teacher and what it teaches")
+        raise InputError(f"plan_models {list(models)} has no student: name a teacher and its student")
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "steps": steps}
     sizes["devices"] = min(devices, default=1)
     for name, value in sizes.items():

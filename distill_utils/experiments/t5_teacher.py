@@ -117,7 +117,7 @@ def base_embeddings(width: int) -> torch.Tensor:
 def infill(width: int, layers: int) -> Path:
     """Train on text infilling, which teaches cross-attention to copy, and return the run folder.
 
-    Span corruption alone does not within this budget: it asks for hidden tokens only, which a decoder guesses about as
+    Span corruption alone does not in this budget: its targets are hidden tokens only, which a decoder guesses about as
     well without the source (LOG.md). The embeddings start as those of pydocs-bart-base, which has the same vocabulary.
     """
     tokenizer_folder = make_tokenizer()

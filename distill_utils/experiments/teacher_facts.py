@@ -1,4 +1,4 @@
-"""What there is to say about a corpus and its teacher: rows of tables and the verdict of notebook 1.
+"""Facts about a corpus and its teacher: rows of tables and the verdict of notebook 1.
 
 Out of scope: measuring (evaluation/, planning/plan.py) and drawing (report/figures.py).
 """
@@ -38,7 +38,7 @@ DIAGNOSTICS = {  # key of text_diagnostics -> name in the table; shares are show
 
 
 def split_sizes(splits: Mapping[str, Dataset]) -> list[dict]:
-    """Return one row a split: pairs, different sources, and sources that stand word for word in train."""
+    """Return one row per split: pairs, distinct sources, and sources that occur verbatim in train."""
     known = set(splits["train"]["document"])
     return [
         {
@@ -75,7 +75,7 @@ def copying(pairs: Dataset) -> tuple[list[float], list[float]]:
 
 
 def part_rows(model) -> list[dict]:
-    """Return one row a part of a model: layers, parameters in millions and their share."""
+    """Return one row per part of a model: layers, parameters in millions and their share."""
     counts = students.count_parameters(model)
     depths = {"encoder": len(students.encoder_layers(model)), "decoder": len(students.decoder_layers(model))}
     parts = {part: counts[part] for part in ("encoder", "decoder", "embeddings", "total")}
@@ -92,7 +92,7 @@ def read_card(teacher: str) -> dict:
 
 
 def stage_rows(card: Mapping) -> list[dict]:
-    """Return one row a training stage of a model card; settings and other nested values are left to the card."""
+    """Return one row per training stage of a model card; settings and other nested values stay in the card."""
     return [{key: value for key, value in stage.items() if not isinstance(value, dict)} for stage in card["stages"]]
 
 
@@ -120,7 +120,7 @@ def best_rule(rules: Sequence[Mapping], metric: str) -> Mapping:
 def against_rules(
     teacher: Mapping, teacher_scores: Mapping[str, np.ndarray], rules: Sequence[Mapping], scores: Mapping[str, Mapping]
 ) -> list[dict]:
-    """Return one row a metric: every system, and the teacher's paired difference from the better baseline.
+    """Return one row per metric: every system, and the teacher's paired difference from the better baseline.
 
     `scores` maps a rule's method to its ROUGE per document.
     """
@@ -133,7 +133,7 @@ def against_rules(
 
 
 def text_rows(sources: Sequence[str], written: Mapping[str, Sequence[str]]) -> tuple[list[dict], dict]:
-    """Return one row a diagnostic, and the diagnostics by system, of "reference", rules and "teacher"."""
+    """Return one row per diagnostic, and the diagnostics by system, of "reference", rules and "teacher"."""
     found = {}
     for name, texts in written.items():
         found[name] = metrics.text_diagnostics(sources, texts) | {"different": len(set(texts)) / len(texts)}
@@ -149,7 +149,7 @@ def text_rows(sources: Sequence[str], written: Mapping[str, Sequence[str]]) -> t
 
 
 def beam_rows(decoded: Mapping[int, Path], own: Path) -> list[dict]:
-    """Return one row a number of beams, with the paired change of ROUGE-2 from the test in `own`."""
+    """Return one row per number of beams, with the paired change of ROUGE-2 from the test in `own`."""
     rows = []
     for num_beams, path in decoded.items():
         change = dict.fromkeys(("change", "change_low", "change_high"))

@@ -37,7 +37,7 @@ LONGEST_SOURCE = 1024  # tokens read of a text where neither the tokenizer nor t
 def find_model(name: str | Path) -> tuple[str, Path | None]:
     """Return what `load_model` takes, and the run folder that the model comes from, None for others.
 
-    `name` is a shipped name, a folder with a model or with student/, a run's name ("kd-6-3-s0": the one last asked for)
+    `name` is a shipped name, a folder with a model or with student/, a run's name ("kd-6-3-s0": the last one requested)
     or folder name, or a hub name. Raises InputError for an unfinished run and for a name that several runs share.
     """
     if str(name) in shipped_models():
@@ -91,8 +91,8 @@ def _find_run(name: str) -> Path | None:
 def tests_of_runs() -> dict[str, dict]:
     """Return {run folder's name: results of its test with ROUGE}, the test's settings under "settings".
 
-    Scores of validation documents, by which choices are made, are no test. Of several that beside the teacher counts,
-    then the one on most documents, then the newest.
+    Scores of validation documents, by which choices are made, are no test. If a run has several tests,
+    one compared with the teacher comes first, then the one on most documents, then the newest.
     """
     best: dict[str, tuple] = {}
     for path in runs_dir().glob("test-*/results.json"):
@@ -133,7 +133,7 @@ def format_runs(rows: Sequence[dict]) -> str:
 
 
 def export_line(folder: Path) -> str:
-    """Return the Markdown line of a page that says how to take a trained student from its run folder."""
+    """Return the Markdown line that says how to export a trained student from its run folder."""
     name = read_json(folder / "results.json")["name"]
     command = f"python -m distill_utils export {name} my-student"
     return f"Export it: `{command}`. Its folder: `runs/{folder.name}/student`."
@@ -146,11 +146,11 @@ def summarize(
     texts: str | Sequence[str], model: str | Path, *, max_source_length: int = 0, prefix: str | None = None,
     batch_size: int = 32, progress: Callable[[int, int], None] | None = None, **generation_settings,
 ) -> str | list[str]:  # fmt: skip
-    """Write one summary per text, in the order of the texts; one string gives one string.
+    """Write one summary per text, in the order of the texts; a single string returns a string.
 
-    The model is loaded once per call, by any name that `find_model` knows. On the CPU an exported folder's CTranslate2
-    model writes, elsewhere `generate`. Of a text longer than the model reads only the beginning counts, and an empty
-    text has an empty summary; a warning says how many there are of each.
+    The model is loaded once per call, by any name that `find_model` knows. On the CPU the summaries come from the
+    CTranslate2 model of an exported folder, elsewhere from `generate`. Texts that are too long for the model are
+    truncated, an empty text gets an empty summary; a warning says how many there are of each.
 
     Args:
         max_source_length: tokens read of a text, 0 = what the model was trained on where its tokenizer says so, else
@@ -211,7 +211,7 @@ def longest_source(tokenizer, positions: int | None) -> int:
 
 
 def own_prefix(config) -> str:
-    """Return what a model's configuration wants written before every text, as that of T5 does."""
+    """Return the prefix that a model's configuration puts before every text, as T5's does."""
     return (getattr(config, "task_specific_params", None) or {}).get("summarization", {}).get("prefix", "")
 
 
@@ -219,9 +219,9 @@ def own_prefix(config) -> str:
 
 
 def summarize_file(path: str, model: str, column: str = "", output: Path | None = None, as_json: bool = False) -> None:
-    """Summarize a file, "-" for what comes in: one summary per line, to `output` or to what goes out."""
+    """Summarize a file ("-" for stdin): one summary per line, to `output` or to stdout."""
     if output and (output.is_dir() or not os.access(output.absolute().parent / ".", os.W_OK)):
-        raise InputError(f"cannot write {output}: give --output a file in a folder that you may write to")
+        raise InputError(f"cannot write {output}: give --output a file in a writable folder")
     texts = read_texts(path, column)
 
     def show(done: int, total: int) -> None:
@@ -242,7 +242,7 @@ def summarize_file(path: str, model: str, column: str = "", output: Path | None 
 
 
 def read_texts(path: str, column: str = "") -> list[str]:
-    """Return the texts of a file ("-" for what comes in): CSV, Parquet, JSON Lines, or plain text, one on a line.
+    """Return the texts of a file ("-" for stdin): CSV, Parquet, JSON Lines, or plain text, one on a line.
 
     Its name says that it is CSV or Parquet. It is JSON Lines where a column is named, its name says so, or its first
     line is an object; these and plain text may be gzipped. Empty lines of plain text are empty texts. Raises InputError
@@ -263,7 +263,7 @@ def read_texts(path: str, column: str = "") -> list[str]:
             raise UnicodeError
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeError as error:
-        raise InputError(f"{name} is no UTF-8 text: give plain text or JSON Lines, gzipped or not") from error
+        raise InputError(f"{name} is not UTF-8 text: give plain text or JSON Lines, gzipped or not") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} cannot be read ({reason}): give a file of text, or - for standard input") from error

@@ -204,7 +204,7 @@ def model_config(name: str) -> PreTrainedConfig:
         config = load_config(place)
     if layers:
         if not layers.isdecimal() or not 0 < int(layers) <= config.num_hidden_layers:
-            raise InputError(f"{name} asks for {layers!r} layers: {place} has 1 to {config.num_hidden_layers} to give")
+            raise InputError(f"{name}: {layers!r} layers are impossible: give 1 to {config.num_hidden_layers}")
         students.set_depths(config, int(layers), int(layers))
     return config
 

@@ -146,7 +146,7 @@ def plan(
     link_bandwidth: float | None = None,
     **settings: object,
 ) -> list[dict]:
-    """Return one row a training run, for a table: parameters, operations, memory by cause, time and disk.
+    """Return one row per training run, for a table: parameters, operations, memory by cause, time and disk.
 
     `runs` is a chain or a choice: each is {"run": name, "student": config, "teacher": config, "max_steps": updates} and
     whatever settings of `plan_step` differ from the common `settings`, `devices` for example. Sizes are in 1e6 weights

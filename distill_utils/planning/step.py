@@ -72,7 +72,7 @@ def plan_step(
     """Return floating-point operations, bytes and peak memory of one training step; nothing is loaded or computed.
 
     The objective itself, the backward pass, clipping and the optimizer run on tensors without contents
-    (`FakeTensorMode`), and every storage they would allocate is counted as it comes and goes. Student weights are
+    (`FakeTensorMode`), and every storage they would allocate is counted while it lives. Student weights are
     float32, used in bfloat16 by autocast where `precision` says so; the teacher is in eval mode, without gradients, in
     `teacher_dtype`. Positions all count as valid tokens; `padded` says whether the masks are needed, which for T5 is a
     (batch, heads, length, length) bias in each layer.
@@ -181,7 +181,7 @@ def _check_step(settings: dict) -> int:
     passes, rest = divmod(settings["batch_size"], rows)
     if rest or not passes:
         raise InputError(
-            f"batch_size {settings['batch_size']} is no multiple of {settings['micro_batch_size']} examples a pass on "
+            f"batch_size {settings['batch_size']} is not a multiple of {settings['micro_batch_size']} per pass on "
             f"{settings['devices']} devices: use a multiple of {rows}"
         )
     return passes

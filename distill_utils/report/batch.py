@@ -297,15 +297,15 @@ def attempt(plan: Plan, reports: Path) -> tuple[Path | None, int, str]:
 
 
 def silence(told: str):
-    """Return a context in which nothing is printed, where only the end is to be told."""
+    """Return a context that prints nothing, unless `told` is "all"."""
     return contextlib.nullcontext() if told == "all" else contextlib.redirect_stdout(io.StringIO())
 
 
 def run_reports(plans: Sequence[Plan], reports: Path, told: str = "all", workers: int = 1, slurm: str = "") -> int:
     """Make every report in order, or shared out to workers (workers.py); return the exit code of the first that failed.
 
-    `told`: "all" prints as it goes, and of several the failures once more at the end, by the last line of each;
-    "quiet" prints one line in the end, "json" one object instead.
+    `told`: "all" prints progress and, with several reports, repeats the last line of each failure at the end;
+    "quiet" prints one line at the end, "json" one object instead.
     """
     began, code, pages_made, failed, made = time.monotonic(), OK, [], {}, {}
     if plans and (workers > 1 or slurm):

@@ -1,4 +1,4 @@
-"""What a batch run is asked for, checked before anything runs: parameters cells, profiles, overrides.
+"""The request of a batch run, checked before anything runs: parameters cells, profiles, overrides.
 
 Out of scope: running it (batch.py).
 """
@@ -192,8 +192,8 @@ def make_plans(
 ) -> list[Plan]:
     """Check notebooks, profile and `name=value` overrides; InputError before anything runs.
 
-    An override must be a parameter of each notebook named. With `every`, all numbered notebooks that the profile speaks
-    of: the others are run by commands of their own.
+    An override must be a parameter of each notebook named. With `every`, all numbered notebooks in the profile:
+    the others have commands of their own.
     """
     settings = read_profile(profile, folder)
     if profile == DEFAULT_PROFILE:
@@ -236,10 +236,10 @@ def _seen_from(folder: Path, name: str, value: object) -> object:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where no folder can be made or written to: something else is there, or it is not ours."""
+    """Raise InputError where no folder can be created or written to."""
     place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"cannot write to {path}: {place.name or place} is no folder or not yours to write to")
+        raise InputError(f"cannot write to {path}: {place.name or place} is not a writable folder")
 
 
 def _known(name: str, parameters: dict[str, Parameter], path: Path) -> Parameter:
@@ -262,7 +262,7 @@ def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
         reason = type(error).__name__
         raise InputError(f"{path.name} is not a readable YAML file ({reason}): see `sweep --help`") from error
     if not isinstance(asked, dict) or not set(asked) <= set(GRID_KEYS) or "notebook" not in asked:
-        raise InputError(f"{path.name} is no grid: give notebook, grid and perhaps {', '.join(GRID_KEYS[1:3])}")
+        raise InputError(f"{path.name} is not a grid: give notebook, grid and optionally {', '.join(GRID_KEYS[1:3])}")
     grid, fixed = asked.get("grid") or {}, asked.get("fixed") or {}
     if not isinstance(grid, dict) or not isinstance(fixed, dict):
         raise InputError(f"{path.name}: grid and fixed must map names of parameters to values")
@@ -283,7 +283,7 @@ def read_grid(path: Path, folder: Path = NOTEBOOKS) -> list[Plan]:
             folder_name = f"{folder_name[: MAX_NAME - 11]}-{config_hash(label)}"
         plans.append(replace(plan, profile=folder_name))
     if len({plan.name for plan in plans}) < number:
-        raise InputError(f"{path.name}: two combinations are alike: give each value once")
+        raise InputError(f"{path.name}: two combinations are equal: give each value once")
     return plans
 
 

@@ -102,14 +102,14 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     newest = state.folder / f"checkpoint-{step:06d}"
     lacking = [name for name in CHECKPOINT_FILES if not (newest / name).exists()]
     if lacking:
-        raise InputError(f"{newest.name} lacks {lacking[0]}: put it back, or remove the folder to go without it")
+        raise InputError(f"{newest.name} lacks {lacking[0]}: restore it, or remove the folder to resume without it")
     kept = read_json(newest / "state.json")
     _check_settings(newest.name, state.settings, kept)
     if kept.get("data", state.data) != state.data:  # older checkpoints do not say
-        raise InputError(f"{newest.name} was trained on other data: go on with that, or use another folder")
+        raise InputError(f"{newest.name} was trained on other data: use those, or another folder")
     if kept.get("dtype", str(state.dtype)) != str(state.dtype):  # frozen weights were held and written in it
         raise InputError(
-            f"{newest.name} was trained with mixed precision {kept['dtype']}, this machine has {state.dtype}: go on "
+            f"{newest.name} was trained with mixed precision {kept['dtype']}, this machine has {state.dtype}: resume "
             "where it began, or use another folder"
         )
     load_weights(state.model, newest)
