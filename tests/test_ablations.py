@@ -297,3 +297,5 @@ def test_signals():
     equal, few = (comparison.signal_rows(None, [], *pair)[0]["reading"]
                   for pair in ((tested, tested), (tested[:4] + 6, tested[:4])))  # fmt: skip
     assert "memorized" not in equal + few and equal != few  # a ratio from so few says neither
+    nothing = comparison.signal_rows(None, [], tested, np.zeros(100))[0]  # a teacher that scores nothing has no ratio
+    assert "memorized" not in nothing["reading"] + nothing["measured"]

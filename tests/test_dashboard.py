@@ -127,6 +127,34 @@ def test_more_time_buys_the_better_student_of_a_shape_and_evidence_goes_first():
     assert taken(row("sft"), row("kd")) == []  # pages that do not say what training took
 
 
+def test_a_few_documents_and_a_held_up_seed_change_nothing():
+    smoke = entry(row("pl", rouge2=13.0, seeds=3), report="smoke", parameters={"num_test": 12})
+    (facet,) = dashboard.facets([smoke, entry(row("kd", rouge2=9.8), parameters={"num_test": 350})])
+    assert [each["label"] for each in facet["front"]] == ["KD 6-3"] and facet["take"]["label"] == "KD 6-3"
+    seeds = [row("kd", seed=seed, train_seconds=seconds) for seed, seconds in enumerate((100.0, 9000.0, 120.0))]
+    means = [row("kd", seeds=3, train_seconds=3073.3)]
+    (student,) = dashboard.students(entry(*seeds, means=[row("teacher", "", rouge2=10.0), *means]))
+    assert student["seconds"] == 120.0
+
+
+def test_a_claim_is_judged_by_the_run_that_is_no_demonstration_and_has_enough_documents():
+    test = {"name": "KD", "versus": "SFT", "student": "6-1", "seeds": 3, "difference": 1.0, "low": 0.5, "high": 1.5}
+    abstractive = {"signals": [{"reading": "nearer to XSum, where"}]}
+
+    def run(name, low=0.5, **parameters) -> dict:
+        versus = [test | {"low": low}]
+        return entry(row("kd", "6-1", seeds=3), versus=versus, report=name, parameters=parameters, **abstractive)
+
+    def judged(*entries) -> tuple:
+        (claim,) = [each for each in dashboard.judged_claims(entries) if each["comparison"] == "kd versus sft"]
+        return claim["verdict"], [line["report"] for line in claim["evidence"]]
+
+    long, demo, few = run("long", -0.5), run("demo", num_test=200, max_steps=9), run("few", num_test=12)
+    assert judged(long, demo, few) == ("not separable", ["long"])
+    assert judged(demo, few) == ("confirmed", ["demo"])
+    assert judged(few) == ("not testable here", [])
+
+
 def test_claims_are_judged_from_the_entries():
     def test(difference, low, high, **more) -> dict:
         return {"difference": difference, "low": low, "high": high, **more}

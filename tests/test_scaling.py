@@ -98,6 +98,12 @@ def test_gap_is_read_from_the_intervals(intervals, says):
     assert not wide or scaling.gap_verdict(wide, 3).startswith("**Keep the largest teacher**")
 
 
+@pytest.mark.parametrize(("scratch", "says"), [(4.5, "**One teacher shows no gap"), (3.5, "**Train on the text alone")])
+def test_a_teacher_is_named_only_where_its_student_is_better_than_without(scratch, says):
+    rows = [{"name": "scratch", "loss": scratch}, {"name": "by a", "loss": 4.0}, {"name": "a", "loss": 2.0}]
+    assert scaling.verdict([], rows, [], [], 400, 1, 100).startswith(says)
+
+
 def test_equal_cost_counts_both_rounds():
     # 100 updates: 40 of the assistant at 5, 60 of its student at 2, against direct ones at 4.
     assert scaling.equal_cost_steps(4.0, 5.0, 2.0, (40, 60)) == 80

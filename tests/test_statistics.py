@@ -196,7 +196,10 @@ def test_words_follow_the_interval():
         assert ("not shown" in statistics.how_sure(test)) == (sign == 0)
         assert ("loses" in statistics.format_comparison("kd", test, "sft")) == (sign < 0)
         assert ("beats" in statistics.format_comparison("kd", test, "sft", lower_is_better=True)) == (sign < 0)
-    assert "(0.04 to" in statistics.how_sure(worse | {"low": 0.04, "high": 0.9})  # not "0.0"
+    for low in ("0.04", "0.004"):  # not "0.0"
+        small = worse | {"low": float(low), "high": 0.9}
+        assert f"({low} to" in statistics.how_sure(small)
+        assert f"(+{low} to" in statistics.format_comparison("kd", small, "sft")
 
 
 def test_ratio_of_means_over_different_documents_against_the_delta_method():

@@ -111,6 +111,7 @@ def test_verdict_follows_the_numbers():
     below = [row | {"low": -2.0, "high": -1.0} for row in compared]
     texts["teacher"] = fine | {"different": 0.3, "empty": 0.2}
     text = teacher_facts.verdict(result("teacher", 5), rules, below, texts, 240)
+    assert "worse than the better of lead words and object name" in text  # the only one that it was tested against
     assert "nothing to teach" in text and "stock sentences" in text and "20 % are empty" in text
     assert "Smoke run" in teacher_facts.verdict(result("teacher", 5), rules, below, texts, 24)
 

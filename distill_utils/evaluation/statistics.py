@@ -195,9 +195,14 @@ def how_sure(test: Mapping, than: str = "") -> str:
     if not sign:
         return f"it is not shown to be better or worse{than}: {with_interval(test['difference'], *ends, '+.1f')}"
     near, far = sorted(map(abs, ends))
-    form = ".1f" if near >= 0.05 else ".2f"  # "from 0.0" would look like an interval that holds 0
-    size = with_interval(abs(test["difference"]), near, far, form)
+    size = with_interval(abs(test["difference"]), near, far, f".{_decimals(test, 1)}f")
     return f"it is {'better' if sign > 0 else 'worse'}{than} by {size}"
+
+
+def _decimals(test: Mapping, least: int) -> int:
+    """Return with how many decimals the end next to 0 is not printed as 0: as if the interval held it."""
+    near = min(abs(test["low"]), abs(test["high"]))
+    return next((number for number in range(least, 6) if float(f"{near:.{number}f}")), 6)
 
 
 def budget_in_words(max_steps: int, num_seeds: int, what: str) -> str:
@@ -210,6 +215,7 @@ def format_comparison(name: str, test: Mapping, other: str, decimals: int = 2, l
     """Return a comparison in words with its interval, "kd beats sft: +0.61 (+0.14 to +1.12)", without for no name."""
     sign = -effect_sign(test) if lower_is_better else effect_sign(test)
     verb = {1: "beats", -1: "loses to", 0: "cannot be separated from"}[sign]
+    decimals = _decimals(test, decimals) if sign else decimals
     size = with_interval(test["difference"], test["low"], test["high"], f"+.{decimals}f")
     return f"{name} {verb} {other}: {size}" if name else f"{verb} {other}"
 

@@ -42,6 +42,8 @@ def parse_variant(base: runs.StudentRun, text: str) -> runs.StudentRun:
         default = getattr(base, name, None)
         kinds = {float: (int, float), type(None): (list,)}.get(type(default), (type(default),))
         if name == "learning_rate":
+            if type(value) not in (int, float):
+                raise InputError(f"ablation {text!r}: learning_rate cannot be {value!r}: write it like 0.001")
             changes["training"] = replace(base.training, learning_rate=float(value))
         elif name.startswith("label_") and name not in known and method in runs.METHODS:
             if method not in runs.ON_PSEUDO_LABELS:
@@ -97,7 +99,8 @@ def with_learning_rates(plan: Sequence[runs.StudentRun], texts: Sequence[str], t
             raise InputError(f"learning rate {text!r} matches no student: write it as in kd 6-1=0.004")
         for i in fits:
             if "learning_rate=" not in plan[i].variant:
-                changed[i] = replace(changed[i], training=replace(plan[i].training, learning_rate=float(rate)))
+                own = replace(plan[i].training, learning_rate=float(rate))
+                changed[i] = fine_tuning.at_usual_rate(replace(plan[i], training=own), teacher)
     return changed
 
 
@@ -164,6 +167,7 @@ def claim_rows(
         found = {"ROUGE-2": "", "seeds": "", "here": "not tested here"}
         if test and test["documents"] >= FEW_DOCUMENTS:
             interval = with_interval(*(test[name] for name in ("difference", "low", "high")), "+.2f")
-            found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": VERDICTS[effect_sign(test)]}
+            sign = effect_sign(test) * test["seeds_agree"]
+            found = {"ROUGE-2": interval, "seeds": str(test["seeds"]), "here": VERDICTS[sign]}
         rows.append(claim | found)
     return rows

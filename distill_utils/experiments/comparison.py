@@ -311,6 +311,8 @@ def signal_rows(
         reading = "as close to references as test outputs" if ratio[2] <= MEMORIZED else reading
         means = f"{labels.mean():.1f} ROUGE-2 on training, {tested.mean():.1f} on test documents"
         measured = f"{means}, ratio {with_interval(*ratio)}; memorized above {MEMORIZED}"
+        if min(len(labels), len(tested)) < FEW_DOCUMENTS or not tested.any():
+            measured, reading = means, "too few documents to tell, or a teacher that scores nothing"
         found.append(("quality of the pseudo-labels", measured, reading))
     return [dict(zip(("signal", "measured", "reading"), row, strict=True)) for row in found]
 

@@ -301,7 +301,8 @@ def result_row(name: str, task: str, tested: Sequence[Path], baseline: Sequence[
     key = "rouge2" if "rouge2" in results[0] else "score"
     score, (_, low, high) = float(np.mean([result[key] for result in results])), bootstrap_interval(values)
     row = {"name": name, "method": name, "task": task, "metric": "ROUGE-2" if key == "rouge2" else key}
-    row |= {"seeds": len(tested), "score": score, "score_low": low, "score_high": high}
+    row |= {"seeds": len(tested), "num_documents": values.shape[1]}
+    row |= {"score": score, "score_low": low, "score_high": high}
     if key == "rouge2":
         row |= {"rouge2": score, "rouge2_low": low, "rouge2_high": high}
     return row | (compare(values, document_scores(baseline)) if baseline else {})

@@ -213,7 +213,10 @@ def verdict(
     if num_windows >= FEW_DOCUMENTS:
         best = min((row for row in rows if row["name"].startswith("by ")), key=lambda row: row["loss"])
         scratch = next(row for row in rows if row["name"] == "scratch")
-        lines = [f"{gap_verdict(gap, num_seeds)} (lowest loss {best['loss']:.3f}, {best['name']}; without a teacher "
+        says = gap_verdict(gap, num_seeds)
+        if best["loss"] >= scratch["loss"]:
+            says = "**Train on the text alone**: no teacher's student has a lower loss than the one without a teacher"
+        lines = [f"{says} (lowest loss {best['loss']:.3f}, {best['name']}; without a teacher "
                  f"{scratch['loss']:.3f})"]  # fmt: skip
         helped = [row for row in routes if row["name"].startswith("by assistant")]
         said = [in_words(row | {"versus": f"the one {row['versus']}"}) for row in helped]

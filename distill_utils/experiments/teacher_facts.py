@@ -184,6 +184,7 @@ def verdict(
     if num_test < FEW_DOCUMENTS:
         return smoke_note(num_test)
     names = " and ".join(method_label(row["method"]) for row in rules)
+    better = f"the better of {names}" if len(rules) > 1 else names
     above = [row["metric"] for row in compared if statistics.effect_sign(row) > 0]
     test = next(row for row in compared if row["metric"] == HEADINGS["rouge2"])
     rule = method_label(best_rule(rules, "rouge2")["method"])
@@ -191,10 +192,10 @@ def verdict(
     if len(above) == len(compared):
         lines = [f"**Distill this teacher**: it beats {names} in every ROUGE metric; {sure}."]
     elif max(statistics.effect_sign(row) for row in compared) < 0:
-        lines = [f"**Train the teacher first**: it is worse than {names} and has nothing to teach; {sure}."]
+        lines = [f"**Train the teacher first**: it is worse than {better} and has nothing to teach; {sure}."]
     else:
         but = f" but for {', '.join(above)}" if above else ""
-        lines = [f"**Train the teacher first**: it is not shown to be better than {names}{but}; {sure}."]
+        lines = [f"**Train the teacher first**: it is not shown to be better than {better}{but}; {sure}."]
     ours, theirs = texts["teacher"], texts["reference"]
     if ours["different"] < 0.8 * theirs["different"]:
         lines.append(f"**Only {100 * ours['different']:.0f} % of its summaries differ: it repeats stock sentences.**")

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from distill_utils.report.names import method_label, run_label
 
@@ -53,7 +53,8 @@ def facts(entry: Mapping) -> dict:
     """Return what an entry's figures rest on: data, teacher, seeds, documents, updates, and whether that is enough."""
     rows, given = averaged(entry), entry.get("parameters", {})
     data = entry.get("dataset") or given.get("dataset") or given.get("text") or ""
-    data = data.rpartition("/")[2] if str(data).startswith((".", "/", "~")) else data  # where it lies is not its name
+    if str(data).startswith((".", "/", "~")):  # where it lies is not its name
+        data = data.rstrip("/").rpartition("/")[2]
     # Pages from before a fingerprint was written rest on other text of the same name.
     data = data if entry.get("fingerprint") or not data else f"{data}, earlier text"
     teacher = entry.get("teacher") or given.get("teacher") or given.get("teachers") or ""
@@ -64,7 +65,7 @@ def facts(entry: Mapping) -> dict:
     return {
         "report": entry["report"], "data": str(data), "seeds": seeds, "documents": documents, "updates": updates,
         "teacher": ", ".join(map(run_label, map(str, teacher if isinstance(teacher, list) else [teacher]))),
-        "demo": demo, "evidence": (not demo, seeds >= ENOUGH_SEEDS),
+        "demo": demo, "evidence": (documents >= FEW_DOCUMENTS, not demo, seeds >= ENOUGH_SEEDS),
     }  # fmt: skip
 
 
@@ -117,9 +118,16 @@ def students(entry: Mapping) -> list[dict]:
                 "share": share, "low": row.get("share_low"), "high": row.get("share_high"), "size": max(size, 0),
                 "band": [(teacher.get(f"rouge2_{end}") or score) / score for end in ("low", "high")],
                 "parameters_m": row.get("parameters_m"), "latency_ms": row.get("latency_ms"),
-                "shape": row["student"], "seconds": sum(row.get(cost) or 0 for cost in COSTS),
+                "shape": row["student"], "seconds": _seconds(entry, row),
             })  # fmt: skip
     return found
+
+
+def _seconds(entry: Mapping, row: Mapping) -> float:
+    """Return what a student cost, the median of its seeds: what holds the machine up counts in one of them only."""
+    same = [[each.get(key) or "" for key in ("method", "student", "variant")] for each in (row, *entry["rows"])]
+    own = [each for each, names in zip(entry["rows"], same[1:], strict=True) if names == same[0]]
+    return median(sum(each.get(cost) or 0 for cost in COSTS) for each in own or [row])
 
 
 def facets(entries: Sequence[Mapping]) -> list[dict]:
@@ -225,6 +233,7 @@ def evidence(entry: Mapping) -> Iterator[tuple[str, str, Mapping, str, str]]:
         numbers, names = INTERVAL.fullmatch(row.get("ROUGE-2") or ""), (row.get("comparison") or "").split(" versus ")
         if numbers and len(names) == 2 and tuple(map(method_label, names)) not in compared:
             test = dict(zip(NUMBERS, map(float, numbers.groups()), strict=True))
+            test["seeds_agree"] = row.get("here") != VERDICTS[0]
             test["seeds"] = int(row["seeds"]) if (row.get("seeds") or "").isdecimal() else None
             yield *names, test, str(shapes[0]) if shapes and isinstance(shapes, list) else "", "ROUGE-2"
     for row in entry.get("cuts", []):  # notebook 02
@@ -277,7 +286,7 @@ def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
     """Return the papers' claims with their evidence and the verdict of each piece, decided ones first.
 
     Of each data set and teacher (and start of the student) stands the run that carries most: of more seeds (up to
-    ENOUGH_SEEDS), then of more documents, then the later one.
+    ENOUGH_SEEDS), then one that is no demonstration, then of more documents, then the later one.
     """
     found: dict[tuple[str, str], list[dict]] = {}
     for entry in entries:
@@ -285,12 +294,13 @@ def judged_claims(entries: Sequence[Mapping]) -> list[dict]:
         start, kind = f"{init} start" if init and isinstance(init, str) else "", kind_of(entry)
         for one, other, test, on, unit in evidence(entry):
             numbers = [test.get(key) for key in NUMBERS]
-            if all(map(is_number, numbers)):
+            if all(map(is_number, numbers)) and not 0 < basis["documents"] < FEW_DOCUMENTS:
                 seeds = test["seeds"] if is_number(test.get("seeds")) else basis["seeds"]
                 line = basis | {"kind": kind, "seeds": seeds, "on": ", ".join(filter(None, (on, start)))}
                 line["unit"] = unit or test.get("metric") or ""
                 line["group"] = basis["data"], basis["teacher"], start
-                line["rank"] = min(seeds, ENOUGH_SEEDS), basis["documents"], entry.get("date", ""), entry["report"]
+                line["rank"] = min(seeds, ENOUGH_SEEDS), not basis["demo"], basis["documents"]
+                line["rank"] += entry.get("date", ""), entry["report"]
                 for pair, sign, order in (((one, other), 1, (0, 1, 2)), ((other, one), -1, (0, 2, 1))):
                     signed = dict(zip(NUMBERS, (sign * numbers[i] for i in order), strict=True))
                     signed["verdict"] = VERDICTS[sign * _sign(test)]
