@@ -352,8 +352,8 @@ def test_empty_and_long_texts_are_said_once(tmp_path, capsys):
     [
         (b"", [], "no text"),
         (b"\n \n", [], "no text"),
-        (b"\x7fELF\x00\x01", [], "no UTF-8"),
-        ("Caf\u00e9".encode("latin-1"), [], "no UTF-8"),
+        (b"\x7fELF\x00\x01", [], "not UTF-8"),
+        ("Caf\u00e9".encode("latin-1"), [], "not UTF-8"),
         (b"\x1f\x8b\x08broken", [], "cannot be read"),
         (b'{"text": "the"}\n', [], "line 1 has no column 'document': .*text"),
         (b'{"document": "the"}\nthe list\n', [], "line 2 is not a JSON object"),
@@ -376,6 +376,7 @@ def test_bad_files_are_rejected_in_one_line_before_a_model_is_loaded(content, ar
     [
         ("a.csv", "id,text\n1,the list\n", "column 'document' is missing in a.csv: it has id, text; .* by --column"),
         ("a.csv", "document\n", "a.csv has no text"),
+        ("A.CSV", "document\nthe\n", "'A.CSV' has an unknown ending"),
         ("a.csv.gz", "document\nthe\n", "'a.csv.gz' has an unknown ending"),
         ("a.csv", None, "'a.csv' does not exist"),
     ],

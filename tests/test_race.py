@@ -34,8 +34,8 @@ def prices(updates: dict[str, float], **changes) -> dict:
     each = {"score": 0.0, "labels": False, "parameters": 1.0}
     found = {name: {"update": seconds} | each for name, seconds in updates.items()}
     return {
-        "candidates": found, "labels": 0.0, "end": 0.0, "measured": 0.0, "first_rung": 100, "cooldown_share": 0.1,
-        "max_rungs": 0,
+        "candidates": found, "labels": 0.0, "end": 0.0, "measured": 0.0, "states": 0.0, "first_rung": 100,
+        "cooldown_share": 0.1, "max_rungs": 0,
     } | changes  # fmt: skip
 
 
@@ -370,7 +370,9 @@ def test_a_teacher_is_fine_tuned_on_the_pairs_before_anything_else_and_found_by_
     (before,) = Path(os.environ["DISTILL_RUNS"]).glob("shapes-*")  # of the base, which writes as much as it may
     references = asked.splits["validation"]["summary"]
     lengths = [len(ids) for ids in tokenizer(text_target=list(references))["input_ids"]]
-    assert read_json(before / "results.json")["num_new_tokens"] == int(np.median(lengths))
+    known = read_json(before / "results.json")
+    assert known["num_new_tokens"] == int(np.median(np.minimum(lengths, asked.base.max_target_length)))
+    assert "teacher, 1 beam" in [row["name"] for row in known["rows"]]  # the tuned one will have several
     plan = distill.candidates(asked, ["3-1"])
     costs = distill.race_prices(asked, plan, distill.measured_shapes(asked), distill.measured_prices(asked, plan))
     assert costs["measured"] > own["priced_s"]
@@ -537,12 +539,13 @@ def test_an_update_on_pseudo_labels_is_priced_on_pseudo_labels(given, monkeypatc
         return 1.0
 
     monkeypatch.setattr(pricing, "_update_seconds", seconds)
-    asked = distill.prepare(given | {"methods": ["kd", "pl_kl"]})
+    asked = distill.prepare(given | {"methods": ["kd", "pl_kl", "pl_gold"]})
     priced = distill.measured_prices(asked, distill.candidates(asked, ["1-1"]))
     labels = pseudo_labels.read_labels(runs.label(asked.base, asked.teacher, asked.splits["train"]))
     assert trained_on["kd"] == asked.splits["train"]["summary"]
     assert set(trained_on["pl_kl"]) <= set(labels["summary"]) and trained_on["pl_kl"] != trained_on["kd"]
-    again = distill.prepare(given | {"methods": ["kd", "pl_kl"], "seed": given["seed"] + 1})
+    assert {*trained_on["pl_kl"]} < {*trained_on["pl_gold"]} <= {*trained_on["pl_kl"], *trained_on["kd"]}
+    again = distill.prepare(given | {"methods": ["kd", "pl_kl", "pl_gold"], "seed": given["seed"] + 1})
     assert distill.measured_prices(again, distill.candidates(again, ["1-1"])) == priced  # no price depends on the seed
 
 

@@ -50,6 +50,9 @@ def place(tmp_path, monkeypatch):
         (tiny_bart, {}, {"early_stopping": False}, ""),  # the engine always stops early
         (tiny_bart, {"num_beams": 1}, {"encoder_no_repeat_ngram_size": 3}, ""),
         (tiny_bart, {"num_beams": 1, "do_sample": True}, {}, ""),
+        (tiny_bart, {"num_beams": 1}, {"guidance_scale": 1.5}, ""),
+        (tiny_bart, {"num_beams": 1}, {"repetition_penalty": 1.5}, ""),  # its decoder starts with the end token
+        (tiny_bart, {"num_beams": 1, "no_repeat_ngram_size": 1}, {}, ""),
         (FAMILIES["marian"], {"num_beams": 1}, {}, ""),
         (FAMILIES["t5"], {"num_beams": 1}, {}, "float32"),
     ],
@@ -67,7 +70,7 @@ def test_many_documents_are_decoded_by_the_engine_where_it_follows_the_same_rule
         assert read_json(tested / "config.json")["quantization"] == engine
         written = [row["prediction"] for row in scoring.read_predictions(tested)]
         assert written == summarize(model, tokenizer, test["document"], max_source_length=24, **changes)
-        assert len(set(written)) > 3
+        assert len(set(written)) > 3 and not (tested / "engine").exists()
 
 
 def test_every_method_from_description_to_row(place, capsys):

@@ -34,6 +34,7 @@ UNSUPPORTED_SETTINGS = {
     "begin_suppress_tokens": None,
     "min_new_tokens": 0,
     "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
 }
 
 
@@ -116,6 +117,12 @@ def writes_as_generate(model, **decoding) -> bool:
         beams = generation.decoding_settings(model.generation_config, **decoding)["num_beams"]
     except (ValueError, TypeError):  # TypeError: a setting that only `generate` knows
         return False
+    start = settings.get("decoder_start_token_id")
+    start = model.config.decoder_start_token_id if start is None else start
+    once = 1 in (settings.get("no_repeat_ngram_size"), decoding.get("no_repeat_ngram_size"))
+    if once or settings.get("repetition_penalty") not in (None, 1.0):
+        if start in generation.as_list(settings.get("eos_token_id")):
+            return False  # `generate` counts the start token as written, and the end token as its repetition
     return model.device.type == "cpu" and (beams == 1 or settings.get("early_stopping") is True)
 
 
@@ -181,7 +188,7 @@ def summarize_ctranslate2(
     longest = decoding["max_new_tokens"] - (settings.forced_eos_token_id is not None)
     batches = list(generation.batches_by_length([len(ids) for ids in source_ids], batch_tokens=batch_tokens))
     # A worker draws from a generator of its own, seeded at its first draw: only one alone always gets the same batches.
-    translator = translator or load_translator(folder, len(batches) if temperature is None else 1)
+    translator = translator or load_translator(folder, len(batches), alone=temperature is not None)
     waiting = []
     for chosen in batches:
         futures = translator.translate_batch(
@@ -215,16 +222,16 @@ def summarize_ctranslate2(
     return summaries, scores
 
 
-def load_translator(folder: Path | str, num_batches: int = 1):
-    """Return the engine of a converted model: up to `num_batches` workers share torch's threads.
+def load_translator(folder: Path | str, num_batches: int = 1, alone: bool = False):
+    """Return the engine of a converted model: up to `num_batches` workers share torch's threads, or one `alone`.
 
     A worker takes a batch alone. Two of one thread write labels nearly twice as fast as one of two (LOG.md). For a
     single batch it is tried whether all threads are faster than one: where threads wake slowly they are not, and an
     idle team of them doubles the time of torch's own decoding.
     """
     num_threads = torch.get_num_threads()
-    workers = min(max(1, num_batches), num_threads)
-    if workers > 1 or num_threads == 1:
+    workers = 1 if alone else min(max(1, num_batches), num_threads)
+    if num_batches > 1 or num_threads == 1:
         return _engine(folder, workers, num_threads // workers)
     end = artifacts.read_json(Path(folder) / "config.json")["eos_token"]
     seconds = {}

@@ -6,7 +6,7 @@ Out of scope: what the machine could do at best (planning/plan.py).
 import json
 import math
 import random
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from distill_utils.data.loading import data_fingerprint
 from distill_utils.device import eval_mode, mixed_precision, timed
 from distill_utils.evaluation import tasks
 from distill_utils.evaluation.ctranslate import converted_decoder, writes_as_generate
-from distill_utils.evaluation.generation import summarize
+from distill_utils.evaluation.generation import check_source_length, summarize
 from distill_utils.evaluation.metrics import evaluate_summaries, spans_to_mark
 
 MANY_DOCUMENTS = 80  # from here on a conversion for CTranslate2, half a second, is worth its faster decoding
@@ -51,6 +51,7 @@ def evaluate_model(
     (`engine_type`) and with `int8`. Speed, of `model` itself by `generate`, is measured on the first `num_speed`
     documents, with 0 not at all.
     """
+    check_source_length(max_source_length, getattr(model.config, "max_position_embeddings", None))
     options = {"max_source_length": max_source_length, "prefix": prefix, **generation_settings}
     settings = {"model": fingerprint, "data": data_fingerprint(test), "num_speed": num_speed, **options}
     quantization = "int8" if int8 else engine_type(model, len(test), **generation_settings)
@@ -60,9 +61,9 @@ def evaluate_model(
     def build(folder: Path) -> dict:
         documents, references = list(test["document"]), list(test["summary"])
         progress = partial(report_progress, folder, f"evaluating {name}", unit="documents")
-        with tempfile.TemporaryDirectory() as temporary:
-            decode = decoder(model, tokenizer, Path(temporary), quantization)
-            predictions = decode(documents, progress=progress, **options)
+        engine = folder / "engine"  # not in the system's temporary folder, which a large model may fill
+        predictions = decoder(model, tokenizer, engine, quantization)(documents, progress=progress, **options)
+        shutil.rmtree(engine, ignore_errors=True)
         against = read_scores(baseline) if baseline else None
         row, scores = evaluate_summaries(documents, predictions, references, against)
         if num_speed:

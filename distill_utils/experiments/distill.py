@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from transformers.utils.logging import disable_progress_bar
 
-from distill_utils.artifacts import InputError, read_json
+from distill_utils.artifacts import InputError, read_json, runs_dir
 from distill_utils.data import loading
 from distill_utils.device import device
 from distill_utils.distillation.teacher_cache import fits_disk
@@ -141,7 +141,8 @@ def known_before(asked: Request) -> tuple[list[dict], list[str], dict]:
     plan = candidates(asked, chosen)
     costs = measured_prices(asked, plan)
     if asked.own_teacher:
-        asked.own_teacher["base_s"] = sum(read_json(made / "results.json")["build_seconds"] for made in (shapes, costs))
+        taken = [read_json(made / "results.json")["build_seconds"] for made in (shapes, costs)]
+        asked.own_teacher["base_s"] = asked.own_teacher["price_s"] + sum(taken)
     prices = race_prices(asked, plan, shapes, costs)
     race.check_hours(prices, 3600 * asked.given["hours"])
     return rows, chosen, prices
@@ -161,8 +162,9 @@ def dry_run(given: dict) -> str:
     own = asked.own_teacher
     last = f"Teacher {own['priced_s']:.0f} s for {own['updates']} updates; shapes are its base's. " if own else ""
     last += (
-        f"Labels {prices['labels']:.0f} s, test and export {prices['end']:.0f} s, measuring {prices['measured']:.0f} s "
-        f"of {3600 * given['hours']:.0f} s; at most {disk:.0f} MB of disk. Nothing was trained."
+        f"Labels {prices['labels']:.0f} s, test and export {prices['end']:.0f} s, measuring and teacher's states "
+        f"{prices['measured'] - prices['teacher']:.0f} s of {3600 * given['hours']:.0f} s; at most {disk:.0f} MB of "
+        "disk. Nothing was trained."
     )
     tables = [shown, priced, pd.DataFrame(rungs)]
     return "\n\n".join([*(table.to_string(index=False, na_rep="", float_format="%.2f") for table in tables), last])
@@ -279,13 +281,16 @@ def time_rows(asked: Request, prices: Mapping, found: Mapping, tests: Sequence[P
     labels = runs.label(asked.base, asked.teacher, asked.splits["train"]) if labelled else None
     own = asked.own_teacher
     teacher_s = own.get("priced_s", 0.0)
-    priced = {"measuring": prices["measured"] - teacher_s, "labels": race.labels_seconds(prices, labelled)}
-    students_s = found["seconds"] - sum(priced.values()) - teacher_s - prices["end"]
+    states_s, labels_s = prices["states"], race.labels_seconds(prices, labelled)
+    measuring_s = prices["measured"] - teacher_s - states_s
+    students_s = found["seconds"] - measuring_s - states_s - labels_s - teacher_s - prices["end"]
+    states = {name for results, _ in made.values() for name in results.get("states", [])}
     trained = sum(results["seconds"] + results.get("prepare_seconds", 0.0) for results, _ in made.values())
     scored = sum(results["build_seconds"] for _, results in made.values())
     rows = [
-        ("measuring shapes and prices", priced["measuring"], priced["measuring"]),
-        ("pseudo-labels", priced["labels"], read_json(labels / "results.json")["seconds"] if labels else 0.0),
+        ("measuring shapes and prices", measuring_s, measuring_s),
+        ("states of the teacher", states_s, sum(read_json(runs_dir() / n / "results.json")["seconds"] for n in states)),
+        ("pseudo-labels", labels_s, read_json(labels / "results.json")["seconds"] if labels else 0.0),
         ("training and scoring students", students_s, trained + scored),
         ("tests and export", prices["end"], sum(read_json(path / "results.json")["build_seconds"] for path in tests)),
     ]

@@ -91,14 +91,20 @@ def at_usual_rate(run: runs.StudentRun, teacher) -> runs.StudentRun:
 
 def train_teacher(run: runs.StudentRun, model, tokenizer, splits: Mapping[str, Dataset]) -> Path:
     """Return the run folder of a teacher fine-tuned on `splits`; its name is a teacher's name everywhere."""
+    base = _as_tuned(model, run.max_target_length)
+    return runs.train_student(run, base, tokenizer, splits["train"], splits["validation"])
+
+
+def _as_tuned(model, max_target_length: int):
+    """Return the model, its weights shared, with the decoding settings that it will have when it is fine-tuned."""
     base = copy.copy(model)
     base.generation_config = copy.deepcopy(model.generation_config)
     given = base.generation_config
     if not any((given.max_new_tokens, given.max_length, (given.num_beams or 1) > 1)):
         given.update(**DECODING)
     if not (given.max_new_tokens or given.max_length):  # as bart-base: 20 tokens would be written
-        given.max_new_tokens = run.max_target_length
-    return runs.train_student(run, base, tokenizer, splits["train"], splits["validation"])
+        given.max_new_tokens = max_target_length
+    return base
 
 
 def with_own_teacher(asked: Request, check: Callable[[Request], object] | None) -> Request:
@@ -129,7 +135,8 @@ def with_own_teacher(asked: Request, check: Callable[[Request], object] | None) 
         raise InputError(f"hours {given['hours']:g} are too few for {reason}: give {needed:.2f}, or {fix}")
     run = describe(max_steps=updates)
     known = {"name": run.name, "updates": updates, "priced_s": updates * update + checks, "measured_s": 0.0}
-    priced = replace(asked, own_teacher=known)
+    known["price_s"] = read_json(costs / "results.json")["build_seconds"]
+    priced = replace(asked, teacher=_as_tuned(asked.teacher, given["max_target_length"]), own_teacher=known)
     if check is None:
         return priced
     check(priced)

@@ -20,7 +20,7 @@ from distill_utils.artifacts import InputError, artifact, hashed, processor_name
 from distill_utils.data import loading
 from distill_utils.data.batches import tokenize_pairs
 from distill_utils.device import amp_dtype, device, timed
-from distill_utils.distillation.pseudo_labels import pseudo_labels
+from distill_utils.distillation.pseudo_labels import join_labels, pseudo_labels
 from distill_utils.distillation.teacher_cache import with_states
 from distill_utils.evaluation import generation, scoring
 from distill_utils.evaluation.ctranslate import converted_decoder
@@ -71,9 +71,10 @@ def measured_shapes(asked: Request) -> Path:
     Speed and size do not depend on what the weights are. All write as many tokens as the teacher's median summary has,
     one document at a time, the teacher as it decodes and students with the changes of `decoding`: `latency_ms`, and
     `speedup` over the teacher. `memory_mb` are the weights. `decode_s` are seconds per document of many, as
-    scoring takes, at the teacher's 95th percentile of tokens, because the longest summary of a batch decides. A teacher
-    that is still to be fine-tuned will write as much as references have, whatever its base writes. Teacher rows have
-    ROUGE on the first documents. With `int8` students are timed as CTranslate2 runs them.
+    scoring takes after the `convert_s` of its engine, at the teacher's 95th percentile of tokens, because the longest
+    summary of a batch decides. A teacher that is still to be fine-tuned will write as much as its targets have,
+    whatever its base writes. Teacher rows have ROUGE on the first documents. With `int8` students are timed as
+    CTranslate2 runs them.
     """
     teacher, tokenizer, validation = asked.teacher, asked.tokenizer, asked.splits["validation"]
     shapes = list(asked.given["student_shapes"] or budget.candidate_shapes(teacher))
@@ -81,7 +82,7 @@ def measured_shapes(asked: Request) -> Path:
     settings = {"teacher": model_fingerprint(asked.given["teacher"], teacher), "shapes": shapes, "int8": int8}
     settings |= {"data": loading.data_fingerprint(validation), "decoding": asked.decoding, "num_timed": num_timed}
     tuned_later = bool(asked.own_teacher) and not asked.own_teacher["measured_s"]
-    settings |= {"lengths": "references"} if tuned_later else {}
+    settings |= {"lengths": "targets"} if tuned_later else {}
 
     def build(folder: Path) -> dict:
         few = validation.select(range(min(NUM_QUALITY, len(validation))))
@@ -106,7 +107,8 @@ def measured_shapes(asked: Request) -> Path:
                 row["rouge2"] = float(rouge_scores(written, list(few["summary"]))["rouge2"].mean())
                 if row["name"] == "teacher":
                     texts = list(few["summary"]) if tuned_later else written
-                    lengths = [len(ids) for ids in tokenizer(text_target=texts)["input_ids"]]
+                    cut = {"truncation": True, "max_length": asked.base.max_target_length} if tuned_later else {}
+                    lengths = [len(ids) for ids in tokenizer(text_target=texts, **cut)["input_ids"]]
             for shape in shapes:
                 student, *_ = students.init_student(teacher, *map(int, shape.split("-")), share_weights=True)
                 rows.append(_row(shape, shape, student))
@@ -122,8 +124,9 @@ def measured_shapes(asked: Request) -> Path:
                 row |= {"latency_ms": times[row["name"]], "speedup": times["teacher"] / times[row["name"]]}
             for row in (row for row in rows if row["name"] in scored):  # as `scoring.evaluate_model` does
                 model, changes = scored[row["name"]]
-                engine = scoring.engine_type(model, len(validation), **changes)
+                engine, began = scoring.engine_type(model, len(validation), **changes), time.monotonic()
                 decode = scoring.decoder(model, tokenizer, Path(temporary) / f"{row['name']} scored", engine)
+                row["convert_s"] = time.monotonic() - began
                 batch = documents if engine else documents[:32]
                 decode = partial(decode, batch, **asked.options, **changes, **exactly(long))
                 row["decode_s"] = timed(decode, teacher.device) / len(batch)
@@ -179,7 +182,8 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
         rows = dict.fromkeys(kinds, train)
         if on_labels:
             found["label"], labels = _label_seconds(asked, train, folder)
-            rows |= {(run.method, run.shape): labels for run in on_labels}
+            beside = join_labels([labels, train.select(range(len(labels)))])[0]
+            rows |= {(run.method, run.shape): beside if run.method == "pl_gold" else labels for run in on_labels}
         states = {kind: _states(asked, run, train, rows[kind]) for kind, run in kinds.items()}
         made = [read_json(each.parent / "results.json") for each in {*itertools.chain(*states.values())}]
         found["states"] = sum(each["seconds"] / each["rows"] for each in made)  # also of those from before
@@ -244,19 +248,20 @@ def race_prices(asked: Request, plan: Mapping[str, runs.StudentRun], shapes: Pat
     for name, run in plan.items():
         row, update, labels = rows[run.shape], costs["update"][_kind(run)], run.method in runs.ON_PSEUDO_LABELS
         # Models, tokens of documents and of labels, and validation losses (a pass costs at most an update).
-        tokens = (1 + labels) * num["train"] * costs["row"]
-        overhead = 2 * costs["load"] + tokens + update * num["validation"] / batch_size
+        tokens = (1 + labels + (run.method == "pl_gold")) * num["train"] * costs["row"]
+        overhead = 2 * costs["load"] + row.get("convert_s", 0.0) + tokens + update * num["validation"] / batch_size
         found[name] = {"update": update, "score": overhead + num["validation"] * row["decode_s"], "labels": labels,
                        "parameters": row["parameters_m"]}  # fmt: skip
     slowest = max((rows[run.shape] for run in plan.values()), key=lambda row: row["decode_s"])
-    own = asked.own_teacher
+    own, states = asked.own_teacher, costs["states"] * (num["train"] + num["validation"])
     tests = [(rows["teacher"], "validation"), (rows["teacher"], "test"), (slowest, "test")]
     return {
         "candidates": found, "labels": costs["load"] + num["train"] * costs["label"],
-        "end": 4 * costs["load"] + sum(num[split] * row["decode_s"] for row, split in tests),
+        "end": 4 * costs["load"]
+        + sum(row.get("convert_s", 0.0) + num[split] * row["decode_s"] for row, split in tests),
         "measured": measured["build_seconds"] + costs["build_seconds"] + own.get("base_s", 0.0)
-        + own.get("priced_s", 0.0) + costs["states"] * (num["train"] + num["validation"]),
-        "teacher": own.get("priced_s", 0.0),
+        + own.get("priced_s", 0.0) + states,
+        "teacher": own.get("priced_s", 0.0), "states": states,
         "first_rung": asked.base.training.max_steps, "cooldown_share": COOLDOWN,
         "max_rungs": asked.given["max_rungs"],
     }  # fmt: skip

@@ -5,8 +5,8 @@ what is trained (distill.py).
 
 Prices are a dictionary of seconds: "candidates" by name with "update", "score" (one score, with all but updates that a
 student of a rung costs), "labels" (whether it needs them) and "parameters"; "labels" for all; "measured", spent before
-the race, and "teacher", what of it fine-tuned one; "end", to be kept for test and export; and "first_rung",
-"cooldown_share" and "max_rungs" (0 = any) of trunks.
+the race, with its parts "teacher", to fine-tune one, and "states", to write the teacher's; "end", to be kept for test
+and export; and "first_rung", "cooldown_share" and "max_rungs" (0 = any) of trunks.
 """
 
 import math

@@ -159,10 +159,10 @@ def label(run: StudentRun, teacher, train: Dataset) -> Path:
         began = time.monotonic()
         before = sum(shard.read_bytes().count(b"\n") for shard in (folder / "shards").glob("*.jsonl"))
         labels = pseudo_labels.pseudo_labels(run.teacher, train, folder, **decoding)
-        # Those from before a resume took as long as the others.
-        seconds = (time.monotonic() - began) * len(labels) / max(len(labels) - before, 1)
+        seconds = time.monotonic() - began  # after a kill: since it was resumed
         _, counts = filter_labels(labels, USABLE)
-        return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(len(train) / seconds, 2)}
+        rate = len(train) * (1 - before / len(labels)) / seconds
+        return {"counts": counts, "seconds": round(seconds, 2), "documents_per_second": round(rate, 2)}
 
     return artifact("pseudo-labels", inputs | decoding, build)
 
@@ -300,12 +300,12 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             batches = with_targets(batches, cache_targets(run, teacher, tokenizer, train) / "targets")
         held_out = batch_list(tokenize_pairs(validation, tokenizer, *run.lengths), tokenizer.pad_token_id, 32)
         prepared = time.monotonic() - began
-        read = stored_states(run, cut["stored"], teacher, tokenizer, train, rows)
+        read, judged = stored_states(run, cut["stored"], teacher, tokenizer, train, rows), []
         if read:
             batches = with_states(batches, *read)
-            judged = cut["stored"] | {"decoder": {"layer_ids": [], "match": "outputs"}}
-            folders = stored_states(run, judged, teacher, tokenizer, validation, validation)
-            held_out = with_states(lambda step, own=held_out: own, *folders)(0)
+            last = cut["stored"] | {"decoder": {"layer_ids": [], "match": "outputs"}}
+            judged = stored_states(run, last, teacher, tokenizer, validation, validation)
+            held_out = with_states(lambda step, own=held_out: own, *judged)(0)
         objective, cools = partial(objective_of(run.method), **cut["options"]), run.training.schedule == "cooldown"
 
         began = time.monotonic()
@@ -330,6 +330,7 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "seconds": round(time.monotonic() - began, 2),
             "stored": sorted(cut["stored"]),
             "states_seconds": sum(read_json(made.parent / "results.json")["seconds"] for made in read),
+            "states": [made.parent.name for made in (*read, *judged)],
             "final": history[-1],
             **stop_facts(history, run.training),
         }

@@ -249,7 +249,7 @@ def read_texts(path: str, column: str = "") -> list[str]:
     for no text at all, for what is no UTF-8 text, for a missing column and for a broken line.
     """
     name = "standard input" if path == "-" else Path(path).name
-    if re.search(r"\.(csv|parquet)(\.gz)?$", name):
+    if re.search(r"\.(csv|parquet)(\.gz)?$", name, re.IGNORECASE):
         table = loading.read_files(Path(path), "")
         loading.check_column(table, column or "document", name, "name the right one by --column")
         if not len(table):
