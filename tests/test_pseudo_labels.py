@@ -92,6 +92,7 @@ def test_labels_resume_to_the_identical_file(engine, decoding, label, dataset, t
     assert [list(json.loads(line)) for line in files[0].decode().splitlines()] == [COLUMNS] * 11
     progress = artifacts.read_json(killed / "progress.json")
     assert (progress["step"], progress["total"]) == (11, 11)
+    assert len((killed / "seconds.txt").read_text().split()) == 3  # one for each shard, whoever wrote it
 
     monkeypatch.setattr(pseudo_labels, "_labeller", lambda *_: pytest.fail("labelled again"))
     assert label("whole").to_list() == whole.to_list()
@@ -167,7 +168,7 @@ def test_labels_of_a_model_known_by_name(label, model_folder, tmp_path, monkeypa
     monkeypatch.setattr(pseudo_labels, "load_model", load)
     assert label("named", model="named").to_list() == label("folder").to_list()
     left = sorted(path.name for path in (tmp_path / "named").iterdir())
-    assert left == ["progress.json", "pseudo_labels.jsonl", "settings.json"]
+    assert left == ["progress.json", "pseudo_labels.jsonl", "seconds.txt", "settings.json"]
 
 
 def test_engine_auto_falls_back_where_the_model_does_not_convert(model_folder, tmp_path, monkeypatch):

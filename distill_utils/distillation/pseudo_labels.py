@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -155,7 +156,7 @@ def _write_shards(model_folder, dataset, folder, settings, batch_size) -> list[P
     total, candidates = len(dataset), settings["num_candidates"]
     shards = {start: folder / "shards" / f"{start:09d}.jsonl" for start in range(0, total, SHARD_SIZE)}
     missing = {start: path for start, path in shards.items() if not path.exists()}
-    label = _labeller(model_folder, folder, settings, batch_size) if missing else None
+    began, label = time.monotonic(), _labeller(model_folder, folder, settings, batch_size) if missing else None
     for start, path in missing.items():
         rows = dataset.select(range(start, min(start + SHARD_SIZE, total)))
         # The seed is the shard's own, so that a shard is the same whichever was written before it in this process.
@@ -171,6 +172,9 @@ def _write_shards(model_folder, dataset, folder, settings, batch_size) -> list[P
             values = {"id": id_, "document": row["document"], "summary": text, "reference": row["summary"]}
             lines.append(json.dumps(values | {"score": score}, allow_nan=False) + "\n")
         artifacts.write_atomic(path, "".join(lines))
+        with open(folder / "seconds.txt", "a", encoding="utf-8") as file:  # of all shards, whatever comes between
+            file.write(f"{time.monotonic() - began}\n")
+        began = time.monotonic()
     return list(shards.values())
 
 
