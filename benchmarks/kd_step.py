@@ -148,8 +148,8 @@ def write_both(folder: Path, teacher, rows: Dataset, decoder_ids: list[int]) -> 
     """Write what the teacher's encoder and decoder make of tokenized rows and return the two folders."""
     encoder, decoder = folder / "encoder", folder / "decoder"
     options = {"pad_token_id": teacher.config.pad_token_id, "dtype": amp_dtype()}
-    write_states(encoder, teacher, rows, **options)
-    write_states(decoder, teacher, rows, layer_ids=decoder_ids, encoder=encoder, **options)
+    write_states(encoder, teacher, rows, "encoder", **options)
+    write_states(decoder, teacher, rows, "decoder", layer_ids=decoder_ids, encoder=encoder, **options)
     return encoder, decoder
 
 

@@ -170,8 +170,9 @@ def test_losses_and_gradients_are_those_of_the_teachers_own_passes(family, match
     student, _, layer_ids = students.init_student(teacher, 2, 1)
     students.freeze(student)
     folders, written = (tmp_path / "encoder", tmp_path / "decoder"), []
-    written.append(write_states(folders[0], teacher, rows))
-    written.append(write_states(folders[1], teacher, rows, layer_ids=layer_ids, match=match, encoder=folders[0]))
+    written.append(write_states(folders[0], teacher, rows, "encoder"))
+    which = {"layer_ids": layer_ids, "match": match, "encoder": folders[0]}
+    written.append(write_states(folders[1], teacher, rows, "decoder", **which))
     for facts, column, states in zip(written, ("input_ids", "labels"), (1, 2), strict=True):
         tokens = sum(map(len, rows[column]))
         assert facts == {"rows": 7, "tokens": tokens, "bytes": states * 4 * teacher.config.d_model * tokens}
@@ -187,18 +188,40 @@ def test_losses_and_gradients_are_those_of_the_teachers_own_passes(family, match
             found = objective(student, teacher, cached)
             ran = [len(seen) - count for seen, count in zip(passes, before, strict=True)]
             assert ran == [0, 0, int(objective is imitate and len(read) == 1)]
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-            found_gradients = gradients(student, found["loss"])
-            assert found_gradients.keys() == expected_gradients.keys()
-            for name, gradient in found_gradients.items():
-                torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
+            assert_equal(student, found, expected, expected_gradients)
+
+
+def assert_equal(student, found, expected, expected_gradients):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found_gradients = gradients(student, found["loss"])
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in found_gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("match", ["outputs", "inputs"])
+@each_family
+def test_a_trained_encoder_imitates_layers_from_disk_and_the_teacher_does_not_run(family, match, tmp_path):
+    teacher, rows = FAMILIES[family](2, 2), make_rows()
+    student, *layer_ids = students.init_student(teacher, 1, 1)
+    folders = (tmp_path / "layers", tmp_path / "decoder")
+    for folder, side, ids in zip(folders, ("encoder_layers", "decoder"), layer_ids, strict=True):
+        write_states(folder, teacher, rows, side, layer_ids=ids, match=match)
+    plain = pair_stream(rows, PAD, 4, seed=0, micro_batch_size=3)
+    imitate = partial(kd, student, teacher, encoder_layer_ids=layer_ids[0], decoder_layer_ids=layer_ids[1], match=match)
+    seen = [calls(stack) for stack in (teacher.get_encoder(), teacher.get_decoder())]
+    for own, cached in zip(plain(0), with_states(plain, *folders)(0), strict=True):
+        expected = imitate(own)
+        expected_gradients, before = gradients(student, expected["loss"]), [len(each) for each in seen]
+        assert_equal(student, imitate(cached), expected, expected_gradients)
+        assert before == [len(each) for each in seen]
 
 
 def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
     base, teacher, tokenizer = place
     train, validation = planted(18, 1), planted(6, 2)
     plan = runs.grid(replace(base, cache_states=True), ["sft", "kd", "pl_kl", "on_policy"], ["3-1"], [0])
-    # These train their encoders: SFT reads nothing, PL+KL the teacher's distribution.
+    # These train their encoders: SFT reads nothing, KD layers of both stacks, PL+KL the teacher's distribution.
     plan += [replace(base, cache_states=True, shape="2-1", method=method) for method in ("sft", "kd", "pl_kl")]
     assert forecast(plan, teacher, tokenizer, train)
     for run in plan:
@@ -213,7 +236,8 @@ def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
         for name, weight in ours.items():
             if not name.endswith("k_proj.bias"):  # its gradient is 0, and Adam makes steps of what rounding leaves
                 torch.testing.assert_close(weight, theirs[name], rtol=1e-2, atol=2e-4)
-    for side, numbers in (("encoder", [6, 18]), ("decoder", [6, 18, 18])):  # of decoders: KD's rows, and those of PL+KL
+    # Of decoders: KD's rows with the layers of 3-1 and of 2-1, which are the same, and those of PL+KL.
+    for side, numbers in (("encoder", [6, 18]), ("encoder_layers", [18]), ("decoder", [6, 18, 18])):
         folders = cached.parent.glob(f"{side}-states-*")
         assert sorted(read_json(folder / "results.json")["rows"] for folder in folders) == numbers
 
@@ -227,7 +251,7 @@ def test_a_method_that_reads_no_states_has_none_written(place):  # noqa: F811
 
 def test_states_fit_or_not():
     teacher = tiny_bart()
-    gigabytes = 4 * 10 * (24 + 8 * 2) * teacher.config.d_model / 1e9  # of 8 target tokens the last state and a layer's
+    gigabytes = 4 * 10 * (24 + 8 * 2) * teacher.config.d_model / 1e9  # a layer's, of 8 target tokens the last too
     assert teacher_cache.fits_disk(teacher, 10, 24, 8, 1.01 * gigabytes)
     assert not teacher_cache.fits_disk(teacher, 10, 24, 8, 0.99 * gigabytes)
     assert BASE.cache_states is False and "cache_states" not in runs.hashed(BASE)
@@ -240,7 +264,9 @@ def test_states_fit_or_not():
 @pytest.mark.parametrize("kind", ["targets", "states"])
 def test_rows_are_found_by_their_document_and_those_of_other_tokens_rejected(kind, tmp_path):
     write, attach = (
-        (partial(write_targets, top_k=2), with_targets) if kind == "targets" else (write_states, with_states)
+        (partial(write_targets, top_k=2), with_targets)
+        if kind == "targets"
+        else (partial(write_states, side="encoder"), with_states)
     )
     rows, folder = make_rows(), tmp_path / kind
     write(folder, tiny_bart(1, 1), rows)

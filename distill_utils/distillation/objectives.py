@@ -71,7 +71,8 @@ def kd(
     input of both, which leaves the student's last layer to the distribution. `hidden_loss` is the mean over the
     encoder's matched layers plus the mean over the decoder's, whatever the depth (published: the sum). Empty lists of
     ids leave the hidden states out. `teacher_dropout` leaves the teacher's dropout on, as the released code does by
-    accident; a shared encoder never has any. A batch with decoder_states (teacher_cache.py) spares the teacher's pass.
+    accident; a shared encoder never has any. A batch with decoder_states (teacher_cache.py), and encoder_layers_states
+    where they are compared, spares the teacher's pass.
     """
     check_options(divergence=divergence, jsd_beta=jsd_beta, match=match)
     labels = batch["labels"]
@@ -83,7 +84,7 @@ def kd(
     teacher_decoded = None
     if "decoder_states" in batch:  # (batch, target, 1 + layers, dim)
         teacher_decoded, *teacher_decoder_hidden = batch["decoder_states"].unbind(2)
-        teacher_encoder_hidden = []
+        teacher_encoder_hidden = batch["encoder_layers_states"].unbind(2) if encoder_layer_ids else []
     elif kl_weight or hidden_weight:
         with teacher_mode(teacher, teacher_dropout):
             teacher_encoded, teacher_encoder_hidden = (

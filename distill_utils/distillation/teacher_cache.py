@@ -3,9 +3,10 @@
 Out of scope: which runs may read it (`runs.cut_student`), the loss on distributions (`losses.chunked_cached_losses`)
 and the passes that states replace (`objectives.encode`, `kd`).
 
-Targets are the distribution over each target token, or a part of it. Encoder states are those of a document's tokens,
-which a student with the teacher's encoder reads too. Decoder states are those of a row's target tokens: the last one,
-from which the output matrix makes the teacher's exact distribution, and those of the layers that a student imitates.
+Targets are the distribution over each target token, or a part of it. Encoder states are the last ones of a document's
+tokens, which a student with the teacher's encoder reads too; encoder layers are those of the layers that a student with
+another encoder imitates. Decoder states are those of a row's target tokens: the last one, from which the output matrix
+makes the teacher's exact distribution, and those of the layers that a student imitates.
 
 A folder holds one token after the other: states.bin, in the dtype that the teacher computes in; or for targets
 entries.bin (int32, ids kept of this token), ids.bin (uint16, or int32 for a vocabulary above 65,536) and probs.bin
@@ -29,11 +30,11 @@ from distill_utils.device import mixed_precision, to_device
 from distill_utils.distillation.losses import IGNORED
 from distill_utils.distillation.objectives import decode, encode, teacher_mode
 from distill_utils.models.loading import model_fingerprint
-from distill_utils.models.students import decoder_layers, project
+from distill_utils.models.students import decoder_layers, encoder_layers, project
 
 CHUNK_TOKENS = 1024  # tokens projected to the vocabulary at a time
 MAX_SAMPLES = 2048  # float16 holds whole numbers exactly up to here
-FACTS = {"encoder": source_facts, "decoder": target_facts}
+FACTS = {"encoder": source_facts, "encoder_layers": source_facts, "decoder": target_facts}
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -149,9 +150,10 @@ def _check_numbers(rows: Dataset, top_k: int, samples: int, temperature: float, 
 def fits_disk(teacher, num_rows: int, max_source_length: int, max_target_length: int, gigabytes: float) -> bool:
     """Return whether the states of all rows take at most so much disk, were all as long as they may be, in float32.
 
-    Counted are those of the encoder, and of the decoder for a student of half the depth.
+    Counted are those that a student of half the depth imitates, in both stacks.
     """
-    states = max_source_length + max_target_length * (1 + len(decoder_layers(teacher)) // 2)
+    encoder, decoder = len(encoder_layers(teacher)) // 2, len(decoder_layers(teacher)) // 2
+    states = max_source_length * max(encoder, 1) + max_target_length * (1 + decoder)
     return 4 * num_rows * states * teacher.config.d_model <= 1e9 * gigabytes
 
 
@@ -159,23 +161,24 @@ def teacher_states(
     side: str, name: str, teacher, tokenizer, rows: Dataset, lengths: tuple[int, int, str], dtype: torch.dtype | None,
     encoder: Path | None = None, **which,
 ) -> Path:  # fmt: skip
-    """Return the folder of the states of all rows, of the artifact that `write_states` builds; `side` names the stack.
+    """Return the folder of the states of all rows, of the artifact that `write_states` builds; `side` is one of FACTS.
 
-    `name` is the teacher's; `lengths` are those of `tokenize_pairs`; `dtype` is that of autocast, None without. Decoder
-    states depend on the targets, and on `which`: layer_ids and match. `encoder` is the folder of the encoder states of
-    their documents, where there is one.
+    `name` is the teacher's; `lengths` are those of `tokenize_pairs`; `dtype` is that of autocast, None without. States
+    depend on `which`, layer_ids and match, and decoder states on the targets. `encoder` is the folder of the encoder
+    states of their documents, where there is one.
     """
     source, _, prefix = lengths
-    inputs = {"lengths": list(lengths)} | which
-    if side == "encoder":
+    inputs = {"lengths": list(lengths)}
+    if side != "decoder":
         inputs, lengths = {"max_source_length": source, "prefix": prefix}, (source, 1, prefix)
-    inputs |= {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(rows), "dtype": str(dtype)}
+    inputs |= which | {"teacher": model_fingerprint(name, teacher), "data": data_fingerprint(rows), "dtype": str(dtype)}
 
     def build(folder: Path) -> dict:
         began, tokenized = time.monotonic(), tokenize_pairs(rows, tokenizer, *lengths)
         facts = write_states(
-            folder / "states", teacher, tokenized, pad_token_id=tokenizer.pad_token_id, dtype=dtype, encoder=encoder,
-            progress=lambda done, total: report_progress(folder, f"{side} states", done, total, "documents"), **which,
+            folder / "states", teacher, tokenized, side, pad_token_id=tokenizer.pad_token_id, dtype=dtype,
+            encoder=encoder, **which,
+            progress=lambda done, total: report_progress(folder, f"{side} states", done, total, "documents"),
         )  # fmt: skip
         return facts | {"seconds": round(time.monotonic() - began, 2)}
 
@@ -183,35 +186,35 @@ def teacher_states(
 
 
 def write_states(
-    folder: Path, teacher, rows: Dataset, *, pad_token_id: int, layer_ids: Sequence[int] | None = None,
+    folder: Path, teacher, rows: Dataset, side: str, *, pad_token_id: int, layer_ids: Sequence[int] = (),
     match: str = "outputs", encoder: Path | None = None, dtype: torch.dtype | None = None, batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Write the states of tokenized rows (id, input_ids, labels) and return how many rows, tokens and bytes.
 
-    They are the encoder's, or with `layer_ids` the decoder's, and are kept in `dtype`, to which the next product would
-    round them under autocast. The folder appears whole or not at all. Raises InputError for repeated ids or full disk.
+    They are kept in `dtype`, to which the next product would round them under autocast. The folder
+    appears whole or not at all. Raises InputError for repeated ids or full disk.
     """
-    side, kept_dtype = "encoder" if layer_ids is None else "decoder", dtype or torch.float32
-    tokens = sum(map(len, rows["input_ids" if side == "encoder" else "labels"]))
-    shape = [tokens, *([] if side == "encoder" else [1 + len(layer_ids)]), teacher.config.d_model]
+    kept_dtype, tokens = dtype or torch.float32, sum(map(len, rows["labels" if side == "decoder" else "input_ids"]))
+    states = {"encoder": [], "encoder_layers": [len(layer_ids)], "decoder": [1 + len(layer_ids)]}[side]
+    shape = [tokens, *states, teacher.config.d_model]
     settings = {"side": side, "shape": shape, "dtype": str(kept_dtype).removeprefix("torch.")}
     batches = batch_list(rows, pad_token_id, batch_size)
     batches = with_states(lambda step: batches, encoder)(0) if encoder else batches
     with _writing(folder, teacher, rows, side, settings, dtype, progress) as write:
         for batch in batches:
             moved = to_device(batch, teacher.device)
-            valid = moved["attention_mask"].bool() if side == "encoder" else moved["labels"] != IGNORED
-            write(batch, states=states_of(teacher, moved, side, layer_ids or (), match)[valid].to(kept_dtype))
+            valid = moved["labels"] != IGNORED if side == "decoder" else moved["attention_mask"].bool()
+            write(batch, states=states_of(teacher, moved, side, layer_ids, match)[valid].to(kept_dtype))
     return {"rows": len(rows), "tokens": tokens, "bytes": (Path(folder) / "states.bin").stat().st_size}
 
 
 @torch.no_grad()
 def states_of(teacher, batch: dict, side: str, layer_ids: Sequence[int] = (), match: str = "outputs") -> Tensor:
-    """Return encoder_states (batch, source, dim) or decoder_states (batch, target, 1 + layers, dim) of a batch."""
-    encoded, _ = encode(teacher, batch)
-    if side == "encoder":
-        return encoded
+    """Return one side's states of a batch, in the shapes of `with_states`."""
+    encoded, layers = encode(teacher, batch, layer_ids if side == "encoder_layers" else (), match)
+    if side != "decoder":
+        return torch.stack(layers, 2) if layers else encoded
     last, others = decode(teacher, batch, encoded, layer_ids, match)
     return torch.stack([last, *others], 2)
 
@@ -219,8 +222,9 @@ def states_of(teacher, batch: dict, side: str, layer_ids: Sequence[int] = (), ma
 def with_states(batches: Callable[[int], list[dict]], *folders: Path) -> Callable[[int], list[dict]]:
     """Return `batches` with the folders' states, padding 0, which objectives take instead of the teacher's passes.
 
-    These are encoder_states (batch, source, dim) or decoder_states (batch, target, 1 + layers, dim). A row is found by
-    its id or its document's. Raises InputError for one that is not there or has other tokens.
+    These are encoder_states (batch, source, dim), encoder_layers_states (batch, source, layers, dim) or decoder_states
+    (batch, target, 1 + layers, dim). A row is found by its id or its document's. Raises InputError for
+    one that is not there or has other tokens.
     """
     stored = []
     for folder in folders:
@@ -231,7 +235,7 @@ def with_states(batches: Callable[[int], list[dict]], *folders: Path) -> Callabl
     def attach(batch: dict) -> dict:
         found = {}
         for side, index, folder, states in stored:
-            width = batch["input_ids" if side == "encoder" else "labels"].shape[1]
+            width = batch["labels" if side == "decoder" else "input_ids"].shape[1]
             found[f"{side}_states"] = _pad([states[span] for span in _find(batch, side, index, folder)], width)
         return batch | found
 

@@ -130,11 +130,12 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         "kd_cached": weights,
     }.get(run.method, smoothing)
     facts = {"encoder_ids": copied[0], "decoder_ids": copied[1], "shared": shared}
-    layers = list(imitated[1]) if run.method == "kd" and run.hidden_weight else []
+    layers = [list(ids) for ids in imitated] if run.method == "kd" and run.hidden_weight else [[], []]
     stored = {"encoder": {}} if shared and run.method != "on_policy" else {}  # which takes batches apart
-    # Hidden states of an encoder that is trained are compared with the teacher's, which then has to run.
-    if run.method == "pl_kl" or (run.method == "kd" and not run.teacher_dropout and (shared or not layers)):
-        stored["decoder"] = {"layer_ids": layers, "match": run.match if layers else "outputs"}
+    if run.method == "pl_kl" or (run.method == "kd" and not run.teacher_dropout):
+        stored["decoder"] = {"layer_ids": layers[1], "match": run.match if layers[1] else "outputs"}
+        if layers[0] and not shared:
+            stored["encoder_layers"] = {"layer_ids": layers[0], "match": run.match}
     return student, facts | {"options": options, "stored": stored if run.cache_states else {}}
 
 
@@ -252,12 +253,12 @@ def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
 
 def stored_states(run: StudentRun, stored: dict, teacher, tokenizer, documents: Dataset, rows: Dataset) -> list[Path]:
     """Return the folders of states that a student reads (`cut_student`); `rows` are the documents with its targets."""
-    dtype, folders = amp_dtype(precision=run.training.precision), []
+    dtype, made = amp_dtype(precision=run.training.precision), {}
     for side, which in stored.items():  # the encoder's first, which the decoder's are made from
-        made_of = documents if side == "encoder" else rows
-        given = side, run.teacher, teacher, tokenizer, made_of, run.lengths, dtype, *folders
-        folders.append(teacher_states(*given, **which))
-    return folders
+        made_of = rows if side == "decoder" else documents
+        given = side, run.teacher, teacher, tokenizer, made_of, run.lengths, dtype, made.get("encoder")
+        made[side] = teacher_states(*given, **which)
+    return list(made.values())
 
 
 def kept_targets(run: StudentRun) -> dict:
@@ -300,7 +301,8 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
         read, judged = stored_states(run, cut["stored"], teacher, tokenizer, train, rows), []
         if read:
             batches = with_states(batches, *read)
-            last = cut["stored"] | {"decoder": {"layer_ids": [], "match": "outputs"}}
+            last = {"encoder": {}} if cut["shared"] else {}
+            last |= {"decoder": {"layer_ids": [], "match": "outputs"}}
             judged = stored_states(run, last, teacher, tokenizer, validation, validation)
             held_out = with_states(lambda step, own=held_out: own, *judged)(0)
         objective, cools = partial(objective_of(run.method), **cut["options"]), run.training.schedule == "cooldown"
