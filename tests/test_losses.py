@@ -133,6 +133,16 @@ def test_half_precision_inputs_are_computed_in_float32(logits):
     assert value.dtype == torch.float32 and torch.equal(value, hidden_loss(*full, LABELS != -100))
 
 
+@pytest.mark.parametrize("weights", [None, (0.0, 1.0), (0.2, 0.8)])
+def test_divergence_of_distributions_is_taken_in_float32_even_under_autocast(weights):
+    """Logits that lie apart by a constant are one distribution; in bf16 the constant would not cancel."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(3, 4, 6), nn.Linear(6, 40).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_token_losses(hidden, head, LABELS, hidden, lambda x: head(x).float() + 3.01, weights=weights)
+    assert found["kl_loss"].item() == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.2, 0.8)])
 @pytest.mark.parametrize(("temperature", "mix", "label_smoothing"), [(1.0, 1.0, 0.0), (2.0, 0.4, 0.1), (0.5, 0.0, 0.2)])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])

@@ -279,7 +279,8 @@ class _TokenLosses(torch.autograd.Function):
                 z, u = z / temperature, u / temperature
                 q, p = z.softmax(-1), u.softmax(-1)
                 log_sums = _log_sum(z, q) - _log_sum(u, p)
-                kl = kl + (torch.linalg.vecdot(p, u.sub_(z)) + log_sums).sum() * temperature**2
+                with torch.autocast(z.device.type, enabled=False):  # in bf16 what the two differ by would be rounded
+                    kl = kl + (torch.linalg.vecdot(p, u.sub_(z)) + log_sums).sum() * temperature**2
                 if with_grad and kl_weight:
                     q.sub_(p).mul_(kl_weight * temperature)
                     d_logits = q if d_logits is None else d_logits.add_(q)
