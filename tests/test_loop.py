@@ -432,6 +432,20 @@ def test_newton_schulz_in_float32_is_that_of_float64_and_near_torchs_in_bf16(sha
         torch.testing.assert_close(found, optimizers.BF16_PRODUCTS(gradient, *given).float(), rtol=0, atol=0.05)
 
 
+@pytest.mark.skipif(device().type == "cuda", reason="there torch's own products are always taken")
+@pytest.mark.parametrize(("precision", "native", "exact"), [("auto", 1, 0), ("float32", 1, 1), ("auto", 0, 1)])
+def test_muon_multiplies_in_float32_where_that_is_asked_for_or_all_there_is(monkeypatch, precision, native, exact):
+    monkeypatch.setattr(optimizers._muon, "_zeropower_via_newtonschulz", None)  # put back afterwards
+    monkeypatch.setattr(
+        optimizers, "amp_dtype", lambda on, wanted="auto": torch.bfloat16 if native and wanted == "auto" else None
+    )
+    model = tiny_bart(1, 1)
+    run = settings(max_steps=1, optimizer="muon", precision=precision)
+    optimizers.make_optimizers(model, dict(model.named_parameters()), run)
+    products = optimizers.newton_schulz if exact else optimizers.BF16_PRODUCTS
+    assert optimizers._muon._zeropower_via_newtonschulz is products
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_moves_the_inner_matrices_and_adamw_the_rest(tmp_path, tied):
     model = tiny_bart(1, 1, dropout=0.0)

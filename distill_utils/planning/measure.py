@@ -108,7 +108,8 @@ def _run_steps(objective, student_config, teacher_config, settings, repeats: int
     if settings["checkpoint_activations"]:
         loop.recompute_activations(student)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
-    options = loop.Training(1, settings["batch_size"], optimizer=settings["optimizer"])
+    mixed = "float32" if settings["precision"] == "float32" else "auto"
+    options = loop.Training(1, settings["batch_size"], optimizer=settings["optimizer"], precision=mixed)
     optimizers = loop.make_optimizers(student, weights, options)
     batch = random_batch(settings, min(config.vocab_size for config in (student_config, teacher_config) if config), on)
     passes = settings["batch_size"] // settings["micro_batch_size"]
