@@ -16,6 +16,7 @@ from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives, teacher_cache
 from distill_utils.experiments import miniend
 from distill_utils.planning import plan, step
+from distill_utils.training import optimizers
 from distill_utils.training.loop import set_attention
 
 SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 80, "num_heads": 4}
@@ -86,6 +87,14 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte():
     linear = [module for module in student.modules() if isinstance(module, torch.nn.Linear)]
     matrices = sum(module.weight.numel() for module in linear if module is not student.lm_head)
     assert 0 <= memory["optimizer"] - muon["memory"]["optimizer"] - 4 * matrices < 1000  # one moment; the counts
+
+
+@pytest.mark.parametrize("native", [None, torch.bfloat16])
+def test_a_plan_for_cuda_does_not_depend_on_what_this_processor_multiplies(native, monkeypatch):
+    monkeypatch.setattr(optimizers, "amp_dtype", lambda *_: native)
+    for on, dtype in {"cuda": "bfloat16", "cpu": "bfloat16" if native else "float32"}.items():
+        work = step.plan_step(LOGITS, *configs(), **TEXT, optimizer="muon", on=on)["work"]
+        assert {row["dtype"] for row in work if row["phase"] == "optimizer" and row["flops"]} == {dtype}
 
 
 def test_causes_follow_the_objective():

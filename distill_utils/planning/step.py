@@ -26,6 +26,7 @@ from distill_utils.device import mixed_precision
 from distill_utils.distillation import losses
 from distill_utils.models import students
 from distill_utils.models.loading import empty_model
+from distill_utils.training import optimizers
 from distill_utils.training.loop import Training, make_optimizers, recompute_activations, set_attention, train_mode
 from distill_utils.training.optimizers import OPTIMIZERS
 
@@ -110,11 +111,12 @@ def plan_step(
             recompute_activations(model)
         ledger = _Ledger(models, padded, devices, repeated)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        optimizers = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer))
+        mixed = "float32" if precision == "float32" else "auto"
+        made = make_optimizers(model, trained, Training(max_steps=1, optimizer=optimizer, precision=mixed))
         for weight in trained.values():
             weight.grad = torch.empty_like(weight)
         moments = 0
-        for each in optimizers:  # the first update makes the moments that all later ones find
+        for each in made:  # the first update makes the moments that all later ones find
             each.step()
             each.zero_grad()
             for weight, state in each.state.items():
@@ -142,7 +144,7 @@ def plan_step(
             del loss
             ledger.phase, ledger.times = "optimizer", 1
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            for each in optimizers:
+            for each in made:
                 each.step()
     work = [{**dict(zip(WORK, key, strict=True)), "times": times} for key, times in ledger.work.items()]
     flops = dict.fromkeys(PHASES, 0)
@@ -346,6 +348,7 @@ def _as_on(on: str) -> Iterator[list[float]]:
         if on == "cuda":
             changes.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention))
             changes.enter_context(patch.object(losses, "RELATION_ELEMENTS", losses.CUDA_RELATION_ELEMENTS))
+            changes.enter_context(patch.object(optimizers, "amp_dtype", lambda *_: torch.bfloat16))  # for Muon
         yield repeated
 
 
