@@ -220,6 +220,8 @@ def test_a_trained_encoder_imitates_layers_from_disk_and_the_teacher_does_not_ru
 def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
     base, teacher, tokenizer = place
     train, validation = planted(18, 1), planted(6, 2)
+    # In bf16 the teacher's attention kernel and the student's differ by a thousandth.
+    base = replace(base, training=replace(base.training, precision="float32"))
     plan = runs.grid(replace(base, cache_states=True), ["sft", "kd", "pl_kl", "on_policy"], ["3-1"], [0])
     # These train their encoders: SFT reads nothing, KD layers of both stacks, PL+KL the teacher's distribution.
     plan += [replace(base, cache_states=True, shape="2-1", method=method) for method in ("sft", "kd", "pl_kl")]

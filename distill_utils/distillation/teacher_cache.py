@@ -192,8 +192,8 @@ def write_states(
 ) -> dict[str, int]:  # fmt: skip
     """Write the states of tokenized rows (id, input_ids, labels) and return how many rows, tokens and bytes.
 
-    They are kept in `dtype`, to which the next product would round them under autocast. The folder
-    appears whole or not at all. Raises InputError for repeated ids or full disk.
+    They are kept in `dtype`, to which the next product would round the last states under autocast; those of other
+    layers are rounded, too. The folder appears whole or not at all. Raises InputError for repeated ids or full disk.
     """
     kept_dtype, tokens = dtype or torch.float32, sum(map(len, rows["labels" if side == "decoder" else "input_ids"]))
     states = {"encoder": [], "encoder_layers": [len(layer_ids)], "decoder": [1 + len(layer_ids)]}[side]
