@@ -370,3 +370,14 @@ def test_targets_of_another_teacher_are_not_reused(place):
     assert runs.cache_targets(base, teacher, tokenizer, train) == first
     others = [replace(base, top_k=3), replace(base, target_samples=5), replace(base, max_source_length=20)]
     assert len({runs.cache_targets(run, teacher, tokenizer, train) for run in [base, *others]}) == 4
+
+
+def test_targets_are_of_the_dtype_that_a_run_is_trained_in(place, monkeypatch):
+    base, teacher, tokenizer = place
+    made = {}
+    for dtype in (None, torch.bfloat16):  # machines that share a folder of runs
+        for module in ("device", "experiments.runs"):
+            monkeypatch.setattr(f"distill_utils.{module}.amp_dtype", lambda *_, dtype=dtype, **__: dtype)
+        made[dtype] = runs.cache_targets(base, teacher, tokenizer, planted(8, 1)) / "targets"
+    exact, rounded = ((folder / "probs.bin").read_bytes() for folder in made.values())
+    assert exact != rounded

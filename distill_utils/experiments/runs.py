@@ -236,15 +236,14 @@ def batches_of(run: StudentRun, tokenizer, rows: Dataset, documents: Dataset | N
 
 def cache_targets(run: StudentRun, teacher, tokenizer, train: Dataset) -> Path:
     """Return the artifact with the teacher's distributions over the references' tokens (targets/)."""
-    kept, exact = kept_targets(run), run.training.precision == "float32"
+    kept, dtype = kept_targets(run), amp_dtype(precision=run.training.precision)
     inputs = {"teacher": model_fingerprint(run.teacher, teacher), "data": loading.data_fingerprint(train)}
-    inputs |= {"lengths": list(run.lengths), **kept} | ({"precision": "float32"} if exact else {})
+    inputs |= {"lengths": list(run.lengths), **kept, "dtype": str(dtype)}
 
     def build(folder: Path) -> dict:
         return write_targets(
             folder / "targets", teacher, tokenize_pairs(train, tokenizer, *run.lengths),
-            pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, **kept,
-            dtype=None if exact else "auto",
+            pad_token_id=tokenizer.pad_token_id, batch_size=run.training.batch_size, dtype=dtype, **kept,
             progress=lambda done, total: report_progress(folder, "teacher targets", done, total, "documents"),
         )  # fmt: skip
 
