@@ -223,7 +223,7 @@ def training_arguments(folder: str, batch_size: int, **options) -> Seq2SeqTraini
     silent = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     return Seq2SeqTrainingArguments(
         folder, per_device_train_batch_size=batch_size, learning_rate=3e-4, max_grad_norm=1.0,
-        bf16=amp_dtype() is not None, **silent, **options,
+        bf16=amp_dtype() is not None, use_cpu=device().type == "cpu", **silent, **options,
     )  # fmt: skip
 
 
