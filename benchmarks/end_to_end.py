@@ -46,7 +46,8 @@ def cut(teacher):
 def score(student, tokenizer, pairs, turns: timing.Turns) -> None:
     """End the turn, then measure ROUGE-2 off the clock."""
     turns.lap("")
-    written = summarize(student, tokenizer, pairs["document"], max_source_length=SOURCE, num_beams=1)
+    options = {"max_source_length": SOURCE, "num_beams": 1, "dtype": amp_dtype()}  # what is frozen is in that dtype
+    written = summarize(student, tokenizer, pairs["document"], **options)
     turns.notes["rouge2"] = float(rouge_scores(written, pairs["summary"])["rouge2"].mean())
 
 
