@@ -66,7 +66,7 @@ def test_scores(asked, key: tuple | None = None) -> np.ndarray:
     return scoring.read_scores(distill.tested_on(asked, "test", *student))[asked.given["metric"]]
 
 
-def write_results(given: dict, seeds: list[int], races: list[dict]) -> None:
+def write_results(output: Path, given: dict, seeds: list[int], races: list[dict]) -> None:
     """Write means of every race and their pooled comparisons; SFT by hand of the races that have it."""
     hand = [each["scores"] for each in races if "sft by hand" in each["scores"]]
     scores = {kind: np.stack([each["scores"][kind] for each in races]) for kind in ("teacher", "race", "grid")}
@@ -81,7 +81,7 @@ def write_results(given: dict, seeds: list[int], races: list[dict]) -> None:
     for each in races:
         each["means"] = {kind: round(float(values.mean()), 3) for kind, values in each["scores"].items()}
     kept = [{key: value for key, value in each.items() if key != "scores"} for each in races]
-    write_json(RESULTS, {"asked": given, "seeds": seeds, **rows, "races": kept})
+    write_json(output, {"asked": given, "seeds": seeds, **rows, "races": kept})
     print(kept[-1], rows, flush=True)
 
 
@@ -94,18 +94,19 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--max-rungs", type=int, default=0, help="0 = as many as the hours pay for")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     given = vars(parser.parse_args())
-    seeds = given.pop("seeds")
+    seeds, output = given.pop("seeds"), given.pop("output")
     defaults = {name: each.default for name, each in notebook_parameters(NOTEBOOKS / "distill.ipynb").items()}
     races, by_hand = [], []
     for seed in seeds:
         kept, add = raced(defaults | given | {"seed": seed})
         races.append(kept)
         by_hand.append(add)
-        write_results(given, seeds[: len(races)], races)
+        write_results(output, given, seeds[: len(races)], races)
     for add in by_hand:
         add()
-        write_results(given, seeds, races)
+        write_results(output, given, seeds, races)
 
 
 if __name__ == "__main__":
