@@ -28,7 +28,7 @@ from distill_utils.distillation.teacher_cache import with_states
 from distill_utils.evaluation.generation import summarize
 from distill_utils.evaluation.metrics import rouge_scores
 from distill_utils.models import students
-from distill_utils.models.frozen import frozen_in, share_frozen
+from distill_utils.models.frozen import frozen_in, own_trained
 from distill_utils.models.loading import load_model
 from distill_utils.training.loop import Training, choose_attention, fit
 
@@ -36,10 +36,11 @@ SOURCE, TARGET, KEPT = 128, 32, 3  # tokens; decoder layers of the student
 GOAL = 2.5
 
 
-def cut(teacher):
+def cut(teacher, share_weights: bool = False):
     """Return the student, as both train it, and the layers it copied."""
-    student, _, decoder_ids = students.init_student(teacher, len(students.encoder_layers(teacher)), KEPT)
-    students.freeze(student, encoder=True, embeddings=True)
+    depth = len(students.encoder_layers(teacher))
+    student, _, decoder_ids = students.init_student(teacher, depth, KEPT, share_weights=share_weights)
+    (own_trained if share_weights else students.freeze)(student, encoder=True, embeddings=True)
     return student, decoder_ids
 
 
@@ -63,10 +64,9 @@ def ours(turns: timing.Turns, case: dict) -> None:
     )  # fmt: skip
     rows = tokenize_pairs(train, tokenizer, SOURCE, TARGET)
     stream = pair_stream(rows, tokenizer.pad_token_id, settings.batch_size, settings.seed)
-    student, decoder_ids = cut(teacher)
+    student, decoder_ids = cut(teacher, share_weights=True)
     teacher.to(device()).requires_grad_(False)
     choose_attention(student.to(device()), SOURCE)
-    share_frozen(student, teacher)
     layers = {"encoder_layer_ids": [], "decoder_layer_ids": decoder_ids}
     loss = partial(objectives.kd, teacher=teacher, shared_encoder=True, **layers, **WEIGHTS)
 

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from transformers import (
-    AutoModelForSeq2SeqLM,
     BartConfig,
     PegasusConfig,
     PreTrainedConfig,
@@ -40,7 +39,8 @@ from distill_utils.device import amp_dtype, device, mixed_precision, to_device
 from distill_utils.distillation import objectives
 from distill_utils.distillation.teacher_cache import with_states, write_states
 from distill_utils.models import students
-from distill_utils.models.frozen import frozen_in, share_frozen
+from distill_utils.models.frozen import frozen_in, own_trained
+from distill_utils.models.loading import empty_model
 from distill_utils.planning.measure import T5_SIZES, model_config
 from distill_utils.training.loop import Training, choose_attention, make_optimizers, set_attention, train_mode
 
@@ -85,15 +85,20 @@ def shape_config(name: str) -> PreTrainedConfig:
     }[name]()
 
 
-def build(case: dict, turns: timing.Turns):
-    """Return student, teacher, the layers to match and a batch of random tokens, some of it padding."""
+def build(case: dict, turns: timing.Turns, share_weights: bool = False):
+    """Return student, teacher, the layers to match and a batch of random tokens, some of it padding.
+
+    The student is a copy as people make it, or shares what is frozen with its teacher, as ours do.
+    """
     torch.manual_seed(0)
     on, size, config = device(), SHAPES[case["shape"]], shape_config(case["shape"])
-    with on:
-        teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
+    teacher = empty_model(config, torch.float32).to_empty(device=on)  # as much memory as from a file, and no more
+    teacher.tie_weights()
+    teacher.init_weights()
+    teacher.eval().requires_grad_(False)
     depth = len(students.encoder_layers(teacher))
-    student, _, decoder_ids = students.init_student(teacher, depth, size["kept"])
-    students.freeze(student, encoder=True, embeddings=True)
+    student, _, decoder_ids = students.init_student(teacher, depth, size["kept"], share_weights=share_weights)
+    (own_trained if share_weights else students.freeze)(student, encoder=True, embeddings=True)
     batch = case["batch"]
     input_ids = torch.randint(3, config.vocab_size, (batch, size["source"]), device=on)
     labels = torch.randint(3, config.vocab_size, (batch, size["target"]), device=on)
@@ -108,17 +113,19 @@ def build(case: dict, turns: timing.Turns):
 def ours(turns: timing.Turns, case: dict, cached: bool = False) -> None:
     """Take the steps of `training.loop.fit` with `objectives.kd`; `cached`: the encoder's states are read from disk."""
     on = device()
-    student, teacher, decoder_ids, batch = build(case, turns)
+    student, teacher, decoder_ids, batch = build(case, turns, share_weights=True)
     for model in (student, teacher):
         choose_attention(model, SHAPES[case["shape"]]["source"])
     train_mode(student)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(student, trained, Training(max_steps=10, batch_size=len(batch["labels"])))
-    share_frozen(student, teacher)
     with ExitStack() as stack:
-        stack.enter_context(frozen_in(amp_dtype(on), student, teacher))
-        read = partial(states_on_disk, batch, teacher, decoder_ids, stack.enter_context(tempfile.TemporaryDirectory()))
-        batches = read() if cached else lambda step: [batch]
+        batches, idle = (lambda step: [batch]), []
+        if cached:  # by the teacher, which then waits on disk
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            batches = states_on_disk(batch, teacher, decoder_ids, folder)
+            idle = [teacher.get_encoder(), teacher.get_decoder(), student.get_encoder()]
+        stack.enter_context(frozen_in(amp_dtype(on), student, teacher, idle))
         for step in turns:
             batch = to_device(batches(step)[0], on)
             with mixed_precision(on):
@@ -132,6 +139,7 @@ def ours(turns: timing.Turns, case: dict, cached: bool = False) -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             loss.item()
+        del optimizer, optimizers  # as when `fit` has returned, before the originals are read back
 
 
 def states_on_disk(batch: dict, teacher, decoder_ids: list[int], folder: str):

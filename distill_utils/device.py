@@ -1,6 +1,7 @@
 """The device to compute on, its mixed precision and clock, seeds and eval mode; torch is imported on use."""
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,12 @@ def device():
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release_memory() -> None:
+    """Give what was freed back to the system, which the C library of Linux keeps in part."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def amp_dtype(on=None, precision: str = "auto"):

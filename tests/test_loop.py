@@ -355,7 +355,7 @@ def test_patience_ends_a_trunk_of_few_updates(tmp_path, changes, evaluations, be
 
 @pytest.mark.parametrize("first", [None, torch.bfloat16])
 def test_a_checkpoint_of_another_mixed_precision_is_refused(tmp_path, monkeypatch, first):
-    """Weights that nothing trains are held in it: one machine's would replace the other's."""
+    """Updates before and after would be of two kinds."""
     second = None if first else torch.bfloat16
     run = settings(max_steps=4, checkpoint_every=2)
     monkeypatch.setattr(loop, "amp_dtype", lambda *_: first)
@@ -366,6 +366,29 @@ def test_a_checkpoint_of_another_mixed_precision_is_refused(tmp_path, monkeypatc
     path = tmp_path / "checkpoint-000002" / "state.json"
     artifacts.write_json(path, {name: value for name, value in read_json(path).items() if name != "dtype"})
     end_of(run, tmp_path)  # older ones do not say
+
+
+def test_a_checkpoint_holds_what_trains_and_one_with_all_weights_is_read_too(tmp_path):
+    run = settings(max_steps=4, checkpoint_every=2)
+
+    def model():
+        made = tiny_bart(1, 1, dropout=0.0)
+        made.get_encoder().requires_grad_(False)
+        return made
+
+    made = model()
+    fit(made, loss_fn, batches, run, tmp_path / "straight")
+    straight = weights_of(made)
+    fit(made := model(), loss_fn, batches, run, tmp_path / "older", until=2)
+    path = tmp_path / "older" / "checkpoint-000002" / "model.safetensors"
+    kept = load_file(path)
+    assert kept.keys() == {name for name, weight in made.named_parameters() if weight.requires_grad}
+    save_file({name: kept.get(name, torch.zeros(3)) for name in weights_of(made)}, path)  # no frozen one is looked at
+    fit(made := model(), loss_fn, batches, run, tmp_path / "older")
+    assert equal(weights_of(made), straight)
+    save_file({name: weight for name, weight in kept.items() if "decoder.layers.0" not in name}, path)
+    with pytest.raises(InputError, match="checkpoint-000002 is of another model, model.decoder.layers.0"):
+        fit(model(), loss_fn, batches, run, tmp_path / "older", until=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -1,8 +1,12 @@
 """Students of every family against the Hugging Face forward pass, and every error of bad models."""
 
 import copy
+import errno
+import io
 import json
 import math
+import os
+import tempfile
 from functools import partial
 from itertools import pairwise
 
@@ -17,7 +21,7 @@ from torch import nn
 from distill_utils.artifacts import InputError
 from distill_utils.distillation import objectives
 from distill_utils.models import loading, students
-from distill_utils.models.frozen import frozen_in, share_frozen
+from distill_utils.models.frozen import frozen_in, own_trained
 from distill_utils.models.loading import load_config, load_model, save_model, shipped_models
 from distill_utils.models.students import (
     count_parameters,
@@ -519,22 +523,61 @@ def test_models_are_as_they_were_when_the_copies_fail(monkeypatch):
 
 
 @each_family
-def test_what_is_frozen_and_equal_is_held_once(family, tmp_path):
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_a_student_to_train_shares_what_is_frozen_with_its_teacher(family, embeddings, tmp_path):
     teacher = FAMILIES[family](3, 3)
-    with torch.no_grad():
-        for name, weight in teacher.named_parameters():
-            weight.mul_(0.0 if name.endswith("bias") else 1.0)  # as of a new model: many equal ones
-    student, *_ = init_student(teacher, 3, 2)
-    freeze(student, encoder=True, embeddings=True)
-    before = copied(student)
-    share_frozen(student, teacher)
-    assert unchanged(student, before)
-    for name, weight in student.named_parameters():
-        assert (weight.data_ptr() in storages(teacher)) != weight.requires_grad, name
-    with frozen_in(torch.bfloat16, student, teacher):
-        shared = storages(student) & storages(teacher)
-        assert len(shared) >= len(list(student.get_encoder().parameters()))
-    assert {weight.data_ptr() for weight in student.parameters() if not weight.requires_grad} <= storages(teacher)
+    plain, *_ = init_student(teacher, 3, 2)
+    freeze(plain, encoder=True, embeddings=embeddings)
+    student, *_ = init_student(teacher, 3, 2, share_weights=True)
+    own_trained(student, encoder=True, embeddings=embeddings)
+    assert unchanged(student, before := copied(plain))
+    trains = {name: weight.requires_grad for name, weight in plain.named_parameters()}
+    assert {name: weight.requires_grad for name, weight in student.named_parameters()} == trains
     assert len({weight.data_ptr() for weight in student.parameters()}) == len(list(student.parameters()))
+    theirs = storages(teacher)
+    for dtype in (None, torch.bfloat16):
+        with frozen_in(dtype, student, teacher):
+            shared = storages(student) & storages(teacher)
+            assert len(shared) >= len([w for w in student.get_encoder().parameters() if not w.requires_grad])
+        assert not {weight.data_ptr() for weight in student.parameters() if weight.requires_grad} & theirs
+        assert {w.data_ptr() for w in student.parameters() if not w.requires_grad} <= storages(teacher)
     save_model(student, tiny_tokenizer(), tmp_path)
     assert unchanged(load_model(tmp_path)[0], before)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_idle_modules_hold_nothing_and_come_back(family, dtype):
+    teacher, batch = FAMILIES[family](3, 3), tiny_batch(padding=2)
+    student, *_ = init_student(teacher, 3, 2, share_weights=True)
+    own_trained(student)
+    before = [copied(model) for model in (student, teacher)]
+    stacks = [teacher.get_encoder(), teacher.get_decoder(), student.get_encoder()]
+    matrices = [module.weight for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear)]
+    with frozen_in(dtype, student, teacher, stacks):
+        assert not sum(weight.numel() for weight in matrices)
+        hidden = torch.randn(3, 5, student.config.d_model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            decoded = student.get_decoder()(batch["labels"].clamp(min=0), encoder_hidden_states=hidden)[0]
+            assert torch.isfinite(decoded).all()
+            with pytest.raises(RuntimeError):  # not some wrong result
+                teacher.get_encoder()(batch["input_ids"])
+    assert all(unchanged(model, values) for model, values in zip((student, teacher), before, strict=True))
+
+
+def test_a_full_disk_is_named_and_changes_no_model(monkeypatch, tmp_path):
+    teacher = tiny_bart(2, 2)
+    student, *_ = init_student(teacher, 2, 1, share_weights=True)
+    own_trained(student)
+    before = [copied(model) for model in (student, teacher)]
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(InputError, match="no space left"), frozen_in(torch.bfloat16, student, teacher):
+        raise AssertionError("the block runs")
+    assert all(unchanged(model, values) for model, values in zip((student, teacher), before, strict=True))

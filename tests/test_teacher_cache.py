@@ -226,6 +226,10 @@ def test_students_train_as_without_and_share_the_states(place):  # noqa: F811
     # These train their encoders: SFT reads nothing, KD layers of both stacks, PL+KL the teacher's distribution.
     plan += [replace(base, cache_states=True, shape="2-1", method=method) for method in ("sft", "kd", "pl_kl")]
     assert forecast(plan, teacher, tokenizer, train)
+    held = [forecast([replace(plan[1], cache_states=read)], teacher, tokenizer, train) for read in (False, True)]
+    stacks = [module for stack in (teacher.get_encoder(), teacher.get_decoder()) for module in stack.modules()]
+    idle = sum(w.numel() for module in stacks if isinstance(module, torch.nn.Linear) for w in module.parameters())
+    assert held[0][0]["memory (MB)"] - held[1][0]["memory (MB)"] == pytest.approx(4 * idle / 2**20)
     for run in plan:
         cached = runs.train_student(run, teacher, tokenizer, train, validation)
         plain = runs.train_student(replace(run, cache_states=False), teacher, tokenizer, train, validation)

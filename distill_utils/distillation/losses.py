@@ -19,7 +19,8 @@ IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* paddi
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
 CUDA_RELATION_ELEMENTS = 2**23  # there launching kernels costs more than memory does
-CPU_CHUNK = 256  # tokens whose logits stay near the cache; for fewer, products repack the output matrix too often
+CPU_CHUNK = 256  # tokens that are projected at a time; for fewer, products repack the output matrix too often
+CPU_ELEMENTS = 2**21  # of their logits that are compared at a time, near the cache
 MASKED = -1e30  # swallows every score, yet stays finite: a row without any column has two equal distributions, not NaN
 
 
@@ -258,34 +259,24 @@ class _TokenLosses(torch.autograd.Function):
         num_tokens, (ce_weight, kl_weight) = max(len(hidden), 1), weights
         ce = kl = torch.zeros((), device=hidden.device)
         gradient = torch.zeros_like(hidden) if with_grad else None
+        with_grad = with_grad and bool(ce_weight or (teacher is not None and kl_weight))
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             with torch.set_grad_enabled(with_grad):
                 own = hidden[chunk].detach().requires_grad_(with_grad)
                 logits = project(own)  # (chunk, vocab)
-            z, d_logits = logits.detach().float(), None
-            if ce_weight:
-                q, target = z.softmax(-1), labels[chunk, None]
-                log_sum, at_target = _log_sum(z, q), z.gather(-1, target).squeeze(-1)
-                ce = ce + (log_sum - (1 - label_smoothing) * at_target - label_smoothing * z.mean(-1)).sum()
+            theirs = None if teacher is None else project_teacher(teacher[chunk])
+            d_logits = torch.empty_like(logits) if with_grad else None
+            num_rows = len(logits) if logits.is_cuda else max(1, CPU_ELEMENTS // logits.shape[-1])
+            for row in range(0, len(logits), num_rows):
+                rows = slice(row, row + num_rows)
+                given = logits.detach()[rows].float(), labels[chunk][rows], None if theirs is None else theirs[rows]
+                *sums, d_rows = _losses_of_rows(*given, weights, temperature, mix, label_smoothing, with_grad)
+                ce, kl = ce + sums[0], kl + sums[1]
                 if with_grad:
-                    q.sub_(label_smoothing / z.shape[-1])
-                    q.scatter_add_(-1, target, torch.full_like(q[:, :1], label_smoothing - 1))
-                    d_logits = q.mul_(ce_weight)
-            if teacher is not None:
-                u = project_teacher(teacher[chunk]).float()
-                _check_vocabularies(z, u)
-                u = torch.lerp(z, u, mix) if mix != 1 else u
-                z, u = z / temperature, u / temperature
-                q, p = z.softmax(-1), u.softmax(-1)
-                log_sums = _log_sum(z, q) - _log_sum(u, p)
-                with torch.autocast(z.device.type, enabled=False):  # in bf16 what the two differ by would be rounded
-                    kl = kl + (torch.linalg.vecdot(p, u.sub_(z)) + log_sums).sum() * temperature**2
-                if with_grad and kl_weight:
-                    q.sub_(p).mul_(kl_weight * temperature)
-                    d_logits = q if d_logits is None else d_logits.add_(q)
-            if d_logits is not None:
-                logits.backward(d_logits.div_(num_tokens).to(logits.dtype))
+                    d_logits[rows] = d_rows.div_(num_tokens)
+            if with_grad:
+                logits.backward(d_logits)
                 gradient[chunk] = own.grad
         ce, kl = ce / num_tokens, kl / num_tokens
         loss = ce_weight * ce + kl_weight * kl
@@ -297,6 +288,34 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss, *_):
         return (ctx.saved_tensors[0] * d_loss, *[None] * 10)
+
+
+def _losses_of_rows(z, labels, u, weights, temperature, mix, label_smoothing, with_grad) -> tuple:
+    """Return the sums of cross-entropy and forward KL over tokens, and by z the gradient of their weighted sum.
+
+    Logits (tokens, vocab): z the student's in float32, u the teacher's or None.
+    """
+    (ce_weight, kl_weight), ce, kl, d_logits = weights, 0.0, 0.0, None
+    if ce_weight:
+        q, target = z.softmax(-1), labels[:, None]
+        log_sum, at_target = _log_sum(z, q), z.gather(-1, target).squeeze(-1)
+        ce = (log_sum - (1 - label_smoothing) * at_target - label_smoothing * z.mean(-1)).sum()
+        if with_grad:
+            q.sub_(label_smoothing / z.shape[-1])
+            q.scatter_add_(-1, target, torch.full_like(q[:, :1], label_smoothing - 1))
+            d_logits = q.mul_(ce_weight)
+    if u is not None:
+        _check_vocabularies(z, u)
+        u = torch.lerp(z, u.float(), mix) if mix != 1 else u.float()
+        z, u = z / temperature, u / temperature
+        q, p = z.softmax(-1), u.softmax(-1)
+        log_sums = _log_sum(z, q) - _log_sum(u, p)
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 what the two differ by would be rounded
+            kl = (torch.linalg.vecdot(p, u.sub_(z)) + log_sums).sum() * temperature**2
+        if with_grad and kl_weight:
+            q.sub_(p).mul_(kl_weight * temperature)
+            d_logits = q if d_logits is None else d_logits.add_(q)
+    return ce, kl, d_logits
 
 
 def _log_sum(scores: Tensor, softmax: Tensor) -> Tensor:

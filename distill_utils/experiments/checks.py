@@ -58,9 +58,7 @@ def _check_run(run: runs.StudentRun, teacher) -> None:
     objectives.check_options(run.divergence, run.jsd_beta, run.match, run.on_policy_share)
     pseudo_labels.bounds_of(run.label_filters)
     if unknown := set(run.label_settings) - set(runs.LABEL_SETTINGS):
-        raise InputError(
-            f"label_{min(unknown)} is unknown: after label_ give one of {', '.join(runs.LABEL_SETTINGS)}"
-        )
+        raise InputError(f"label_{min(unknown)} is unknown: after label_ give one of {', '.join(runs.LABEL_SETTINGS)}")
     if run.method in runs.ON_PSEUDO_LABELS:
         decoding = {name: value for name, value in run.label_settings.items() if name in runs.LABEL_SETTINGS[:-4]}
         pseudo_labels.checked_decoding(teacher.generation_config, teacher.config.to_dict(), **decoding)
@@ -106,8 +104,8 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
     """Predict time, memory and disk of each method, shape and variant.
 
     Seconds are the better of two forward and backward passes, after one that warms up, on a micro-batch of typical
-    length. `memory (MB)` counts weights, gradients and the optimizer's two moments in float32, `activations (MB)` what
-    the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
+    length. `memory (MB)` counts both models as training holds them, gradients and two moments in float32,
+    `activations (MB)` what the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
     """
     return [_predict(run, teacher, tokenizer, train) for run in {run.group: run for run in plan}.values()]
 
@@ -128,7 +126,8 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
             loss = objective(student, teacher, batch, **cut["options"])["loss"]
         loss.backward()
 
-    with frozen_in(dtype, student, teacher):
+    with frozen_in(dtype, student, teacher, runs.idle_parts(run, cut, student, teacher)):
+        weights = {weight.data_ptr(): weight.nbytes for each in (student, teacher) for weight in each.parameters()}
         step(kept_for_backward(student, kept))
         seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
     counts = students.count_parameters(student)
@@ -138,9 +137,9 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
         "steps": run.training.max_steps,
         "ms/step": 1000 * seconds,
         "predicted_seconds": seconds * run.training.max_steps,
-        "memory (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
+        "memory (MB)": (sum(weights.values()) + 12 * counts["trainable"]) / 2**20,
         "activations (MB)": sum(kept.values()) / 2**20,
-        "disk (MB)": (8 * counts["total"] + 8 * counts["trainable"]) / 2**20,
+        "disk (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
     }
 
 

@@ -21,7 +21,7 @@ from distill_utils.distillation import objectives, pseudo_labels
 from distill_utils.distillation.pseudo_labels import filter_labels
 from distill_utils.distillation.teacher_cache import teacher_states, with_states, with_targets, write_targets
 from distill_utils.models import students
-from distill_utils.models.frozen import frozen_in, share_frozen
+from distill_utils.models.frozen import frozen_in, own_trained
 from distill_utils.models.loading import check_same_tokenizer, load_model, model_fingerprint, save_model
 from distill_utils.training.checkpoints import FREE_SETTINGS
 from distill_utils.training.loop import choose_attention, fit, fit_from_trunk, set_attention
@@ -109,14 +109,14 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
     """Return the untrained student of a run, with its frozen parts, and the arguments its objective needs."""
     shape = students.parse_shape(run.shape, teacher)
     depths = len(students.encoder_layers(teacher)), len(students.decoder_layers(teacher))
-    student, *copied = students.init_student(teacher, *shape, run.encoder_layer_ids, run.decoder_layer_ids)
+    maps = run.encoder_layer_ids, run.decoder_layer_ids
+    student, *copied = students.init_student(teacher, *shape, *maps, share_weights=True)
     # A cut encoder has to learn to close its gaps; only a whole one can stay as it is.
-    students.freeze(student, encoder=run.freeze_encoder and shape[0] == depths[0], embeddings=run.freeze_embeddings)
+    own_trained(student, run.freeze_encoder and shape[0] == depths[0], run.freeze_embeddings)
 
     imitated = copied
     if run.method == "kd" and run.supervise_forward:
         imitated = [students.supervision_map(depth, layers) for depth, layers in zip(depths, shape, strict=True)]
-    share_frozen(student, teacher)
     shared = students.has_teacher_encoder(student, teacher)
     weights, smoothing = _fields(run, "ce_weight", "kl_weight"), _fields(run, "label_smoothing")
     softened = _fields(run, "temperature", "divergence", "jsd_beta") | smoothing | {"shared_encoder": shared}
@@ -137,6 +137,13 @@ def cut_student(run: StudentRun, teacher) -> tuple[torch.nn.Module, dict]:
         if layers[0] and not shared:
             stored["encoder_layers"] = {"layer_ids": layers[0], "match": run.match}
     return student, facts | {"options": options, "stored": stored if run.cache_states else {}}
+
+
+def idle_parts(run: StudentRun, cut: dict, student, teacher) -> list[torch.nn.Module]:
+    """Return the stacks that do not run in training, as what they would make is read from disk; `cut` as of the cut."""
+    if not cut["stored"] or run.teacher_dropout:
+        return []
+    return [teacher.get_encoder(), teacher.get_decoder(), *([student.get_encoder()] if cut["shared"] else [])]
 
 
 def _fields(run: StudentRun, *names: str) -> dict:
@@ -312,7 +319,8 @@ def train_student(run: StudentRun, teacher, tokenizer, train: Dataset, validatio
             "settings": run.training, "folder": folder, "stage": run.name,
             "evaluate": partial(held_out_losses, teacher=teacher, batches=held_out, shared_encoder=cut["shared"]),
         }  # fmt: skip
-        with frozen_in(amp_dtype(precision=run.training.precision), student, teacher):
+        dtype = amp_dtype(precision=run.training.precision)
+        with frozen_in(dtype, student, teacher, idle_parts(run, cut, student, teacher)):
             history = fit_from_trunk(**arguments, trunk=trunk_of(run.name, settings)) if cools else fit(**arguments)
         set_attention(student, "sdpa")  # what generation is fastest with; nothing of it is saved
         save_model(student.to("cpu"), tokenizer, folder / "student")

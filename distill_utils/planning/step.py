@@ -158,7 +158,7 @@ def plan_step(
         "parameters": {name: students.count_parameters(model) for name, model in models.items()},
         "tokens": batch_size * (source_length + target_length),
         "communication_bytes": _communication(models, passes, devices),
-        "checkpoint_bytes": _bytes_of(models["student"]) + moments,
+        "checkpoint_bytes": sum(weight.nbytes for weight in trained.values()) + moments,
         "work": work,
         "settings": settings,
     }
@@ -347,7 +347,8 @@ def _as_on(on: str) -> Iterator[list[float]]:
         changes.enter_context(patch.object(losses, "itertools", SimpleNamespace(product=first)))
         if on == "cuda":
             changes.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention))
-            changes.enter_context(patch.object(losses, "RELATION_ELEMENTS", losses.CUDA_RELATION_ELEMENTS))
+            sizes = {"RELATION_ELEMENTS": losses.CUDA_RELATION_ELEMENTS, "CPU_CHUNK": 2**62, "CPU_ELEMENTS": 2**62}
+            changes.enter_context(patch.multiple(losses, **sizes))
             changes.enter_context(patch.object(optimizers, "amp_dtype", lambda *_: torch.bfloat16))  # for Muon
         yield repeated
 

@@ -55,7 +55,7 @@ class TrainingState:
 def save_checkpoint(state: TrainingState, keep: bool = False) -> None:
     """Write checkpoint-NNNNNN/ with whole tensors, for any number of processes, and the history; remove older ones.
 
-    All processes call this together. `keep` is for a checkpoint that later ones leave there.
+    Weights are those that train. All processes call this together. `keep` is for one that later ones leave there.
     """
     moments = {}
     for name, kept in state.moments.items():
@@ -107,7 +107,7 @@ def restore_checkpoint(state: TrainingState, at_most: int) -> None:
     _check_settings(newest.name, state.settings, kept)
     if kept.get("data", state.data) != state.data:  # older checkpoints do not say
         raise InputError(f"{newest.name} was trained on other data: use those, or another folder")
-    if kept.get("dtype", str(state.dtype)) != str(state.dtype):  # frozen weights were held and written in it
+    if kept.get("dtype", str(state.dtype)) != str(state.dtype):
         raise InputError(
             f"{newest.name} was trained with mixed precision {kept['dtype']}, this machine has {state.dtype}: resume "
             "where it began, or use another folder"
@@ -168,17 +168,18 @@ def save_best(state: TrainingState) -> None:
 
 
 def _gather_weights(state: TrainingState) -> dict[str, torch.Tensor]:
-    # named_parameters lists a tied matrix once, which is what safetensors wants.
-    return gather({name: parameter.detach() for name, parameter in state.model.named_parameters()})
+    return gather({name: parameter.detach() for name, parameter in state.parameters.items()})
 
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Put the weights of a checkpoint or of best/ into a model; InputError when they are another model's."""
-    own = dict(model.named_parameters())
+    """Put the trained weights of a checkpoint or of best/ into a model; InputError when they are another model's."""
+    every = dict(model.named_parameters())
+    own = {name: weight for name, weight in every.items() if weight.requires_grad}
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
-        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
+        names = [name for name in file.keys() if name in own or name not in every]  # older ones hold the frozen, too
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         other = [name for name in (*shapes, *theirs) if shapes.get(name) != theirs.get(name)]
         if other:
             raise InputError(
