@@ -5,6 +5,7 @@ Out of scope: `generate` and what both engines share (generation.py, which knows
 CTranslate2 renormalises over the allowed tokens when a setting forbids some (minimum length, repeated n-grams).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -246,6 +247,7 @@ def _engine(folder: Path | str, workers: int, intra_threads: int):
     import ctranslate2
 
     num_threads = torch.get_num_threads()
+    ctranslate2.set_log_level(logging.ERROR)  # that bf16 is computed in float32 where it is emulated is no news
     engine = ctranslate2.Translator(
         str(folder), inter_threads=workers, intra_threads=intra_threads, max_queued_batches=-1
     )

@@ -93,12 +93,9 @@ def _check_hub(name: str) -> None:
 
 def _convert(folder: Path, model, tokenizer, documents: list[str], settings: dict) -> dict:
     """Write ctranslate2/ in the first type of PARITY that agrees with the model; return type, agreement and loss."""
-    import ctranslate2  # what only the CPU needs may be missing elsewhere
-
     settings = settings | {"max_new_tokens": 32, "min_length": 0}
     model.float()
     expected = generation.summarize(model, tokenizer, documents, dtype=torch.float32, num_beams=1, **settings)
-    ctranslate2.set_log_level(40)  # logging.ERROR: that bf16 is computed in float32 here is no news
     for quantization, (least, most) in PARITY.items():
         try:
             converted = ctranslate.to_ctranslate2(folder, folder / use.CONVERTED, quantization)
