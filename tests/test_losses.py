@@ -145,12 +145,13 @@ def test_divergence_of_distributions_is_taken_in_float32_even_under_autocast(wei
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.2, 0.8)])
 @pytest.mark.parametrize(("temperature", "mix", "label_smoothing"), [(1.0, 1.0, 0.0), (2.0, 0.4, 0.1), (0.5, 0.0, 0.2)])
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])
+@pytest.mark.parametrize(("chunk_tokens", "elements"), [(1, 2**21), (3, 2**21), (1024, 2**21), (1024, 3 * 40), (3, 7)])
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_weighted_sum_and_its_gradient_are_those_of_the_terms(
-    trained, chunk_tokens, temperature, mix, label_smoothing, weights
+    trained, chunk_tokens, elements, temperature, mix, label_smoothing, weights, monkeypatch
 ):
     """With a head that is trained all goes through the backward pass, else the gradient comes along with the values."""
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", elements)  # rows of logits within a chunk: all, three, one
     torch.manual_seed(3)
     student, teacher = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 6)
     heads = [nn.Linear(6, 40).requires_grad_(False) for _ in range(2)]
