@@ -553,8 +553,11 @@ def test_idle_modules_hold_nothing_and_come_back(family, dtype):
     own_trained(student)
     before = [copied(model) for model in (student, teacher)]
     stacks = [teacher.get_encoder(), teacher.get_decoder(), student.get_encoder()]
-    matrices = [module.weight for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear)]
-    with frozen_in(dtype, student, teacher, stacks):
+    linear = [module for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear)]
+    matrices = [weight for module in linear for weight in module.parameters()]  # and biases
+    sizes = {weight.data_ptr(): weight.nbytes for weight in matrices}
+    with frozen_in(dtype, student, teacher, stacks) as waiting:
+        assert waiting >= sum(sizes.values()) if dtype else waiting == sum(sizes.values())
         assert not sum(weight.numel() for weight in matrices)
         hidden = torch.randn(3, 5, student.config.d_model)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):

@@ -105,7 +105,8 @@ def forecast(plan: Sequence[runs.StudentRun], teacher, tokenizer, train: Dataset
 
     Seconds are the better of two forward and backward passes, after one that warms up, on a micro-batch of typical
     length. `memory (MB)` counts both models as training holds them, gradients and two moments in float32,
-    `activations (MB)` what the forward pass keeps for the backward pass, `disk (MB)` the student and one checkpoint.
+    `activations (MB)` what the forward pass keeps for the backward pass, `disk (MB)` the student, one checkpoint, and
+    frozen weights that wait on disk while it trains.
     """
     return [_predict(run, teacher, tokenizer, train) for run in {run.group: run for run in plan}.values()]
 
@@ -126,7 +127,7 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
             loss = objective(student, teacher, batch, **cut["options"])["loss"]
         loss.backward()
 
-    with frozen_in(dtype, student, teacher, runs.idle_parts(run, cut, student, teacher)):
+    with frozen_in(dtype, student, teacher, runs.idle_parts(run, cut, student, teacher)) as waiting:
         weights = {weight.data_ptr(): weight.nbytes for each in (student, teacher) for weight in each.parameters()}
         step(kept_for_backward(student, kept))
         seconds = passes * min(timed(partial(step, nullcontext()), student.device) for _ in range(2))
@@ -139,7 +140,7 @@ def _predict(run: runs.StudentRun, teacher, tokenizer, train: Dataset) -> dict:
         "predicted_seconds": seconds * run.training.max_steps,
         "memory (MB)": (sum(weights.values()) + 12 * counts["trainable"]) / 2**20,
         "activations (MB)": sum(kept.values()) / 2**20,
-        "disk (MB)": (4 * counts["total"] + 12 * counts["trainable"]) / 2**20,
+        "disk (MB)": (4 * counts["total"] + 12 * counts["trainable"] + waiting) / 2**20,
     }
 
 

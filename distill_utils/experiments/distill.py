@@ -159,6 +159,7 @@ def dry_run(given: dict) -> str:
     priced = pd.DataFrame(candidate_rows(prices))
     disk = (2 + sum(row["candidates"] for row in rungs)) * priced["disk per rung (MB)"].max()  # two for second seeds
     disk += 1000 * given["cache_gb"] * asked.base.cache_states  # what the teacher's states may take
+    disk += given["workers"] * sum(weight.nbytes for weight in asked.teacher.parameters()) / 2**20  # frozen, put aside
     own = asked.own_teacher
     last = f"Teacher {own['priced_s']:.0f} s for {own['updates']} updates; shapes are its base's. " if own else ""
     last += (

@@ -32,14 +32,14 @@ def own_trained(student: PreTrainedModel, encoder: bool = True, embeddings: bool
 def frozen_in(
     dtype: torch.dtype | None, student: PreTrainedModel, teacher: PreTrainedModel | None,
     idle: Sequence[nn.Module] = (),
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[int]:  # fmt: skip
     """Hold matrices that nothing trains in `dtype` inside the block; afterwards both models are as they were.
 
     These are the teacher's and the student's frozen ones, which autocast would cast in every pass, to the same bits.
     What the models share is held once. Tables stay, as a look-up casts nothing: a head tied to one gets a copy. The
     originals wait on disk, in a nameless file of the runs folder that no kill leaves behind, and so do all matrices of
-    `idle` modules, which must not run in the block. Without a dtype only those are put aside. Raises InputError when
-    the disk is full.
+    `idle` modules, which must not run in the block. Without a dtype only those are put aside. Yields the bytes
+    that wait there; raises InputError when the disk is full.
     """
     modules = [module for model in (student, teacher) if model is not None for module in model.modules()]
     tables = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Embedding)}
@@ -60,7 +60,7 @@ def frozen_in(
                 aside = file if place not in tables else None
                 changed.append((users, aside, first.shape, first.device))
                 _replace(users, dtype if needed else None, aside)
-            yield
+            yield file.tell()
         finally:
             file.seek(0)
             release_memory()  # of training, before as much is read
