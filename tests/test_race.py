@@ -240,6 +240,15 @@ def run_tiny_race(given: dict, killed_at: int = 0) -> tuple[dict, Path]:
     return found, asked.made[found["winner"], found["updates"], found["seed"]][0]
 
 
+@pytest.mark.parametrize("num_train, batch_size, expected", [(60, 8, 30), (20, 8, 12), (60, 2, 120), (60, 1, 200)])
+def test_the_first_rung_of_few_pairs_is_a_few_passes_over_them(given, num_train, batch_size, expected, monkeypatch):
+    monkeypatch.setattr(distill, "FIRST_RUNG", 200)
+    wanted = {"first_rung": 0, "num_train": num_train, "batch_size": batch_size, "warmup_steps": 6}
+    asked = distill.prepare(given | wanted)
+    assert (asked.base.training.max_steps, asked.given["first_rung"]) == (expected, expected)
+    assert len(asked.splits["train"]) == num_train
+
+
 def test_tables_of_a_race_whose_teacher_was_there(given):
     asked = distill.prepare(given | {"methods": ["sft"]})
     plan = distill.candidates(asked, ["3-1", "1-1"])

@@ -6,6 +6,7 @@ CTranslate2 renormalises over the allowed tokens when a setting forbids some (mi
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -258,11 +259,12 @@ def _engine(folder: Path | str, workers: int, intra_threads: int):
 def converted_decoder(model, tokenizer, folder: Path, quantization: str = "int8") -> tuple[Callable, float]:
     """Return a function like `summarize` that decodes by CTranslate2, and the megabytes of its weights.
 
-    One document meets a loaded engine; many get one with as many workers as they need. The folder takes the saved model
-    and the converted one. ValueError for what CTranslate2 cannot express.
+    One document meets a loaded engine; many get one with as many workers as they need. The folder takes the converted
+    model, and the saved one for a while. ValueError for what CTranslate2 cannot express.
     """
     save_model(model, tokenizer, folder / "model")
     converted = to_ctranslate2(folder / "model", folder / quantization, quantization)
+    shutil.rmtree(folder / "model")
     loaded = cache(partial(load_translator, converted))
 
     def decode(documents: Sequence[str], **settings) -> list[str]:

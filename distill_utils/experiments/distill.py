@@ -40,6 +40,7 @@ from distill_utils.training.optimizers import Training, check_training
 from distill_utils.workers import check_workers, share_out
 
 MAX_CANDIDATES = 9
+FIRST_RUNG, FIRST_PASSES = 300, 4  # updates, and over the training pairs: a first rung has the fewer
 RATE_FACTORS = (1.0, 2.0, 0.5)  # of the usual learning rate, in the order in which they are tried
 DISK_BYTES = 28  # per parameter and rung: the student, a checkpoint of its trunk, one of its cooldown; the moments too
 
@@ -72,7 +73,7 @@ def prepare(given: dict, train: bool = True) -> Request:
         raise InputError(f"teacher {given['teacher']} has one layer in each stack, nothing to cut: take a deeper one")
     decoding = ablations.parse_decoding(given["decoding"], teacher)
     training = Training(
-        max_steps=given["first_rung"], batch_size=given["batch_size"], warmup_steps=given["warmup_steps"],
+        max_steps=given["first_rung"] or FIRST_RUNG, batch_size=given["batch_size"], warmup_steps=given["warmup_steps"],
         schedule="cooldown", cooldown_share=COOLDOWN, checkpoint_every=200, seed=given["seed"],
     )  # fmt: skip
     for rate in given["learning_rates"]:
@@ -86,11 +87,20 @@ def prepare(given: dict, train: bool = True) -> Request:
     checks.check_runs(runs.grid(base, given["methods"], shapes, [given["seed"]]), teacher)
     read = ("num_train", "num_validation", "num_test", "document_column", "summary_column")
     splits = loading.load_splits(given["dataset"], **{name: given[name] for name in read})
+    if not given["first_rung"]:
+        given = given | {"first_rung": _usual_first_rung(len(splits["train"]), training)}
+        base = replace(base, training=replace(training, max_steps=given["first_rung"]))
     lengths = given["max_source_length"], given["max_target_length"]
     cached = len(splits["train"]) + len(splits["validation"])
     base = replace(base, cache_states=fits_disk(teacher, cached, *lengths, given["cache_gb"]))
     asked = Request(given, limits, teacher, tokenizer, splits, base, decoding)
     return fine_tuning.with_own_teacher(asked, known_before if train else None) if given["train_teacher"] else asked
+
+
+def _usual_first_rung(num_train: int, training: Training) -> int:
+    """Return the updates of a first rung: FIRST_RUNG, or fewer for few pairs, which a student would memorize."""
+    least = max(2 * training.warmup_steps, 10)
+    return min(FIRST_RUNG, max(least, math.ceil(FIRST_PASSES * num_train / training.batch_size)))
 
 
 # ---------------------------------------------------------------------------------------------- what is known before
