@@ -212,6 +212,7 @@ GIVEN = {
 @pytest.fixture
 def given(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(distill, "decoder_maps", lambda *_: [None])  # half as many students to train
     save_model(tiny_bart(), tiny_tokenizer(), tmp_path / "teacher")
     generator, lines = random.Random(0), ["document,summary"]
     for _ in range(160):
@@ -408,6 +409,27 @@ def test_too_many_candidates_or_none_are_rejected_and_learning_rates_fill_the_re
     save_model(tiny_bart(1, 1), tiny_tokenizer(), given["teacher"])
     with pytest.raises(InputError, match="nothing to cut"):
         distill.prepare(given)
+
+
+DECODER_MAPS = distill.decoder_maps
+
+
+def test_layer_maps_without_the_last_layer_race_against_one_with_it(given, monkeypatch):
+    monkeypatch.setattr(distill, "decoder_maps", DECODER_MAPS)
+    deep = tiny_bart(1, 12)
+    found = {shape: distill.decoder_maps(deep, shape) for shape in ("1-1", "1-2", "1-3", "1-5", "1-12")}
+    assert found == {"1-1": [[11], None], "1-2": [[0, 11], None], "1-3": [None], "1-5": [None], "1-12": [None]}
+    asked = distill.prepare(given | {"learning_rates": [0.1, 0.2, 0.3]})  # of a teacher 3-3
+    plan = distill.candidates(asked, ["3-1", "2-2"])
+    tried = [(run.method, run.shape, run.decoder_layer_ids, run.training.learning_rate) for run in plan.values()]
+    first = [(method, *place) for method in ("sft", "pl_kl") for place in (("3-1", [2]), ("2-2", None))]
+    assert tried == [*((*each, 0.1) for each in first), ("sft", "3-1", None, 0.1), ("pl_kl", "3-1", None, 0.1)]
+    assert len({run.name for run in plan.values()}) == 6 and next(iter(plan)) == "SFT 3-1 from layer 2, 0.1"
+    names = ("SFT 3-1 from layer 2, 0.1", "SFT 3-1, 0.1")
+    last, usual = (runs.cut_student(plan[name], asked.teacher)[0] for name in names)
+    layers = asked.teacher.model.decoder.layers
+    for student, layer in ((last, layers[2]), (usual, layers[0])):
+        assert torch.equal(student.model.decoder.layers[0].fc1.weight, layer.fc1.weight)
 
 
 def test_learning_rates_follow_the_cut_the_signal_and_the_width(given):

@@ -4,6 +4,7 @@ All it makes are artifacts, so that a race that was killed and started again end
 weights. Out of scope: which shapes fit (budget.py), who is dropped when (race.py).
 """
 
+import itertools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from distill_utils.experiments.pricing import (
     measured_shapes,
     race_prices,
 )
+from distill_utils.models import students
 from distill_utils.models.loading import load_model, model_fingerprint
 from distill_utils.report.names import method_label
 from distill_utils.report.style import HEADINGS
@@ -106,28 +108,52 @@ def _usual_first_rung(num_train: int, training: Training) -> int:
 # ---------------------------------------------------------------------------------------------- what is known before
 
 
+def decoder_maps(teacher, shape: str) -> list[list[int] | None]:
+    """Return the layer maps of a shape's decoder that race, in the order in which they are tried; None: the usual one.
+
+    Where the published map lacks the teacher's last layer, as of a single layer, it is tried with the last as well:
+    which is better depends on model and data (LOG.md).
+    """
+    depth, layers = len(students.decoder_layers(teacher)), students.parse_shape(shape, teacher)[1]
+    usual = students.layer_map(depth, layers)
+    return [None] if depth - 1 in usual else [[*usual[:-1], depth - 1], None]
+
+
 def candidates(asked: Request, shapes: Sequence[str]) -> dict[str, runs.StudentRun]:
-    """Return the candidates by printed name: methods x shapes x as many learning rates as MAX_CANDIDATES allow.
+    """Return the candidates by printed name: methods x shapes, x maps and learning rates as MAX_CANDIDATES allow.
 
     They are in order of priority, for when the time does not suffice for all. Without learning rates those
-    around `fine_tuning.usual_learning_rate` are tried.
+    around `fine_tuning.usual_learning_rate` are tried; other maps only at the first.
     """
     methods, rates = asked.given["methods"], asked.given["learning_rates"]
-    fitting = MAX_CANDIDATES // (len(methods) * len(shapes))
-    if not fitting:
+    maps = {shape: decoder_maps(asked.teacher, shape) for shape in shapes}
+    further = [(number, 0) for number in range(1, len(rates or RATE_FACTORS))]
+    found = {}
+    for number, place in [(0, 0), (0, 1), *further]:  # of the rates and of the maps
+        tried = itertools.product(methods, [shape for shape in shapes if place < len(maps[shape])])
+        runs_of = [_candidate(asked, method, shape, maps[shape][place], number) for method, shape in tried]
+        if len(found) + len(runs_of) > MAX_CANDIDATES:
+            break
+        found |= dict(runs_of)
+    if not found:
         raise InputError(f"{len(methods)} methods x {len(shapes)} shapes give more than {MAX_CANDIDATES} candidates: "
                          "name fewer")  # fmt: skip
-    found = {}
-    for number in range(min(fitting, len(rates or RATE_FACTORS))):
-        for method in methods:
-            for shape in shapes:
-                usual = fine_tuning.usual_learning_rate(asked.teacher, shape, method)
-                rate = rates[number] if rates else float(f"{RATE_FACTORS[number] * usual:.2g}")
-                training = replace(asked.base.training, learning_rate=rate)
-                run = replace(asked.base, method=method, shape=shape, training=training, variant=f"lr{rate:g}")
-                found[f"{method_label(method, shape)}, {rate:g}"] = run
     checks.check_runs(list(found.values()), asked.teacher)
     return found
+
+
+def _candidate(
+    asked: Request, method: str, shape: str, ids: list[int] | None, number: int
+) -> tuple[str, runs.StudentRun]:
+    """Return the printed name and the run of a candidate; `number` is that of its learning rate."""
+    usual, rates = fine_tuning.usual_learning_rate(asked.teacher, shape, method), asked.given["learning_rates"]
+    rate = rates[number] if rates else float(f"{RATE_FACTORS[number] * usual:.2g}")
+    layers = f" from layer{'s' * (len(ids) > 1)} {' '.join(map(str, ids))}" if ids else ""
+    run = replace(
+        asked.base, method=method, shape=shape, decoder_layer_ids=ids, variant=f"lr{rate:g}{layers}",
+        training=replace(asked.base.training, learning_rate=rate),
+    )  # fmt: skip
+    return f"{method_label(method, shape)}{layers}, {rate:g}", run
 
 
 def candidate_rows(prices: Mapping) -> list[dict]:

@@ -165,8 +165,9 @@ def measured_prices(asked: Request, plan: Mapping[str, runs.StudentRun]) -> Path
     Updates are those of real training, data and optimizer included, of students that are thrown away; methods on
     pseudo-labels train on some, which may be shorter than references.
     """
-    plain = [replace(run, variant="", training=replace(run.training, seed=0)) for run in plan.values()]
-    kinds = {(run.method, run.shape): run for run in plain}  # no price depends on the seed
+    plain = [replace(run, variant="", decoder_layer_ids=None, training=replace(run.training, seed=0))
+             for run in plan.values()]  # fmt: skip
+    kinds = {(run.method, run.shape): run for run in plain}  # no price depends on the seed or on the layers copied
     train = asked.splits["train"].select(range(min(PRICE_ROWS, len(asked.splits["train"]))))
     settings = {"runs": [hashed(run) for run in kinds.values()], "data": loading.data_fingerprint(train), **_machine()}
     settings |= {"teacher": model_fingerprint(asked.given["teacher"], asked.teacher), "states": asked.base.cache_states}
