@@ -17,7 +17,7 @@ from distill_utils.artifacts import InputError
 
 IGNORED = -100  # label of padding; the start token of T5 and Pegasus *is* padding, so only labels tell what is valid
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
-RELATION_ELEMENTS = 2**18  # relations held at a time; larger chunks leave the cache, smaller ones cost calls
+RELATION_ELEMENTS = 2**20  # relations held at a time, for each thread: with fewer, threads wait for one another
 CUDA_RELATION_ELEMENTS = 2**23  # there launching kernels costs more than memory does
 CPU_CHUNK = 256  # tokens that are projected at a time; for fewer, products repack the output matrix too often
 CPU_ELEMENTS = 2**21  # of their logits that are compared at a time: 8 MB in float32
@@ -207,7 +207,8 @@ class _RelationLoss(torch.autograd.Function):
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (batch, heads, length, width of a head), a view
 
-        pairs = max(1, (CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS) // max(length**2, 1))
+        held = CUDA_RELATION_ELEMENTS if bias.is_cuda else RELATION_ELEMENTS * torch.get_num_threads()
+        pairs = max(1, min(held, CUDA_RELATION_ELEMENTS) // max(length**2, 1))
         examples, heads = min(batch, max(1, pairs // num_heads)), min(pairs, num_heads)
         work = bias.new_empty(examples * heads * length**2)  # allocating it for each chunk costs more than the sums
         for i, j in itertools.product(range(0, batch, examples), range(0, num_heads, heads)):
@@ -243,10 +244,9 @@ def _relate(x: Tensor, vectors: list[Tensor], bias: Tensor, work: Tensor, querie
     torch.bmm((x * x.shape[-1] ** -0.5).flatten(0, 1), x.mT.flatten(0, 1), out=relations.flatten(0, 1))
     top = relations.add_(bias).amax(-1, keepdim=True)
     torch.softmax(relations, -1, out=relations)  # in one pass what its parts take four for
-    log_sum = top - relations.amax(-1, keepdim=True).log()
     # From the left: with few columns the product from the right takes a processor two to four times as long.
     means = (torch.cat(vectors, -1).mT @ relations.mT).mT.split([each.shape[-1] for each in vectors], -1)
-    return log_sum, (queries.mT @ relations).mT, *means
+    return top - relations.amax(-1, keepdim=True).log(), (queries.mT @ relations).mT, *means
 
 
 class _TokenLosses(torch.autograd.Function):
