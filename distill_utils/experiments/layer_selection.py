@@ -356,7 +356,8 @@ def verdict(
         said = f"**Take none of these students**: each is no faster than the teacher or falls short of {share}"
     found = " and ".join(_in_words(test) for test in versus)
     kept = ", ".join(map(str, searched))
-    lines = [said, f"The search before training keeps decoder layers {kept}: it {found}; {_ranking(correlation)}"]
+    layers = f"decoder layer{'s' * (len(searched) > 1)} {kept}"
+    lines = [said, f"The search before training keeps {layers}: it {found}; {_ranking(correlation)}"]
     said = [f"{test['name']} {_in_words(test)}" for test in cuts if "from layer" not in test["rival"]]
     lines += [f"In quality, {', '.join(said)}"] if said else []
     lines.append(statistics.budget_in_words(max_steps, num_seeds, f"{num_test:,} test documents"))
