@@ -68,6 +68,7 @@ def test_a_ratio_is_to_the_teacher_of_the_same_run_and_seeds_are_averaged():
     (mean,) = dashboard.averaged({"rows": seeds})  # without intervals, which are of one seed
     assert (mean["rouge2"], mean["rouge2_low"], mean["seeds"]) == (8.0, None, 2)
     assert dashboard.averaged({"rows": seeds, "means": [row("kd")]}) == [row("kd")]
+    assert index._seeds({"rows": seeds}) == 2  # of the README
 
 
 @pytest.mark.parametrize(("documents", "good"), [(49, False), (50, True)])

@@ -232,7 +232,7 @@ def _weight(entry: dict) -> tuple:
 
 
 def _seeds(entry: dict) -> int:
-    return max((row.get("seeds") or 1 for row in entry.get("means") or entry["rows"]), default=1)
+    return max((row.get("seeds") or 1 for row in dashboard.averaged(entry)), default=1)
 
 
 def _scores(row: dict) -> dict[str, str]:
