@@ -199,6 +199,17 @@ def test_verdict_tells_a_win_from_noise():
     assert "Smoke run" in selection.verdict([0, 1, 5], [win], known, [], None, 0.9, 24, 1, 2)
 
 
+def test_a_verdict_names_the_usual_rivals_once_and_each_that_is_better():
+    rivals = {"the published table": [0], "even spacing": [0], "the first layers": [0], "the last layers": [5]}
+    scores = {"the last layers": np.full(60, 9.0)}
+    searched, usual = np.full(60, 8.0), np.full(60, 8.0)
+    tests = [selection.compare("searched", searched, name, scores.get(name, usual)) for name in rivals]
+    named = selection.rivals_to_name(tests, list(rivals.values()))
+    assert [test["rival"] for test in named] == ["the published table", "the last layers"]
+    named = selection.rivals_to_name(tests, [[0], [1], [0], [0]])  # equal to one that is named
+    assert [test["rival"] for test in named] == ["the published table", "even spacing"]
+
+
 def test_a_row_of_chosen_layers_is_that_of_the_rebuilt_student():
     teacher, kept = tiny_bart(3, 3), {"encoder": [0, 2], "decoder": [1]}
     row = selection.untrained_row(teacher, tiny_tokenizer(), BATCHES, ["read the file name"], kept, max_source_length=9)

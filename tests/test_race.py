@@ -274,6 +274,7 @@ def test_a_winner_in_int8_is_tested_in_int8(given, tmp_path):
     tested = distill.tested_on(asked, "test", run.name, trained)
     model, documents = load_model(trained / "student")[0], list(asked.splits["test"]["document"])
     decode, _ = ctranslate.converted_decoder(model, asked.tokenizer, tmp_path / "int8")
+    assert [path.name for path in (tmp_path / "int8").iterdir()] == ["int8"]  # no copy in float32 beside it
     written = [row["prediction"] for row in scoring.read_predictions(tested)]
     assert written == decode(documents, **asked.options, **asked.decoding)
     assert read_json(tested / "config.json")["quantization"] == "int8"

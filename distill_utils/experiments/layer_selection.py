@@ -336,6 +336,18 @@ def student_to_take(
     return min(useful, key=lambda row: (row["ms_per_token"], -row["rouge2"]), default=None)
 
 
+def rivals_to_name(versus: Sequence[Mapping], layers: Sequence[Sequence[int]]) -> list[Mapping]:
+    """Return the tests of the searched map that a verdict names, each with its rival's `layers`.
+
+    They are those against the published table and even spacing, and all that it loses; of equal rivals the first.
+    """
+    found: dict[tuple, Mapping] = {}
+    for test, ids in zip(versus, layers, strict=True):
+        if test["rival"] in ("the published table", "even spacing") or statistics.effect_sign(test) < 0:
+            found.setdefault(tuple(ids), test)
+    return list(found.values())
+
+
 def verdict(
     searched: Sequence[int], versus: Sequence[Mapping], correlation: Mapping, cuts: Sequence[Mapping],
     take: Mapping | None, keep_share: float, num_test: int, num_seeds: int, max_steps: int,
